@@ -1,0 +1,151 @@
+"""`ddpkit analyze`: run folders in, tables, figures and a page out."""
+
+import argparse
+from pathlib import Path
+
+from ddpkit.analysis import attribution, claims, figures, numerics, present, report, speed, tables
+from ddpkit.analysis.runs import Run, holds_runs, read_runs
+from ddpkit.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `ddpkit analyze`."""
+    parser.add_argument(
+        "study",
+        choices=("numerics", "speed", "report"),
+        help="numerics: loss differences (Table 3, Figure 1); speed: epoch times (Table 4); report: both as one HTML page",
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="holds run folders; for report also sub-folders numerics/ and speed/ of them",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder itself)")
+    parser.add_argument(
+        "--baseline", default="baseline", metavar="LABEL", help="run to compare losses with (default: baseline)"
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="epochs to leave out at the start of each timed run (default: 0)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("ddpkit", "lightning"),
+        default="ddpkit",
+        help="lightning: metrics.csv of Lightning's CSVLogger, as nequip writes it (numerics only)",
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs `ddpkit analyze`.
+
+    Raises:
+        InputError: the folder or its runs cannot be used.
+    """
+    out = args.out or args.folder
+    if args.warmup < 0:
+        raise InputError(f"--warmup {args.warmup} is negative; give the number of epochs to leave out")
+    if args.study == "numerics":
+        _print_section(_numerics(args.folder, out, args)[0])
+    elif args.study == "speed":
+        _print_section(_speed(args.folder, out, args)[0])
+    else:
+        _report(args.folder, out, args)
+
+
+def _numerics(folder: Path, out: Path, args: argparse.Namespace) -> tuple[report.Section, list[Run]]:
+    runs, skipped = read_runs(folder, args.format)
+    data = numerics.study(runs, args.baseline)
+    values = numerics.table(data)
+    sources = attribution.table(data)
+    arms = claims.trajectories(data)
+    verdicts = claims.numerics_claims(arms)
+    compared = claims.comparisons(arms)
+    notes = [*(f"{note}." for note in skipped), *numerics.notes(data)]
+    notes += [f"{label} is too short for the tests on runs." for label in arms.left_out]
+    shown = present.numerics(values, notes, data.baseline.label)
+    if compared:
+        shown.append(present.tests(compared, int(arms.steps.sum())))
+    if len(sources):
+        shown.append(present.attribution(sources))
+    tables.write(out, "numerics", values, shown)
+    tables.write_csv(out / "attribution.csv", sources)
+    pictures = [
+        report.Picture(
+            figures.save(figures.trajectories(data), out / "numerics.png"),
+            "Losses and loss differences, one column for each comparison",
+            "Top: losses, with the baseline's in each. Bottom: histogram of the differences cut at ±0.020, the number of "
+            "points outside in the panel; where the cut leaves a few bars or few points, an inset shows the central 99 % of "
+            "all differences on their own scale. Repeats of an arm are pooled.",
+            "loss curves and histograms of loss differences, one column for each comparison",
+        ),
+        report.Picture(
+            figures.save(figures.divergences(data), out / "divergence.png"),
+            "Divergence from the baseline",
+            "Mean absolute loss difference over equal stretches of steps and over the repeats of an arm.",
+            "loss difference from the baseline against training step, one line for each comparison",
+        ),
+    ]
+    return report.Section("Numerics: does the scheme change the trajectory?", verdicts, [*shown, *pictures]), runs
+
+
+def _speed(folder: Path, out: Path, args: argparse.Namespace) -> tuple[report.Section, list[Run]]:
+    if args.format == "lightning":
+        raise InputError("Lightning's logs carry no step times; the speed study needs the run folders of ddpkit-run")
+    runs, skipped = read_runs(folder)
+    data = speed.study(runs, args.warmup)
+    data = speed.Study(data.times, data.runs, data.unit, data.steps, (*(f"{note}." for note in skipped), *data.notes))
+    values = speed.table(data)
+    shown = present.epochs(values, data)
+    tables.write(out, "speed", values, shown)
+    picture = report.Picture(
+        figures.save(figures.epochs(data), out / "speed.png"),
+        "Epoch time relative to standard eager of the same size",
+        f"Mean seconds of an epoch at the right; 95 % intervals over paired {data.unit}s; crosses: published.",
+        "relative epoch time of each strategy with intervals, one panel for each model size",
+    )
+    return report.Section("Speed: what does the scheme cost?", claims.speed_claims(data), [*shown, picture]), runs
+
+
+def _report(folder: Path, out: Path, args: argparse.Namespace) -> None:
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder; give the folder that holds the runs, or numerics/ and speed/ with them"
+        )
+    parts = []
+    for name, make in (("numerics", _numerics), ("speed", _speed)):
+        if holds_runs(folder / name) or (
+            args.format == "lightning" and name == "numerics" and (folder / name).is_dir()
+        ):
+            parts.append(make(folder / name, out, args))
+    if not parts:
+        runs, _ = read_runs(folder, args.format)
+        is_numerics = any(run.label == args.baseline for run in runs)
+        parts.append((_numerics if is_numerics else _speed)(folder, out, args))
+    sections = []
+    for section, runs in parts:
+        _print_section(section)
+        machine = present.environment(runs)
+        sections.append(
+            report.Section(section.heading, section.claims, [*section.parts, *([machine] if machine.rows else [])])
+        )
+    page = out / "report.html"
+    count = sum(len(runs) for _, runs in parts)
+    report.write(
+        page,
+        "Gradient synchronisation: numerics and speed",
+        f"{count} runs in {folder.resolve().name}. The verdicts come first, then the tables and figures that they rest on.",
+        sections,
+    )
+    print(f"report: {page.resolve()}")
+
+
+def _print_section(section: report.Section) -> None:
+    for part in section.parts:
+        print(f"{part.text()}\n" if isinstance(part, tables.Table) else f"figure: {part.path.resolve()}")
+    if section.claims:
+        print(f"\n{claims.summary(section.claims)}\n")

@@ -1,0 +1,220 @@
+"""Figures, drawn without a display and in colours that colour-blind readers can tell apart (Okabe and Ito)."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from ddpkit.analysis import speed
+from ddpkit.analysis.numerics import CUT, Study, divergence
+from ddpkit.analysis.published import published_speed
+from ddpkit.analysis.runs import NDArray
+from ddpkit.analysis.tables import number, percent
+
+BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442",
+)  # fmt: skip
+GREY = "#595959"
+_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000")
+_LINES = ("-", "--", "-.", ":")
+_STRATEGY_COLOUR = {"standard": GREY, "custom": BLUE, "overlap": ORANGE, "ingraph": GREEN, "none": SKY}
+_COLUMNS_A_ROW = 4
+_DOTS = 200
+STYLE: Mapping[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "font.family": "DejaVu Sans",
+}
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DOTS, facecolor="white")
+    return path
+
+
+def trajectories(study: Study) -> Figure:
+    """The paper's Figure 1: a column for each comparison, losses above, histogram of the differences below.
+
+    Repeats of an arm share a column; their differences are pooled.
+    """
+    arms = study.arms()
+    across = min(len(arms), _COLUMNS_A_ROW)
+    blocks = math.ceil(len(arms) / _COLUMNS_A_ROW)
+    with mpl.rc_context(dict(STYLE)):
+        figure = Figure(figsize=(max(3.4, 2.75 * across), 5.0 * blocks), layout="constrained")
+        axes = np.atleast_2d(figure.subplots(2 * blocks, across, squeeze=False))
+        for axis in axes.flat:
+            axis.set_visible(False)
+        for place, (name, members) in enumerate(arms.items()):
+            block, column = divmod(place, _COLUMNS_A_ROW)
+            _losses(axes[2 * block, column], study, name, members, first=column == 0)
+            _histogram(axes[2 * block + 1, column], study, members, first=column == 0)
+    return figure
+
+
+def divergences(study: Study) -> Figure:
+    """Mean absolute difference from the baseline against the step, one line an arm; identical arms are named aside."""
+    with mpl.rc_context(dict(STYLE)):
+        figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+        axis = figure.subplots()
+        identical, drawn = [], 0
+        for name, members in study.arms().items():
+            steps, size = divergence(study, members)
+            if not len(size) or not size.any():
+                identical.append(name)
+                continue
+            shown = size > 0
+            axis.plot(
+                steps[shown], size[shown], label=_plain(name), color=_CYCLE[drawn % len(_CYCLE)], lw=1.4,
+                ls=_LINES[drawn // len(_CYCLE) % len(_LINES)], marker="o" if shown.sum() < 4 else None, ms=3,
+            )  # fmt: skip
+            drawn += 1
+        if drawn:
+            axis.set_yscale("log")
+            axis.legend(ncols=1 if drawn < 9 else 2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.set_xlabel("step")
+        axis.set_ylabel("mean |loss difference|")
+        axis.grid(alpha=0.25, lw=0.5)
+        if identical:
+            text = "identical to the baseline (bitwise): " + ", ".join(_plain(name) for name in identical)
+            axis.set_title(textwrap.fill(text, 80), fontsize=8, color=GREY, loc="left")
+    return figure
+
+
+def epochs(data: speed.Study) -> Figure:
+    """Time of an epoch relative to standard eager, one panel a model size, with 95 % intervals and published values."""
+    sizes = sorted({cell.parameters for cell in data.times})
+    rows = max(sum(cell.parameters == size for cell in data.times) for size in sizes)
+    with mpl.rc_context(dict(STYLE)):
+        figure = Figure(figsize=(5.2 * len(sizes), 1.5 + 0.42 * rows), layout="constrained")
+        panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+        for axis, size in zip(panels, sizes, strict=True):
+            _relative(axis, data, [cell for cell in data.times if cell.parameters == size])
+            axis.set_title(f"{size:,} parameters", loc="left")
+        figure.supxlabel("filled: eager, open: compiled; bars: 95 % intervals; ×: published", fontsize=8, color=GREY)
+    return figure
+
+
+def _relative(axis: Any, data: speed.Study, cells: Sequence[speed.Cell]) -> None:
+    for place, cell in enumerate(cells):
+        estimate = speed.relative_percent(data, cell)
+        colour = _STRATEGY_COLOUR.get(cell.strategy, PURPLE)
+        if np.isfinite(estimate.low):
+            axis.plot(
+                [estimate.low, estimate.high],
+                [place, place],
+                color=colour,
+                lw=1.4,
+                marker="|",
+                ms=6,
+                solid_capstyle="butt",
+            )
+        axis.plot(
+            estimate.value,
+            place,
+            "s" if cell.compiled else "o",
+            color=colour,
+            ms=5,
+            mfc="white" if cell.compiled else colour,
+        )
+        known = published_speed(cell.parameters, data.runs[cell][0].type_embedding_dim, cell.strategy, cell.compiled)
+        if known and cell != data.reference(cell):
+            axis.plot(known["relative_percent"], place - 0.28, "x", color="black", ms=5, mew=1.2)
+        seconds = f"{number(float(np.mean(list(data.times[cell].values()))))} s"
+        text = seconds if cell == data.reference(cell) else f"{percent(estimate.value)}  ({seconds})"
+        axis.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axis.axvline(0, color=GREY, lw=0.8, zorder=0)
+    axis.set_yticks(range(len(cells)), [cell.name for cell in cells])
+    axis.set_ylim(len(cells) - 0.4, -0.6)
+    axis.margins(x=0.12)
+    axis.grid(axis="x", alpha=0.25, lw=0.5)
+    axis.set_xlabel("epoch time relative to standard eager, %")
+
+
+def _losses(axis: Any, study: Study, name: str, members: Sequence[int], *, first: bool) -> None:
+    axis.set_visible(True)
+    colour = ORANGE
+    for run in members:
+        seen = study.present[run]
+        axis.plot(
+            study.steps[seen], study.losses[run, seen], color=colour, lw=1.6, alpha=1 if len(members) == 1 else 0.6
+        )
+    seen = study.present[0]
+    axis.plot(study.steps[seen], study.losses[0, seen], color=BLUE, lw=0.8, ls=(0, (4, 2)))
+    axis.plot([], [], color=colour, lw=1.6, label=_plain(name))
+    axis.plot([], [], color=BLUE, lw=0.8, ls=(0, (4, 2)), label=_plain(study.baseline.label))
+    losses = study.losses[[0, *members]]
+    positive = losses[np.isfinite(losses)]
+    if len(positive) and positive.min() > 0:
+        axis.set_yscale("log")
+        decades = math.log10(positive.max() / positive.min())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    repeats = f" ({len(members)} runs)" if len(members) > 1 else ""
+    axis.set_title(f"{_plain(name)}{repeats}")
+    axis.legend(loc="upper right", handlelength=2.2)
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if first:
+        axis.set_ylabel("loss")
+
+
+def _histogram(axis: Any, study: Study, members: Sequence[int], *, first: bool) -> None:
+    axis.set_visible(True)
+    difference = np.concatenate([study.differences(run)[1] for run in members])
+    difference = difference[np.isfinite(difference)]
+    inside = difference[np.abs(difference) <= CUT]
+    excluded = len(difference) - len(inside)
+    axis.hist(inside, bins=np.linspace(-CUT, CUT, 42), color=ORANGE, edgecolor="white", lw=0.3)
+    axis.set_xlim(-CUT * 1.05, CUT * 1.05)
+    axis.set_xticks([-CUT, -CUT / 2, 0, CUT / 2, CUT])
+    axis.set_xticklabels(["−0.02", "−0.01", "0", "0.01", "0.02"])
+    axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.set_ylim(0, max(1.0, axis.get_ylim()[1]) * 1.42)
+    axis.set_xlabel("loss difference")
+    if first:
+        axis.set_ylabel("logged steps")
+    text = f"{excluded} of {len(difference)} points\noutside ±0.020"
+    if len(difference) and not difference.any():
+        text = f"{text}\nidentical (bitwise)"
+    axis.annotate(text, (0.03, 0.97), xycoords="axes fraction", va="top", fontsize=7.5)
+    _zoom(axis, difference, inside)
+
+
+def _zoom(axis: Any, difference: NDArray, inside: NDArray) -> None:
+    """An inset with the central 99 % on their own scale, where the fixed cut shows a few bars or few of the points."""
+    if not len(difference) or not difference.any():
+        return
+    reach = float(np.quantile(np.abs(difference), 0.99)) or float(np.abs(difference).max())
+    if reach >= CUT / 5 and len(inside) >= len(difference) / 2:
+        return
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.45)
+    inset = axis.inset_axes((0.60, 0.54, 0.38, 0.30))
+    scale = 10.0 ** math.floor(math.log10(reach))
+    shown = difference[np.abs(difference) <= reach] / scale
+    inset.hist(shown, bins=np.linspace(-reach / scale, reach / scale, 22), color=GREEN)
+    inset.set_yticks([])
+    inset.spines["left"].set_visible(False)
+    inset.tick_params(labelsize=6.5, length=2, pad=1)
+    inset.xaxis.set_major_locator(MaxNLocator(3))
+    inset.set_title(f"own scale, 1e{math.log10(scale):.0f}", fontsize=6.5, pad=2)
+
+
+def _plain(label: str) -> str:
+    return label.replace("_", " ")

@@ -1,0 +1,95 @@
+"""What a model is called with."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Frames put one after another, with their edges.
+
+    Edge `e` points from centre `i = edge_index[0, e]` to neighbour `j = edge_index[1, e]`; its vector is
+    `positions[j] + edge_shift[e] - positions[i]`. Edges are sorted by centre.
+
+    `neighbours` is the same list seen from the atoms: row `i` holds the numbers of the edges whose centre is atom `i`, and
+    `edges` (one past the last) where it is padded. Models that contract over the edges of a centre use it. `incoming` is its
+    mirror, of the same shape: the edges whose neighbour is the atom. `with_neighbours()` makes both where they are missing.
+
+    `frames_total` and `atoms_total` are the counts of the whole global batch (all ranks, all accumulated micro-batches), which
+    the sampler knows; a loss divides by them (`ddpkit.global_mean`). Where they are missing the batch is the whole.
+
+    In a padded batch, `mask` is False for atoms that only fill it up; those belong to the last frame, and edges between them are
+    longer than any cutoff.
+    """
+
+    positions: Tensor  # [atoms, 3] float64, Å
+    species: Tensor  # [atoms] int64, index into the model's species
+    frame: Tensor  # [atoms] int64, the frame of each atom
+    edge_index: Tensor  # [2, edges] int64
+    edge_shift: Tensor  # [edges, 3] float64, Å
+    num_frames: int
+    cell: Tensor | None = None  # [frames, 3, 3] float64, Å, rows are lattice vectors; None for molecules
+    neighbours: Tensor | None = None  # [atoms, most neighbours] int64
+    incoming: Tensor | None = None  # [atoms, most neighbours] int64
+    mask: Tensor | None = None  # [atoms] bool
+    energy: Tensor | None = None  # [frames] float64, eV
+    forces: Tensor | None = None  # [atoms, 3] float64, eV/Å
+    stress: Tensor | None = None  # [frames, 3, 3] float64, eV/Å^3
+    frames_total: Tensor | None = None  # [] float64
+    atoms_total: Tensor | None = None  # [] float64
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that hold tensors, by name."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+    def replace(self, **changes: Any) -> "Batch":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device."""
+        return self.replace(**{k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors().items()})
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return self.replace(**{k: v.pin_memory() for k, v in self.tensors().items()})
+
+    def with_neighbours(self) -> "Batch":
+        """This batch with `neighbours` and `incoming` filled in (waits for the device where the edges lie on one)."""
+        if self.neighbours is not None and self.incoming is not None:
+            return self
+        centre, neighbour = self.edge_index[0], self.edge_index[1]
+        atoms = self.positions.shape[0]
+        both = torch.cat((torch.bincount(centre, minlength=atoms), torch.bincount(neighbour, minlength=atoms)))
+        most = int(both.max()) if both.numel() else 0
+        return self.replace(
+            neighbours=neighbour_table(centre, atoms, most), incoming=neighbour_table(neighbour, atoms, most)
+        )
+
+
+def neighbour_table(ends: Tensor, atoms: int, most: int | None = None) -> Tensor:
+    """The edges at each atom, padded.
+
+    Args:
+        ends: `[edges]`, the atom at one end of each edge.
+        atoms: number of atoms.
+        most: columns of the table; the most edges at an atom where None.
+
+    Returns:
+        `[atoms, most]` int64: edge numbers, ascending, and `edges` where padded.
+    """
+    edges = ends.shape[0]
+    counts = torch.bincount(ends, minlength=atoms)
+    if most is None:
+        most = int(counts.max()) if counts.numel() else 0
+    first = counts.cumsum(0) - counts
+    order = torch.argsort(ends, stable=True)
+    row = ends[order]
+    table = ends.new_full((atoms, most), edges)
+    table[row, torch.arange(edges, device=ends.device) - first[row]] = order
+    return table

@@ -1,0 +1,134 @@
+"""Checkpoints that are whole or absent, and that load without running code."""
+
+import os
+import threading
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddpkit.errors import InputError
+
+FORMAT = 1
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of nested state with every tensor on the CPU, independent of what training does next."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(snapshot(value) for value in state)
+    return state
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint to a temporary name, then renames it.
+
+    Raises:
+        InputError: the disk is full or cannot be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"The checkpoint {path} could not be written ({error}): free some space; the one before it is untouched."
+        ) from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU; tensors and plain values only.
+
+    Raises:
+        InputError: the file is missing, torn, or no checkpoint of this package.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"There is no checkpoint {path}: give a run folder that has one, or start afresh without resume."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}): it is truncated or no checkpoint; use another one."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path} is not a ddpkit checkpoint of format {FORMAT}: use one that this version wrote.")
+    return state
+
+
+def inference_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The weights to predict with: averaged ones where the run kept them."""
+    if state["ema"] is None:
+        return dict(state["model"])
+    return {name.removeprefix("module."): value for name, value in state["ema"].items() if name.startswith("module.")}
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint to predict with: a run folder's best, else its last; a file is one itself."""
+    if not path.is_dir():
+        return path
+    best = path / "checkpoints" / "best.pt"
+    return best if best.is_file() else path / "checkpoints" / "last.pt"
+
+
+def load_model(path: Path) -> nn.Module:
+    """The model of a run folder (its best checkpoint, else its last) or of a checkpoint file, ready to predict.
+
+    The model's class is named in the checkpoint; it must be a torch module.
+
+    Raises:
+        InputError: there is no such checkpoint, or its model cannot be built here.
+    """
+    path = checkpoint_of(path)
+    state = load(path)
+    spec = dict(state["model_spec"])
+    home, _, name = spec.pop("_target_").rpartition(".")
+    kind = getattr(import_module(home), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise InputError(
+            f"The model {home}.{name} of {path} is not a torch module here: install the package that it belongs to."
+        )
+    model = kind(**spec)
+    model.load_state_dict(inference_weights(state))
+    return model.eval()
+
+
+class Writer:
+    """Writes checkpoints behind the training loop's back: the loop waits for the copy to the CPU alone."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, paths: list[Path], state: dict[str, Any]) -> None:
+        """Starts writing `state` to every path, once the write before has ended."""
+        self.wait()
+        copied = snapshot(state)
+        self._thread = threading.Thread(target=self._write, args=(paths, copied), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, paths: list[Path], state: dict[str, Any]) -> None:
+        try:
+            for path in paths:
+                save(path, state)
+        except BaseException as error:  # noqa: BLE001  (raised where the loop waits)
+            self._error = error
+
+    def wait(self) -> None:
+        """Waits for the write under way and raises what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

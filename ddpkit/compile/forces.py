@@ -1,0 +1,278 @@
+"""A compiled model that autograd can go through: energy, forces, and the derivative of any loss on them by the parameters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ddpkit.compile import parity
+from ddpkit.compile.graph import (
+    Conditions,
+    Kernel,
+    Symbols,
+    Traced,
+    is_changed,
+    lower,
+    output_of,
+    size_oblivious,
+    trace,
+)
+from ddpkit.compile.layout import Layout, describe
+from ddpkit.compile.objective import State, undisturbed
+from ddpkit.compile.variants import Code, Variants
+
+
+def compile_forces(
+    model: nn.Module, example_batch: Any, *, tolerance: float | None = None, examples: Sequence[Any] = ()
+) -> "CompiledForces":
+    """Compiles a model that computes forces (or other derivatives) inside, so that a loss on them can be differentiated.
+
+    The result is called like the model and trained like it: its parameters are the model's. Gradients by parameters are
+    compiled; those by the batch are not there. In evaluation mode, or without gradients, the model itself runs.
+
+    All ranks come by together: one on each host compiles, the others find the code on its disk.
+
+    Args:
+        model: called with a batch, returns a tensor or a pytree of tensors; calls `torch.autograd.grad(..., create_graph=True)`
+            inside as it likes.
+        example_batch: a `Batch`, or any pytree of tensors. Sizes may change afterwards.
+        tolerance: by how much compiled and eager code may differ, relative; by default 1e-10 in float64 and 1e-4 in float32.
+        examples: batches of other shapes. In a `Batch` it is known what may vary; for other batches they tell, and what they
+            do not tell costs another compilation later.
+
+    Raises:
+        ParityError: compiled code computes something else than eager code.
+    """
+    compiled = CompiledForces(model, tolerance=tolerance, examples=examples)
+    compiled.prepare(example_batch)
+    return compiled
+
+
+@dataclass
+class ForcesCode(Code):
+    """A compiled model.
+
+    Attributes:
+        forward: `sizes, leaves, state -> outputs, changed buffers, saved`.
+        backward: from what `arguments` lists to gradients.
+        result: how the outputs are put together.
+        is_tensor: which leaves of that are tensors.
+        constants: those that are not.
+        differentiable: which of the tensors have a derivative.
+        updated: places in the state of buffers that the model changes.
+        used: which trained parameters have a gradient.
+        arguments: where the backward code's inputs come from: `("saved", n)` or `("tangent", n)`.
+    """
+
+    forward: Kernel
+    backward: Kernel
+    result: pytree.TreeSpec
+    is_tensor: list[bool]
+    constants: list[Any]
+    differentiable: list[bool]
+    updated: list[int]
+    used: list[bool]
+    arguments: list[tuple[str, int]]
+
+
+class _Apply(torch.autograd.Function):
+    """Forward and backward code as one node of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, code: ForcesCode, sizes: dict[str, int], leaves: list[Tensor], *state: Tensor) -> Any:  # type: ignore[override]
+        outputs = list(code.forward([*(sizes[name] for name in code.layout.names), *leaves, *state]))
+        count, updates = len(code.differentiable), len(code.updated)
+        for n, value in zip(code.updated, outputs[count : count + updates], strict=True):
+            state[n].copy_(value)
+        saved = outputs[count + updates :]
+        ctx.code, ctx.states = code, len(state)
+        ctx.plain = [None if isinstance(x, Tensor) else x for x in saved]
+        ctx.save_for_backward(*(x for x in saved if isinstance(x, Tensor)))
+        results = [x.view_as(x) if any(x is leaf for leaf in leaves) else x for x in outputs[:count]]
+        ctx.mark_non_differentiable(*(x for x, there in zip(results, code.differentiable, strict=True) if not there))
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        code: ForcesCode = ctx.code
+        tensors = iter(ctx.saved_tensors)
+        sources = {
+            "saved": [next(tensors) if x is None else x for x in ctx.plain],
+            "tangent": [g.contiguous() for g, there in zip(gradients, code.differentiable, strict=True) if there],
+        }
+        found = iter(code.backward([sources[kind][n] for kind, n in code.arguments]))
+        mine = [next(found) if there else None for there in code.used]
+        return None, None, None, *mine, *([None] * (ctx.states - len(mine)))
+
+
+class CompiledForces(nn.Module):
+    """Made by `compile_forces`.
+
+    Args:
+        model: what is compiled.
+        tolerance: see `compile_forces`.
+        examples: see `compile_forces`.
+
+    Attributes:
+        model: the model itself.
+    """
+
+    def __init__(self, model: nn.Module, *, tolerance: float | None = None, examples: Sequence[Any] = ()) -> None:
+        super().__init__()
+        self.model = model
+        self._tolerance, self._examples = tolerance, list(examples)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kind: tuple[bool, ...] = ()
+        self._variants = Variants(self._trace, self._lower, self._compare, self._examples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy compiles anew: code belongs to the process."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_variants", "_state")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+    @property
+    def seconds_compile(self) -> float:
+        """Seconds spent on tracing, compiling and checking."""
+        return self._variants.seconds
+
+    @property
+    def differences(self) -> list[parity.Difference]:
+        """What the checks against eager code have found."""
+        return self._variants.differences
+
+    def forward(self, batch: Any) -> Any:
+        """Calls the model's compiled code, or the model itself where there is nothing to differentiate."""
+        if not self.training or not torch.is_grad_enabled():
+            return self.model(batch)
+        self._note_kind()
+        leaves, structure = pytree.tree_flatten(batch)
+        found = self._variants.find(batch, leaves, structure)
+        return self.model(batch) if found is None else self._call(*found, leaves)
+
+    def prepare(self, batch: Any) -> None:
+        """Traces, compiles and checks, if that has not been done. All ranks come by together.
+
+        Args:
+            batch: one that is going to be trained on.
+
+        Raises:
+            ParityError: compiled code computes something else than eager code.
+        """
+        self._note_kind()
+        if not self._variants.codes and self.training:
+            self._variants.prepare(batch)
+
+    def _call(self, code: ForcesCode, sizes: dict[str, int], leaves: Sequence[Any]) -> Any:
+        tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
+        outputs = iter(_Apply.apply(code, sizes, tensors, *self._state.tensors()))  # type: ignore[no-untyped-call]
+        constants = iter(code.constants)
+        return pytree.tree_unflatten(
+            [next(outputs) if tensor else next(constants) for tensor in code.is_tensor], code.result
+        )
+
+    def _note_kind(self) -> None:
+        """Forgets the code where another set of parameters is trained, or modules have changed between train and eval."""
+        kind = (*(p.requires_grad for p in self.parameters()), *(m.training for m in self.modules()))
+        if kind != self._kind:
+            self._kind = kind
+            self._variants.clear()
+            self._state = State(self.model, [p for p in self.model.parameters() if p.requires_grad])
+
+    def _trace(self, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, dict[str, Any]]:
+        """The joint graph of outputs and gradients, and what else there is to an code."""
+        layout = Layout.of(examples)
+        found: dict[str, Any] = {"layout": layout}
+        state = self._state
+
+        def run(batch: Any, fixed: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+            values = dict(zip(state.names, fixed, strict=True))
+            trained = {name: values[name].detach().requires_grad_() for name in state.names[: state.trained]}
+            rest = {name: values[name].clone() for name in state.names[state.trained :]}
+            with torch.enable_grad():
+                result = functional_call(self.model, {**rest, **trained}, (batch,))
+            leaves, found["result"] = pytree.tree_flatten(result)
+            found["is_tensor"] = [isinstance(leaf, Tensor) for leaf in leaves]
+            found["constants"] = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+            outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            found["differentiable"] = [leaf.requires_grad for leaf in outputs]
+            return outputs, trained, rest
+
+        def tangents(symbols: Symbols) -> list[Tensor]:
+            with size_oblivious(), symbols.fake, enable_python_dispatcher():
+                outputs, _, _ = run(layout.fill(symbols.sizes, symbols.leaves), symbols.like(state.tensors()))
+                return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in outputs if x.requires_grad]
+
+        def function(batch: Any, fixed: list[Tensor], given: list[Tensor] | None = None) -> list[Tensor | None]:
+            outputs, trained, rest = run(batch, fixed)
+            gradients = torch.autograd.grad(
+                [x for x in outputs if x.requires_grad], list(trained.values()), given, allow_unused=True
+            )
+            changed = {state.names.index(name): value for name, value in rest.items() if is_changed(value)}
+            found["updated"] = list(changed)
+            found["used"] = [gradient is not None for gradient in gradients]
+            return [*(x.detach() for x in outputs), *changed.values(), *gradients]
+
+        return trace(function, layout, sizes, state.tensors(), tangents), found
+
+    def _lower(self, traced: tuple[Traced, dict[str, Any]]) -> ForcesCode:
+        """Cuts the joint graph where little has to be kept, and compiles both halves."""
+        joint, found = traced
+        graph, symbols = joint.graph, joint.symbols
+        kept = len(found["differentiable"]) + len(found["updated"])
+        with size_oblivious(), tracing(TracingContext(symbols.fake)):
+            joint_graph_passes(graph)
+            first, second = min_cut_rematerialization_partition(graph, joint.inputs, num_fwd_outputs=kept)
+        saved = [node.name for node in output_of(first).args[0][kept:]]  # type: ignore[union-attr, index]
+        primals = sum(1 for x in graph.graph.nodes if x.op == "placeholder" and "tangents" not in x.name)
+        wanted = [node for node in second.graph.nodes if node.op == "placeholder"]
+        tangents = [node.name for node in graph.graph.nodes if node.op == "placeholder" and "tangents" in node.name]
+        arguments = [
+            ("tangent", tangents.index(node.name)) if node.name in tangents else ("saved", saved.index(node.name))
+            for node in wanted
+        ]
+        first_fixed = len(symbols.sizes) + len(symbols.leaves)
+        strides: list[Any] = []
+        forward = lower(
+            first, symbols, joint.inputs[:primals], range(first_fixed, primals), inference=False, strides=strides
+        )
+        values = [node.meta["val"] for node in wanted]
+        with size_oblivious(), symbols.fake:  # what the first half keeps may lie otherwise in memory than it was traced
+            for n, (kind, place) in enumerate(arguments):
+                if kind == "saved" and isinstance(values[n], Tensor) and strides[kept + place] is not None:
+                    values[n] = values[n].as_strided(values[n].shape, strides[kept + place])
+        backward = lower(second, symbols, values, (), backward=True, inference=False)
+        return ForcesCode(
+            forward=forward, backward=backward, conditions=Conditions(symbols), arguments=arguments, **found
+        )
+
+    def _compare(
+        self, code: ForcesCode, batch: Any, leaves: Sequence[Any], sizes: dict[str, int]
+    ) -> list[parity.Difference]:
+        """Differences from eager code of the outputs, and of the gradient of a loss on them; leaves everything as it was."""
+        state = self._state.tensors()
+        names = self._state.names[: self._state.trained]
+        both = []
+        for call in (lambda: self._call(code, sizes, leaves), lambda: self.model(batch)):
+            with undisturbed(state[len(names) :]) as before:
+                outputs = parity.named(call())
+                gradients = torch.autograd.grad(parity.probe(outputs), state[: len(names)], allow_unused=True)
+                values = {k: v.detach() for k, v in outputs.items()}
+                both.append(values | dict(zip(names, gradients, strict=True)) | self._state.moved(before))
+        tolerance = self._tolerance or parity.tolerance_for(state)
+        compiled, eager = both
+        return parity.differences(compiled, eager, names, tolerance, describe(sizes))

@@ -1,0 +1,314 @@
+"""Functions of batches as graphs: tracing with symbolic sizes, and compiling with Inductor.
+
+The function is traced once, below autograd: what it does with `torch.autograd.grad` (forces, and parameter gradients of a loss
+on forces) comes out as ordinary operations, so nothing differentiates the graph afterwards. The graph goes to Inductor's inner
+compiler as it is: `torch.compile` would trace it twice again, by Dynamo and by AOTAutograd, and would refuse double backward.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+import torch._inductor.config as inductor_config
+import torch.fx.experimental._config as symbolic_config
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter
+
+from ddpkit.compile.layout import Layout, TensorLeaf
+from ddpkit.errors import InputError
+
+# On a CPU, Inductor would compute what is gathered anew at every place it is gathered to, one number at a time: NequIP's
+# compiled step was slower than the eager one. Stored first, it is a fast loop of its own, and there is less code to compile.
+_ON_CPU = {"realize_opcount_threshold": 1, "realize_reads_threshold": 1}
+# With symbolic sizes, Triton kernels whose loops were reordered may fail to split (CantSplit, pytorch issue 183696).
+_ON_GPU = {"loop_ordering_after_fusion": False}
+_ATTEMPTS = 3
+
+# Takes a batch and tensors that are not part of it, such as parameters; may write into the latter.
+Function = Callable[..., Sequence[Tensor | None]]
+
+
+class Symbols:
+    """Symbolic sizes, and fake tensors that have them.
+
+    Args:
+        layout: names the sizes.
+        sizes: of the batch at hand; generated code is tuned for them.
+        fixed: sizes that are something else.
+    """
+
+    def __init__(self, layout: Layout, sizes: Mapping[str, int], fixed: set[int]) -> None:
+        self.env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+        self.fake = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.sizes: dict[str, Any] = {}
+        self.symbols: dict[str, sympy.Symbol] = {}
+        hints = distinct(sizes, fixed) if layout.is_known else sizes
+        for name, hint in hints.items():
+            source = ConstantSource(name)
+            symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+            self.symbols[name] = symbol  # type: ignore[assignment]
+            self.sizes[name] = self.env.create_symintnode(symbol, hint=hint, source=source)
+        with self.fake:
+            self.leaves = [
+                torch.empty(
+                    [self.sizes[d] if isinstance(d, str) else d for d in leaf.dims],
+                    dtype=leaf.dtype,
+                    device=leaf.device,
+                )  # type: ignore[call-overload]
+                for leaf in layout.leaves
+                if isinstance(leaf, TensorLeaf)
+            ]
+
+    def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Fake tensors of the same fixed shapes, strides, dtypes and devices."""
+        with self.fake:
+            return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
+
+
+def distinct(sizes: Mapping[str, int], fixed: set[int]) -> dict[str, int]:
+    """Sizes near the given ones, none the same as another, or as one that is fixed, or smaller than 5."""
+    hints: dict[str, int] = {}
+    for name, size in sizes.items():
+        hint = max(size, 5)
+        while hint in fixed or hint in hints.values():
+            hint += 1
+        hints[name] = hint
+    return hints
+
+
+@contextlib.contextmanager
+def size_oblivious() -> Iterator[None]:
+    """While tracing, a size that may be 1 is not asked whether it is."""
+    patched = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with patched, torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+@dataclass
+class Traced:
+    """A graph of `sizes, leaves of the batch, fixed tensors` (and `tangents`) -> outputs.
+
+    Attributes:
+        graph: the graph.
+        symbols: what its sizes are.
+        inputs: the fake tensors and symbolic sizes it was traced with.
+        outputs: the fake outputs, None where the function returned None.
+    """
+
+    graph: fx.GraphModule
+    symbols: Symbols
+    inputs: list[Any]
+    outputs: list[Tensor | None]
+
+
+def trace(
+    function: Function,
+    layout: Layout,
+    sizes: Mapping[str, int],
+    fixed: Sequence[Tensor],
+    tangents: Callable[[Symbols], Sequence[Tensor]] | None = None,
+) -> Traced:
+    """Traces `function(batch, fixed)`, or with tangents `function(batch, fixed, tangents)`.
+
+    Args:
+        function: returns tensors and Nones; may change tensors of `fixed` in place, but not those of the batch.
+        layout: the form of batches.
+        sizes: of the batch at hand.
+        fixed: tensors of fixed shape.
+        tangents: makes fake tensors that are given as a third argument.
+    """
+    symbols = Symbols(layout, sizes, {size for tensor in fixed for size in tensor.shape})
+    fake_fixed = symbols.like(fixed)
+    primals = [*symbols.sizes.values(), *symbols.leaves, *fake_fixed]
+    fake_tangents = [] if tangents is None else list(tangents(symbols))
+    first_leaf, first_fixed = len(symbols.sizes), len(symbols.sizes) + len(symbols.leaves)
+    present: list[bool] = []
+
+    def flat(primals: list[Any], tangents: list[Tensor]) -> list[Tensor]:
+        with FunctionalTensorMode():
+            inner = [_functional(x) for x in primals]
+            inner_tangents = [_functional(x) for x in tangents]
+            batch = layout.fill(dict(zip(symbols.sizes, inner, strict=False)), inner[first_leaf:first_fixed])
+            arguments = (batch, inner[first_fixed:]) if not tangents else (batch, inner[first_fixed:], inner_tangents)
+            outputs = function(*arguments)
+            results = [None if x is None else _plain(x) for x in outputs]
+            changed = {n: _plain(x) for n, x in enumerate(inner) if isinstance(x, Tensor) and is_changed(x)}
+        for n, value in changed.items():
+            if n < first_fixed:
+                raise InputError("The model changes its batch in place: let it work on copies.")
+            primals[n].copy_(value)
+        present[:] = [x is not None for x in results]
+        return [x for x in results if x is not None]
+
+    with size_oblivious(), symbols.fake, enable_python_dispatcher():
+        graph = make_fx(flat, decomposition_table=select_decomp_table(), tracing_mode="real")(primals, fake_tangents)
+    graph = fx.GraphModule(graph, fx_graph_cse(graph.graph))
+    graph.graph.eliminate_dead_code()
+    values = iter([node.meta["val"] for node in output_of(graph).args[0]])  # type: ignore[union-attr]
+    return Traced(graph, symbols, [*primals, *fake_tangents], [next(values) if there else None for there in present])
+
+
+def _functional(x: Any) -> Any:
+    return FunctionalTensor.to_functional(x) if isinstance(x, Tensor) else x
+
+
+def _plain(x: Any) -> Any:
+    if not isinstance(x, FunctionalTensor):
+        return x  # a constant of the model
+    return x.from_functional()
+
+
+def is_changed(x: Tensor) -> bool:
+    """Whether a tensor that a traced function was given has been changed in place."""
+    assert isinstance(x, FunctionalTensor)
+    return bool(torch._functionalize_has_data_mutation(x.elem))  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def output_of(graph: fx.GraphModule) -> fx.Node:
+    """The node that lists a graph's outputs."""
+    return graph.graph.output_node()
+
+
+Kernel = Callable[[list[Any]], Sequence[Any]]  # empties the list of inputs
+
+
+def lower(
+    graph: fx.GraphModule,
+    symbols: Symbols,
+    inputs: Sequence[Any],
+    fixed: Sequence[int],
+    *,
+    backward: bool = False,
+    inference: bool = True,
+    strides: list[Any] | None = None,
+) -> Kernel:
+    """Compiles a graph with Inductor, or takes it from Inductor's cache on disk.
+
+    Args:
+        graph: what to compile.
+        symbols: its sizes.
+        inputs: fake inputs.
+        fixed: places of inputs whose memory stays where it is.
+        backward: whether this is the second half of a function.
+        inference: whether nothing is kept for a second half.
+        strides: is filled with the strides that the outputs really have, None for sizes.
+    """
+    on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
+    patched = inductor_config.patch(_ON_GPU if on_gpu else _ON_CPU)
+    with size_oblivious(), tracing(TracingContext(symbols.fake)), patched:
+        if inference:
+            joint_graph_passes(graph)
+        output = output_of(graph)
+        # outputs keep the strides they were traced with
+        output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
+        for left in range(_ATTEMPTS - 1, -1, -1):
+            try:
+                return compile_fx_inner(  # type: ignore[return-value]
+                    _copy(graph),
+                    list(inputs),
+                    static_input_idxs=list(fixed),
+                    is_backward=backward,
+                    is_inference=inference,
+                )
+            except (InductorError, ImportError, OSError) as error:
+                if not (left and _removed_torn_library(error)):
+                    raise
+        raise AssertionError
+
+
+def _copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy to compile, which rewrites what it is given."""
+    nodes = fx.Graph()
+    output = nodes.output(nodes.graph_copy(graph.graph, {}))
+    output.meta = dict(output_of(graph).meta)
+    return fx.GraphModule(graph, nodes)
+
+
+def _removed_torn_library(error: Exception) -> bool:
+    """Removes a library that a compiler was killed over, and that Inductor's cache would offer for ever after.
+
+    Args:
+        error: what loading it raised.
+    """
+    found = re.search(r"(/\S+\.so): (file too short|invalid ELF header|file data .* extend)", str(error))
+    if found is None:
+        return False
+    Path(found[1]).unlink(missing_ok=True)
+    return True
+
+
+class Conditions:
+    """For which sizes a graph holds.
+
+    Tracing and code generation note every decision that depends on a size. Whether a size is 1 is only asked to tell whether it
+    is broadcast, and code for any other size is right for 1 unless the function itself broadcasts; this is tried before use
+    (`ones`).
+
+    Args:
+        symbols: after tracing and lowering.
+
+    Attributes:
+        not_one: names of sizes that were taken not to be 1.
+        ones: those of them for which 1 has been tried and found right.
+    """
+
+    def __init__(self, symbols: Symbols) -> None:
+        names = {symbol: name for name, symbol in symbols.symbols.items()}
+        self.not_one: set[str] = set()
+        self.ones: set[str] = set()
+        tests: list[sympy.Basic] = []
+        for guard in symbols.env.guards:
+            symbol = _asks_for_one(guard.expr)
+            if symbol is not None and symbol in names:
+                self.not_one.add(names[symbol])
+            else:
+                tests.append(guard.expr)
+        tests += [
+            sympy.Eq(symbol, symbols.env.replacements[symbol]) for symbol in names if symbol in symbols.env.replacements
+        ]
+        self.text = [PythonPrinter().doprint(test) for test in tests]  # type: ignore[no-untyped-call]
+        arguments = ", ".join(str(symbol) for symbol in names)
+        source = f"lambda {arguments}: {' and '.join(f'({test})' for test in self.text) or 'True'}"
+        self._test = eval(source, dict(SYMPY_INTERP))  # noqa: S307  (printed by sympy from our own symbols)
+        self._names = list(names.values())
+
+    def hold(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the graph may be used for these sizes."""
+        values = [sizes[name] for name in self._names]
+        small = [name for name, size in zip(self._names, values, strict=True) if size < 2]
+        if any(sizes[name] == 0 or (name in self.not_one and name not in self.ones) for name in small):
+            return False
+        return bool(self._test(*values))
+
+
+def _asks_for_one(test: sympy.Basic) -> sympy.Basic | None:
+    """The symbol s if the test is s != 1, s >= 2 or s > 1."""
+    if not isinstance(test, sympy.Ne | sympy.Ge | sympy.Gt | sympy.Le | sympy.Lt):
+        return None
+    left, right = test.args
+    bounds: dict[type, int] = {sympy.Ne: 1, sympy.Ge: 2, sympy.Gt: 1}
+    mirrored: dict[type, int] = {sympy.Ne: 1, sympy.Le: 2, sympy.Lt: 1}
+    for kind, bound in bounds.items():
+        if isinstance(test, kind) and left.is_Symbol and right == bound:
+            return left
+    for kind, bound in mirrored.items():
+        if isinstance(test, kind) and right.is_Symbol and left == bound:
+            return right
+    return None

@@ -1,0 +1,96 @@
+"""What a training step differentiates: a model and its criterion."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ddpkit.errors import InputError
+
+Criterion = Callable[[Any, Any], Any]
+
+_SHOWN = ("energy", "forces", "stress")  # outputs of a model that are compared with eager
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a criterion returned."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise InputError('The criterion must return the loss as a 0-d tensor, or a dict with it under "loss".')
+    return loss
+
+
+def total(outputs: Sequence[Any]) -> Any:
+    """Sums the criterion's outputs of several micro-batches, leaf by leaf."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return pytree.tree_map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *outputs)
+
+
+class Objective(nn.Module):
+    """Model and criterion as one module.
+
+    Args:
+        model: called with a batch.
+        criterion: called with the model's output and the batch. What it holds as a module is read at every step; what it holds
+            otherwise is part of the compiled code.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Criterion) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
+        """What the criterion returned, and what the model did."""
+        output = self.model(batch)
+        shown = {name: output[name] for name in _SHOWN if name in output} if isinstance(output, Mapping) else {}
+        return self.criterion(output, batch), shown
+
+
+class State:
+    """Parameters and buffers of a module, found once.
+
+    Attributes:
+        names: of the tensors; those that are trained come first.
+        trained: how many are.
+    """
+
+    def __init__(self, module: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+        wanted = {id(p) for p in trained}
+        everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        first = {name: t for name, t in everything.items() if id(t) in wanted}
+        rest = {name: t for name, t in everything.items() if id(t) not in wanted}
+        self.names = [*first, *rest]
+        self.trained = len(first)
+        self._homes = [_home(module, name) for name in self.names]
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors as they are now."""
+        return [home[name] for home, name in self._homes]
+
+    def moved(self, before: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By how much those that are not trained have changed, by name."""
+        now = zip(self.names[self.trained :], self.tensors()[self.trained :], before, strict=True)
+        return {name: tensor.detach() - old for name, tensor, old in now if tensor.dtype is not torch.bool}
+
+
+def _home(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return (owner._parameters if last in owner._parameters else owner._buffers), last  # noqa: SLF001  (no public way by name that is as fast)
+
+
+@contextmanager
+def undisturbed(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Puts back what happens to tensors inside; yields copies of them."""
+    before = [t.detach().clone() for t in tensors]
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)

@@ -1,0 +1,50 @@
+"""Ranks that compile the same code without tripping each other."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from ddpkit.launch import PATIENT_TIMEOUT, agree, first_rank_first, store
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def in_turn(trace: Callable[[], T], lower: Callable[[T], U]) -> U:
+    """Traces on all ranks at once, then compiles on one rank of each host, then on the others, which find the code on disk.
+
+    Nobody waits in a collective meanwhile: ranks wait for one another through the store. An error on one rank is raised on all.
+
+    Args:
+        trace: makes a graph.
+        lower: compiles it.
+    """
+    result: U | None = None
+    with agree("tracing the model"):
+        graph = trace()
+    with first_rank_first("compiling the model", per_host=True) as goes_first:
+        if goes_first:
+            result = lower(graph)
+    with agree("compiling the model"):
+        if not goes_first:
+            result = lower(graph)
+    return result  # type: ignore[return-value]
+
+
+_shared = 0
+
+
+def of_first_rank(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Rank 0's sizes: ranks that tune code for the same sizes generate the same code."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(sizes)
+    global _shared  # noqa: PLW0603  (ranks count alike)
+    _shared += 1
+    key, shared = f"compile/{_shared}/sizes", store()
+    if dist.get_rank() == 0:
+        shared.set(key, json.dumps(sizes))
+    shared.wait([key], PATIENT_TIMEOUT)
+    theirs = json.loads(shared.get(key))
+    return {name: theirs.get(name, size) for name, size in sizes.items()}

@@ -1,0 +1,152 @@
+"""Compiled code for batches of several forms: when to make it, when to use it, when not to."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from torch.utils import _pytree as pytree
+
+from ddpkit.batch import Batch
+from ddpkit.compile import parity
+from ddpkit.compile.graph import Conditions
+from ddpkit.compile.layout import Layout, describe, sizes_of
+from ddpkit.compile.ranks import in_turn, of_first_rank
+
+_MOST = 8  # forms of batches; any further ones run eagerly
+
+
+@dataclass
+class Code:
+    """Compiled code for batches of one form.
+
+    Attributes:
+        layout: the form.
+        conditions: the sizes it holds for.
+        is_checked: whether it has been compared with eager code.
+    """
+
+    layout: Layout
+    conditions: Conditions
+    is_checked: bool = field(default=False, kw_only=True)
+
+
+C = TypeVar("C", bound=Code)
+T = TypeVar("T")
+
+
+class Variants(Generic[C]):
+    """What has been compiled of a function of batches.
+
+    Args:
+        trace: example batches and sizes to tune for -> a graph.
+        lower: the graph -> code.
+        compare: code, batch, its leaves and sizes -> differences from eager code.
+        examples: batches of other shapes than the first, to tell what varies in them and to check with.
+        grows: whether this rank may compile and check alone later on.
+
+    Attributes:
+        codes: what there is, the latest first.
+        differences: what the checks have found so far, good or bad.
+        seconds: spent on tracing, compiling and checking.
+    """
+
+    def __init__(
+        self,
+        trace: Callable[[Sequence[Any], dict[str, int]], T],
+        lower: Callable[[T], C],
+        compare: Callable[[C, Any, Sequence[Any], dict[str, int]], Sequence[parity.Difference]],
+        examples: Iterable[Any] = (),
+        *,
+        grows: bool = True,
+    ) -> None:
+        self._trace, self._lower, self._compare, self._grows = trace, lower, compare, grows
+        self._examples = list(examples)
+        self.codes: list[C] = []
+        self.differences: list[parity.Difference] = []
+        self.seconds = 0.0
+
+    def clear(self) -> None:
+        """Forgets all code."""
+        self.codes = []
+
+    def prepare(self, batch: Any) -> None:
+        """Traces, compiles and checks the first code. All ranks come by together.
+
+        Raises:
+            ParityError: it computes something else than eager code.
+        """
+        began = time.perf_counter()
+        examples = [batch, *self._examples]
+        sizes = of_first_rank(_tuned_for(examples))
+        code = in_turn(lambda: self._trace(examples, sizes), self._lower)
+        self._check(code, examples)
+        self.codes = [code]
+        self.seconds += time.perf_counter() - began
+
+    def find(self, batch: Any, leaves: Sequence[Any], structure: pytree.TreeSpec) -> tuple[C, dict[str, int]] | None:
+        """The code for a batch, and the batch's sizes; None where eager code has to do.
+
+        Makes code where there is none yet. A `Batch` has a known form, so that new code for one with sizes of 0 or 1 would be no
+        better.
+
+        Args:
+            batch: a batch.
+            leaves: the same, flattened.
+            structure: likewise.
+        """
+        for code in self.codes:
+            sizes = code.layout.sizes(leaves, structure)
+            if sizes is not None and code.conditions.hold(sizes) and self._is_good(code, batch):
+                return code, sizes
+        layout = Layout.of([batch])
+        kin = [code for code in self.codes if code.layout.same_form(layout)]
+        if not self._grows or len(self.codes) >= _MOST or (kin and isinstance(batch, Batch)):
+            shape = describe(sizes_of(layout, batch))
+            warnings.warn(f"A batch of {shape} runs eagerly: the compiled code does not hold for it.", stacklevel=4)
+            return None
+        began = time.perf_counter()
+        kept = [example for example in self._examples if Layout.of([example]).same_form(layout)][-3:]
+        self._examples = [*kept, batch]
+        code = self._lower(self._trace(self._examples, _tuned_for(self._examples)))
+        self._check(code, self._examples)
+        self.codes.insert(0, code)
+        self.seconds += time.perf_counter() - began
+        sizes = sizes_of(code.layout, batch)
+        return (code, sizes) if code.conditions.hold(sizes) and code.is_checked else None
+
+    def _is_good(self, code: C, batch: Any) -> bool:
+        """Whether code has been checked; does so now if no batch was fit for that before."""
+        if not code.is_checked and self._grows:
+            self._check(code, [batch])
+        return code.is_checked
+
+    def _check(self, code: C, examples: Sequence[Any]) -> None:
+        """Compares code with eager code; a size of 1 for which they differ is left to eager code."""
+        found: list[parity.Difference] = []
+        for batch in [sample for example in examples for sample in parity.samples(example)]:
+            leaves, structure = pytree.tree_flatten(batch)
+            sizes = code.layout.sizes(leaves, structure)
+            if sizes is None:
+                continue
+            before = code.conditions.ones
+            code.conditions.ones = before | {name for name, size in sizes.items() if size == 1}
+            if not code.conditions.hold(sizes):
+                code.conditions.ones = before
+                continue
+            differences = self._compare(code, batch, leaves, sizes)
+            if code.conditions.ones & code.conditions.not_one - before and not all(d.is_fine for d in differences):
+                code.conditions.ones = before
+                continue
+            found += differences
+        self.differences += found
+        parity.require(found)
+        code.is_checked = bool(found)
+
+
+def _tuned_for(examples: Sequence[Any]) -> dict[str, int]:
+    """The sizes of the example in which the fewest are 1, or the same as another."""
+    layout = Layout.of(examples)
+    sizes = [sizes_of(layout, example) for example in examples]
+    return max(sizes, key=lambda s: (min(s.values(), default=2) > 1, len(set(s.values()))))

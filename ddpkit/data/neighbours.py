@@ -1,0 +1,67 @@
+"""Neighbour lists."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpkit.data.frame import Frame
+from ddpkit.errors import InputError
+
+
+def neighbour_list(frame: Frame, r_max: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Every ordered pair of atoms closer than the cutoff, periodic images included.
+
+    Cells smaller than the cutoff, mixed periodicity and atoms outside the cell are fine; an atom neighbours its own images, not
+    itself. One thread; the order is canonical (by centre, then neighbour, then image), so that the same frame gives the same bits
+    everywhere.
+
+    Args:
+        frame: the configuration.
+        r_max: cutoff in Å.
+
+    Raises:
+        InputError: the cutoff is not positive.
+
+    Returns:
+        centre `[edges]`, sorted; neighbour `[edges]`; and shift `[edges, 3]` in Å, so that
+        `positions[neighbour] + shift - positions[centre]` is the edge vector.
+    """
+    pairs, images = _search(frame, r_max, "PS")
+    pairs = pairs.astype(np.int64)
+    if frame.cell is None or not frame.pbc.any():
+        order = np.argsort(pairs[:, 0] * len(frame) + pairs[:, 1])
+        return pairs[order, 0], pairs[order, 1], np.zeros((len(pairs), 3))
+    order = np.lexsort((images[:, 2], images[:, 1], images[:, 0], pairs[:, 1], pairs[:, 0]))
+    return pairs[order, 0], pairs[order, 1], images[order].astype(np.float64) @ frame.cell
+
+
+def check_cutoff(r_max: float) -> None:
+    """Refuses what is no cutoff.
+
+    Raises:
+        InputError: it is not positive and finite.
+    """
+    if not 0 < r_max < float("inf"):
+        raise InputError(f"r_max={r_max} Å is no cutoff: give a positive number")
+
+
+def count_edges(frame: Frame, r_max: float) -> tuple[int, int]:
+    """Number of edges, and of atoms without any (isolated ones)."""
+    pairs = _search(frame, r_max, "P")[0]
+    degree = np.bincount(pairs[:, 0].astype(np.int64), minlength=len(frame))
+    return len(pairs), int((degree == 0).sum())
+
+
+def _search(frame: Frame, r_max: float, quantities: str) -> tuple[NDArray[Any], ...]:
+    from vesin import NeighborList
+
+    check_cutoff(r_max)
+    periodic = frame.cell is not None and bool(frame.pbc.any())
+    found: tuple[NDArray[Any], ...] = NeighborList(cutoff=r_max, full_list=True, n_threads=1).compute(
+        points=np.ascontiguousarray(frame.positions),
+        box=np.ascontiguousarray(frame.cell) if periodic else np.zeros((3, 3)),
+        periodic=frame.pbc if periodic else False,
+        quantities=quantities,
+    )
+    return found

@@ -1,0 +1,88 @@
+"""Work spread over processes, results in order."""
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "SLURM_PROCID")
+
+
+def cores() -> int:
+    """Cores that worker processes may use.
+
+    A launcher binds each rank to a few cores; while one rank works the others wait, so workers may use all of the machine's.
+    """
+    bound = os.sched_getaffinity(0)
+    if not any(name in os.environ for name in _LAUNCHERS):
+        return len(bound)
+    _unbind()
+    count = len(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, bound)
+    return count
+
+
+def _begin() -> None:
+    """Prepares a worker: it may use any core, and ends with the process that started it, however that ends."""
+    _unbind()
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+
+    def follow() -> None:
+        starter.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _unbind() -> None:
+    if any(name in os.environ for name in _LAUNCHERS):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def ordered_map(function: Callable[[T], R], tasks: Iterable[T], processes: int) -> Iterator[R]:
+    """`map(function, tasks)` in that many fresh processes of one thread each.
+
+    Results come in the order of the tasks; a few tasks for each process are under way at a time, so that memory is bounded by
+    what the tasks hold. With `processes=0` the work is done in this process.
+    """
+    if processes == 0:
+        yield from map(function, tasks)
+        return
+    with (
+        _one_thread(),
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_begin) as pool,
+    ):
+        waiting: deque[Future[R]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

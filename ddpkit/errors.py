@@ -1,0 +1,20 @@
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is one sentence that names the thing and the remedy. Commands print it and end with exit code 2 on every
+    rank. `everywhere` is set once all ranks are known to raise it.
+    """
+
+    everywhere = False
+
+
+class RankDisagreementError(RuntimeError):
+    """Ranks hold or do different things where they must agree. The message names rank and parameter."""
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """A gradient is NaN or infinite. The message names rank and parameter."""
+
+
+class ParityError(RuntimeError):
+    """Compiled code computes something else than eager code. The message names the parameter."""

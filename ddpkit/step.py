@@ -1,0 +1,311 @@
+"""One optimizer step: forward, loss, gradients, synchronisation, clipping, update.
+
+`make_step` builds it for every strategy, compiled or not; a train loop calls it with one batch after another.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from ddpkit.compile.objective import Criterion, loss_of, total
+from ddpkit.errors import InputError
+from ddpkit.sync import GradientSync, Strategy, find_strategy, make_sync
+from ddpkit.sync.ingraph import InGraphSync
+
+if TYPE_CHECKING:
+    from ddpkit.compile.forces import CompiledForces
+    from ddpkit.compile.parity import Difference
+
+
+def make_step(
+    model: nn.Module,
+    criterion: Criterion,
+    optimizer: Optimizer,
+    *,
+    strategy: Strategy = "custom",
+    compile: bool = False,  # noqa: A002  (the configuration's word)
+    comm: str = "torch",
+    clip_norm: float | None = None,
+    tolerance: float | None = None,
+    examples: Sequence[Any] = (),
+    **options: Any,
+) -> "Step":
+    """Builds the whole training step.
+
+    With `compile`, the first call (or `Step.prepare`) traces the step, compiles it and checks it against eager code. Strategies
+    that act after the backward pass get the gradients of one graph that holds the criterion too; for those that act during it
+    (`standard`, `overlap`) the model is compiled by `ddpkit.compile_forces` and autograd goes through it.
+
+    Args:
+        model: any module; called with a batch.
+        criterion: called with the model's output and the batch; returns the loss as a 0-d tensor, or a dict of tensors with the
+            loss under `"loss"`. Gradients of several micro-batches add up and ranks are averaged, so its terms are scaled
+            with `ddpkit.global_mean`.
+        optimizer: over the model's parameters. With `fused=True` a non-finite gradient is skipped without waiting for the device.
+        strategy: name, import path or class of the gradient synchronisation.
+        compile: trace the step to one graph and compile it.
+        comm: `"torch"` or `"mpi"`.
+        clip_norm: upper bound of the norm of the global gradient.
+        tolerance: by how much compiled and eager code may differ, relative; by default 1e-10 in float64 and 1e-4 in float32.
+        examples: with `compile`, batches of other shapes than the first. In a `Batch` it is known what may vary; for other
+            batches they tell, and what they do not tell costs another compilation later.
+        options: passed on to the strategy.
+
+    Raises:
+        InputError: the choices do not go together.
+    """
+    if clip_norm is not None and not clip_norm > 0:
+        raise InputError(f"clip_norm={clip_norm} is no bound for a norm: give a positive number or None.")
+    make = find_strategy(strategy)
+    kind = make.func if isinstance(make, partial) else make
+    gradients: Gradients
+    if not getattr(kind, "plain_loop", True):
+        if not compile:
+            raise InputError(f"strategy={strategy} is part of the compiled step: use compile=True.")
+        try:
+            sync = make(model, comm=comm, **options)
+        except TypeError as error:
+            raise InputError(f"strategy={strategy} refuses its options: {error}.") from error
+    elif compile and not getattr(kind, "separable", True):
+        from ddpkit.compile.forces import CompiledForces
+
+        core = CompiledForces(model, tolerance=tolerance, examples=examples)
+        sync = make_sync(strategy, core, comm=comm, **options)
+        gradients = EagerGradients(sync, criterion, optimizer, core)
+        return Step(model, optimizer, sync, gradients, clip_norm)
+    else:
+        sync = make_sync(strategy, model, comm=comm, **options)
+    if compile:
+        from ddpkit.compile.gradients import CompiledGradients
+
+        gradients = CompiledGradients(model, criterion, sync, tolerance, examples)
+    else:
+        gradients = EagerGradients(sync, criterion, optimizer)
+    return Step(model, optimizer, sync, gradients, clip_norm)
+
+
+class Step:
+    """Runs one optimizer step per call; made by `make_step`.
+
+    Attributes:
+        sync: the gradient synchronisation.
+        module: what computes the forward pass (the strategy's wrapper where it has one).
+        grad_norm: `[]`, norm of the global gradient of the last step, before clipping, on the model's device.
+        skipped: `[]` int64, how many updates were not applied because the gradient was not finite, on the model's device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        sync: GradientSync,
+        gradients: "Gradients",
+        clip_norm: float | None,
+    ) -> None:
+        self.sync = sync
+        self.module = sync.module
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = optimizer
+        self._gradients = gradients
+        self._clip_norm = clip_norm
+        self._clock = Clock(self._parameters[0].device)
+        self.grad_norm = torch.zeros((), device=self._parameters[0].device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self._parameters[0].device)
+
+    def __call__(self, batch: Any) -> Any:
+        """Trains on a batch, or on a list of micro-batches with one communication.
+
+        Args:
+            batch: what the model takes, or a list of such.
+
+        Returns:
+            What the criterion returned, detached; summed over micro-batches. It is this rank's share.
+        """
+        batches = batch if isinstance(batch, list) else [batch]
+        self.prepare(batches)
+        self._clock.start()
+        if isinstance(self.sync, InGraphSync):
+            with self.sync.step():
+                output = self._gradients(batches)
+            self._clock.mark("compute")
+        else:
+            output = self._gradients(batches)
+            self._clock.mark("compute")
+            self.sync.synchronize()
+        self._clock.mark("sync")
+        self._update()
+        self._clock.mark("optimizer")
+        return output
+
+    def prepare(self, batch: Any) -> None:
+        """Compiles and checks the step, if that is wanted and not done. Otherwise the first call does it.
+
+        All ranks come by together.
+
+        Args:
+            batch: a batch, or list of micro-batches, that is going to be trained on.
+
+        Raises:
+            ParityError: compiled code computes something else than eager code.
+        """
+        batches = batch if isinstance(batch, list) else [batch]
+        self._gradients.prepare(batches[0], accumulates=len(batches) > 1)
+
+    @property
+    def seconds_compile(self) -> float:
+        """Seconds spent on tracing, compiling and checking so far; 0 without `compile`."""
+        return self._gradients.seconds
+
+    @property
+    def differences(self) -> "list[Difference]":
+        """How far compiled and eager code differ, for each tensor that has been compared."""
+        return self._gradients.differences
+
+    @property
+    def seconds(self) -> dict[str, float | None]:
+        """Seconds that the last step spent on `compute`, `sync` and `optimizer`; None where they cannot be told apart.
+
+        On a GPU, reading waits for the step to end; `timing` can be read later.
+        """
+        return self.timing()()
+
+    def timing(self) -> Callable[[], dict[str, float | None]]:
+        """What tells the `seconds` of the step just made, also when the next one is under way."""
+        marks, separable = self._clock.marks, self.sync.separable
+
+        def seconds() -> dict[str, float | None]:
+            parts: dict[str, float | None] = dict(self._clock.seconds(marks))
+            return parts if separable else parts | {"compute": None, "sync": None}
+
+        return seconds
+
+    def _update(self) -> None:
+        """Clips and applies the gradient, unless it is not finite."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        not_finite = ~torch.isfinite(self.grad_norm)
+        self.skipped += not_finite
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, self.grad_norm)
+        step_unless(self._optimizer, not_finite)
+
+
+def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    """Calls `optimizer.step()` unless `skip` (a 0-d bool) holds.
+
+    Fused optimizers decide on the device (the contract of `torch.amp.GradScaler`); for others, and on the CPU, the host looks.
+    """
+    if skip.device.type == "cpu" or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if not skip:
+            optimizer.step()
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, skip.to(torch.float32)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+class Gradients(Protocol):
+    """Puts gradients into `.grad`."""
+
+    @property
+    def seconds(self) -> float:
+        """Spent on compiling."""
+
+    @property
+    def differences(self) -> "list[Difference]":
+        """What the checks of compiled against eager code have found."""
+
+    def prepare(self, batch: Any, *, accumulates: bool = False) -> None:
+        """Does what has to be done once."""
+
+    def __call__(self, batches: Sequence[Any]) -> Any:
+        """Returns the criterion's output, detached and summed over the batches."""
+
+
+class EagerGradients:
+    """Accumulates the gradients of micro-batches by ordinary autograd.
+
+    Args:
+        sync: its module is called.
+        criterion: see `make_step`.
+        optimizer: drops the gradients of the last step.
+        core: the compiled part of the module, if there is one.
+    """
+
+    def __init__(
+        self, sync: GradientSync, criterion: Criterion, optimizer: Optimizer, core: "CompiledForces | None" = None
+    ) -> None:
+        self._sync, self._criterion, self._optimizer, self._core = sync, criterion, optimizer, core
+
+    @property
+    def seconds(self) -> float:
+        """Spent on compiling."""
+        return 0.0 if self._core is None else self._core.seconds_compile
+
+    @property
+    def differences(self) -> "list[Difference]":
+        """What the checks of the core have found."""
+        return [] if self._core is None else self._core.differences
+
+    def prepare(self, batch: Any, *, accumulates: bool = False) -> None:
+        """Compiles the core."""
+        del accumulates
+        if self._core is not None:
+            self._core.prepare(batch)
+
+    def __call__(self, batches: Sequence[Any]) -> Any:
+        """Returns the criterion's output, detached and summed over the batches."""
+        self._optimizer.zero_grad()
+        outputs = []
+        for batch in batches[:-1]:
+            with self._sync.no_sync():
+                outputs.append(self._backward(batch))
+        outputs.append(self._backward(batches[-1]))
+        return total(outputs)
+
+    def _backward(self, batch: Any) -> Any:
+        output = self._criterion(self._sync.module(batch), batch)
+        loss_of(output).backward()  # type: ignore[no-untyped-call]
+        return pytree.tree_map_only(Tensor, Tensor.detach, output)
+
+
+class Clock:
+    """Splits a step into named parts without making the host wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        """Begins a step."""
+        self.marks = [("start", self._now())]
+
+    def mark(self, name: str) -> None:
+        """Ends the part `name`."""
+        self.marks.append((name, self._now()))
+
+    def seconds(self, marks: list[tuple[str, Any]]) -> dict[str, float]:
+        """Seconds of each part of a step; on a GPU, waits for its end."""
+        if self._cuda and marks:
+            marks[-1][1].synchronize()
+        pairs = itertools.pairwise(marks)
+        return {name: self._between(before, after) for (_, before), (name, after) in pairs}
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, before: Any, after: Any) -> float:
+        return before.elapsed_time(after) / 1e3 if self._cuda else after - before  # type: ignore[no-any-return]

@@ -1,0 +1,113 @@
+"""That all ranks hold the same model, and the same values in it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpkit.errors import InputError, RankDisagreementError
+
+Description = list[tuple[str, str, dict[str, object]]]  # kind, name, what must be the same
+
+
+def describe(module: nn.Module) -> Description:
+    """What every rank must hold alike: names, shapes, dtypes, devices and what is trained."""
+    described: Description = []
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InputError(f"Parameter {name!r} is lazy: run one forward pass before gradients are synchronised.")
+        described.append(("parameter", name, {**_form(parameter), "requires_grad": parameter.requires_grad}))
+    described += [("buffer", name, _form(buffer)) for name, buffer in module.named_buffers()]
+    return described
+
+
+def _form(tensor: Tensor) -> dict[str, object]:
+    return {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype), "device": tensor.device.type}
+
+
+def verify(module: nn.Module) -> None:
+    """Compares the description of this rank's module with those of the others (one collective).
+
+    Raises:
+        RankDisagreementError: on all ranks, naming rank and parameter.
+    """
+    everyone: list[Description] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, describe(module))
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise RankDisagreementError(
+                f"{_difference(rank, theirs, everyone[0])}: build the same model on every rank."
+            )
+
+
+def _difference(rank: int, theirs: Description, first: Description) -> str:
+    """The first difference between two ranks, in words."""
+    mine = {(kind, name): form for kind, name, form in first}
+    others = {(kind, name): form for kind, name, form in theirs}
+    for kind, name in mine:
+        if (kind, name) not in others:
+            return f"Rank {rank} has no {kind} {name!r}, which rank 0 has"
+    for (kind, name), form in others.items():
+        if (kind, name) not in mine:
+            return f"Rank {rank} has a {kind} {name!r}, which rank 0 lacks"
+        for what, value in form.items():
+            if value != mine[kind, name][what]:
+                return f"The {what} of {kind} {name!r} is {value} on rank {rank} but {mine[kind, name][what]} on rank 0"
+    at = next(i for i, (a, b) in enumerate(zip(theirs, first, strict=True)) if a != b)
+    return (
+        f"{theirs[at][0].capitalize()} number {at} is {theirs[at][1]!r} on rank {rank} but {first[at][1]!r} on rank 0"
+    )
+
+
+@torch.no_grad()
+def broadcast(module: nn.Module) -> None:
+    """Copies parameters and buffers of rank 0 to all ranks."""
+    tensors = [t.detach() for t in (*module.parameters(), *module.buffers()) if t.numel()]
+    for tensor in tensors:
+        if tensor.is_contiguous():
+            dist.broadcast(tensor, 0)
+        else:
+            packed = tensor.contiguous()
+            dist.broadcast(packed, 0)
+            tensor.copy_(packed)
+
+
+@torch.no_grad()
+def checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """`[tensors]` int64: the sum of the bit patterns of each, which differs where a bit does (but for chance)."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def bits(tensor: Tensor) -> Tensor:
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        return real.contiguous().view(words[real.element_size()]).sum(dtype=torch.int64)
+
+    return torch.stack([bits(tensor.detach()) for tensor in tensors])
+
+
+def compare_parameters(module: nn.Module, calls: int) -> None:
+    """Compares checksums of all parameters over the ranks (one collective, and the host waits).
+
+    Raises:
+        RankDisagreementError: on all ranks, naming ranks and parameter.
+    """
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    mine = checksums([p.detach() for p in parameters])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    table = torch.stack(everyone).cpu()
+    unlike = (table != table[0]).any(0)
+    if not unlike.any():
+        return
+    first = int(unlike.nonzero()[0])
+    ranks = (table[:, first] != table[0, first]).nonzero().flatten().tolist()
+    others = f" (and {int(unlike.sum()) - 1} more)" if unlike.sum() > 1 else ""
+    raise RankDisagreementError(
+        f"At synchronize() number {calls} parameter {names[first]!r}{others} on {name_ranks(ranks)} differs from rank 0: the "
+        "ranks have drifted apart; look for updates outside the optimizer, or for a rank that does not synchronise."
+    )
+
+
+def name_ranks(numbers: Sequence[int]) -> str:
+    """Ranks in words."""
+    return f"rank{'s' * (len(numbers) != 1)} {', '.join(map(str, numbers))}"

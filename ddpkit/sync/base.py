@@ -1,0 +1,192 @@
+"""What every strategy of gradient synchronisation has in common."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpkit.errors import InputError
+from ddpkit.sync import agreement
+from ddpkit.sync.comm import make_comm
+from ddpkit.sync.watch import Watch
+
+
+@dataclass(frozen=True)
+class SyncStats:
+    """What the last `synchronize()` did.
+
+    Attributes:
+        calls: how many times `synchronize()` has communicated so far.
+        bytes: handed to collectives by this rank (the payload, flags included).
+        collectives: number of collectives.
+        seconds: from its start to its end; on a GPU, the device's time.
+    """
+
+    calls: int
+    bytes: int
+    collectives: int
+    seconds: float
+
+
+class GradientSync:
+    """Base of all strategies: after `synchronize()` every `.grad` is the mean over ranks, on every rank.
+
+    Making one verifies that all ranks hold the same model and copies rank 0's parameters and buffers to all. A strategy of your
+    own overrides at most two methods:
+
+    - `reduce()`: average the gradients of `self.parameters` over the ranks. Called by `synchronize()`.
+    - `attach()`: optional; set up what `reduce()` needs. Called once, at the end of the constructor.
+
+    Both may use `self.all_reduce(tensor)`, which averages a tensor in place and does the counting for `stats`.
+
+    ```python
+    class Plain(ddpkit.GradientSync):
+        def reduce(self):
+            for parameter in self.parameters.values():
+                self.all_reduce(parameter.grad)
+    ```
+
+    Args:
+        module: any module; its parameters are what is synchronised.
+        comm: `"torch"` or `"mpi"`; which ones a strategy serves is in its `comms`.
+        timeout: seconds after which a rank that waits inside `synchronize()` gives up and says who is missing.
+        check_every: compare checksums of all parameters over the ranks every so many `synchronize()` (0: never).
+
+    Raises:
+        InputError: options that do not go together, or no process group under a launcher.
+        RankDisagreementError: on all ranks, where their models differ.
+    """
+
+    comms: ClassVar[tuple[str, ...]] = ("torch",)
+    separable: ClassVar[bool] = True  # whether compute and communication can be told apart by a clock
+
+    def __init__(self, module: nn.Module, *, comm: str = "torch", timeout: float = 600.0, check_every: int = 0) -> None:
+        if comm not in self.comms:
+            raise InputError(f"{type(self).__name__} communicates through {' or '.join(self.comms)}, not comm={comm}.")
+        if not timeout > 0 or check_every < 0:
+            raise InputError(f"timeout={timeout} must be positive and check_every={check_every} not negative.")
+        _require_process_group()
+        self._module = module
+        self._paused = False
+        self._calls = 0
+        self._check_every = check_every
+        self._seconds = 0.0
+        self._sent = 0, 0
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.comm = make_comm(comm, timedelta(seconds=timeout))
+        self.rank, self.world_size = self.comm.rank, self.comm.world_size
+        self.timeout = timeout
+        self._watch = Watch(timeout, aborts=comm == "mpi") if self.world_size > 1 else None
+        if self.world_size > 1:
+            agreement.verify(module)
+            agreement.broadcast(module)
+        elif not any(True for _ in module.parameters()):
+            agreement.describe(module)
+        self._cuda = any(p.is_cuda for p in module.parameters())
+        self.attach()
+
+    @property
+    def module(self) -> nn.Module:
+        """What is called in the forward pass: the module itself unless the strategy wraps it."""
+        return self._module
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, shared ones once."""
+        return {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+
+    def attach(self) -> None:
+        """Sets up what `reduce()` needs; for a strategy to override."""
+
+    def reduce(self) -> None:
+        """Averages the gradients over the ranks; for a strategy to override."""
+        raise NotImplementedError(f"{type(self).__name__} must override reduce().")
+
+    @torch.no_grad()
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Averages a contiguous tensor over the ranks, in place. On a GPU, the host does not wait."""
+        if self.world_size > 1 and not self.comm.averages(tensor.device):
+            tensor.mul_(1 / self.world_size)  # before adding, as DistributedDataParallel and NCCL do
+        work = self.comm.all_reduce(tensor)
+        if work is not None:
+            work.wait()
+
+    def synchronize(self) -> None:
+        """Makes every `.grad` the mean over ranks; does nothing inside `no_sync()`.
+
+        All ranks must call it equally often, after `backward()` and before `optimizer.step()`.
+
+        Raises:
+            RankDisagreementError: ranks do different things, or one of them did not arrive within `timeout`.
+            NonFiniteGradientError: a gradient is NaN or infinite on some rank.
+        """
+        if self._paused:
+            return
+        self._calls += 1
+        start = self._now()
+        if self._watch is None:
+            self.reduce()
+        else:
+            with self._watch.waiting(self._calls):
+                self.reduce()
+                if self._check_every and self._calls % self._check_every == 0:
+                    agreement.compare_parameters(self._module, self._calls)
+        self._end(start)
+        self._sent = self.comm.bytes, self.comm.collectives
+        self.comm.reset()  # what the next backward pass sends belongs to the next call
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, gradients add up on each rank and nothing is communicated."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def stats(self) -> SyncStats:
+        """What the last `synchronize()` did. On a GPU, reading waits for it to end."""
+        if self._events is not None:
+            self._events[1].synchronize()
+            self._seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
+            self._events = None
+        return SyncStats(self._calls, *self._sent, self._seconds)
+
+    def close(self) -> None:
+        """Lets go of the module: removes hooks, ends the watch. The gradients stay as they are."""
+        if self._watch is not None:
+            self._watch.close()
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _end(self, start: "float | torch.cuda.Event") -> None:
+        end = self._now()
+        if isinstance(start, float) and isinstance(end, float):
+            self._seconds = end - start
+        elif isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            self._events = start, end
+
+
+def _require_process_group() -> None:
+    """Refuses to train several ranks side by side that do not know of each other."""
+    if dist.is_initialized():
+        return
+    for variable in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(variable) or 1) > 1:
+            raise InputError(
+                f"{variable}={os.environ[variable]} but there is no process group, so the ranks would train apart: call "
+                "ddpkit.init_process_group() first."
+            )

@@ -1,0 +1,119 @@
+"""Flat storage whose slices are gradients."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ddpkit.errors import InputError
+
+LARGE = 2**14  # elements of a tensor from which on memory counts more than calls, on a CPU
+ALIGNMENT = 64  # bytes; fused optimizers read aligned slices faster
+
+
+class Bucket:
+    """Gradients of one device and dtype that travel in one collective, and the flags in its tail.
+
+    Attributes:
+        numbers: the parameters' numbers, in the order of their slices.
+        views: the slices, shaped and strided as the parameters.
+        body: all slices, `[floats]`.
+        wire: what is all-reduced: body and tail, `[floats + tail]`, in the dtype on the wire.
+        tail: the end of `wire`.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], numbers: Sequence[int], tail: int, wire_dtype: torch.dtype | None
+    ) -> None:
+        mine = [parameters[n] for n in numbers]
+        first = mine[0]
+        dtype = first.dtype.to_real()
+        if wire_dtype is not None and any(p.is_complex() for p in mine):
+            raise InputError("reduce_dtype does not serve complex parameters: leave it out.")
+        step = max(1, ALIGNMENT // dtype.itemsize)
+        sizes = [-(-p.numel() * (2 if p.is_complex() else 1) // step) * step for p in mine]
+        starts = [0, *accumulate(sizes)]
+        self.numbers = list(numbers)
+        flat = torch.zeros(starts[-1] + tail, dtype=dtype, device=first.device)
+        self.body = flat[: starts[-1]]
+        self.wire = flat
+        self.views = [_slice(flat, start, p) for start, p in zip(starts, mine, strict=False)]
+        self.wire_views = self.views
+        if wire_dtype not in (None, dtype):
+            self.wire = torch.zeros_like(flat, dtype=wire_dtype)
+            self.wire_views = [_slice(self.wire, start, p) for start, p in zip(starts, mine, strict=False)]
+        self.wire_body = self.wire[: starts[-1]]
+        self.tail = self.wire[starts[-1] :]
+        self.compressed = self.wire is not flat
+        self._large = not self.wire.is_cuda and starts[-1] > LARGE * len(mine)
+        self.launched = False
+
+    @torch.no_grad()
+    def fill(self, gradients: Sequence[Tensor | None], scale: float) -> None:
+        """Brings this rank's gradients, times `scale`, into `wire`. A gradient that is its slice already needs no copy.
+
+        Args:
+            gradients: of the parameters `numbers`; None counts as zero.
+            scale: 1 over the number of ranks, or 1 where the collective averages.
+        """
+        from_elsewhere: list[Tensor] = []
+        there: list[Tensor] = []
+        at_home = False
+        for gradient, view, wire in zip(gradients, self.views, self.wire_views, strict=True):
+            if gradient is None:
+                wire.zero_()
+            elif gradient is view and wire is view:
+                at_home = True
+            else:
+                from_elsewhere.append(gradient)
+                there.append(wire)
+        if not at_home and self._large and scale != 1:
+            factor = torch.tensor(scale, dtype=torch.float64)
+            for gradient, wire in zip(from_elsewhere, there, strict=True):
+                torch.mul(gradient, factor, out=wire)  # one pass over memory where copying and scaling would be two
+            return
+        if there:
+            torch._foreach_copy_(there, from_elsewhere)
+        if scale != 1:
+            self.wire_body.mul_(scale)
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Brings the average from the wire to the slices."""
+        if self.compressed:
+            self.body.copy_(self.wire_body)
+
+
+def _slice(flat: Tensor, start: int, parameter: Tensor) -> Tensor:
+    """The part of `flat` with the shape and memory layout of a parameter's gradient."""
+    if parameter.is_complex():
+        return torch.view_as_complex(flat[start : start + 2 * parameter.numel()].view(*parameter.shape, 2))
+    strides = torch.empty_like(parameter, device="meta").stride()  # by the rule that autograd allocates gradients by
+    return flat.as_strided(parameter.shape, strides, flat.storage_offset() + start)
+
+
+def by_kind(parameters: Sequence[Tensor], numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers grouped by device and dtype of their parameters, in order of first appearance."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for n in numbers:
+        groups.setdefault((parameters[n].device, parameters[n].dtype.to_real()), []).append(n)
+    return list(groups.values())
+
+
+def by_size(parameters: Sequence[Tensor], numbers: Sequence[int], first_bytes: int, bytes_: int) -> list[list[int]]:
+    """The numbers cut, in order, into buckets of one device and dtype: a small one first, so that sending begins early."""
+    buckets: list[list[int]] = []
+    full: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
+    limit = first_bytes
+    for n in numbers:
+        kind = parameters[n].device, parameters[n].dtype.to_real()
+        open_, size = full.pop(kind, ([], 0))
+        open_.append(n)
+        size += parameters[n].nbytes
+        if size >= limit:
+            buckets.append(open_)
+            limit = bytes_
+        else:
+            full[kind] = open_, size
+    return buckets + [open_ for open_, _ in full.values()]

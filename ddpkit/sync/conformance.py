@@ -1,0 +1,634 @@
+"""The cases that a strategy must pass; `ddpkit.testing.run_conformance` runs them on real ranks.
+
+Each case is a function of a `Setting`, called on every rank; it asserts. Gradients are compared in float64 with those of one
+process that holds the batches of all ranks.
+"""
+
+import copy
+import itertools
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpkit.errors import NonFiniteGradientError, RankDisagreementError
+from ddpkit.launch import environment, store
+from ddpkit.sync import GradientSync, make_sync
+
+TOLERANCE = 1e-10  # relative, float64
+
+UNUSED = {"find_unused_parameters": True}
+
+# What torch's DistributedDataParallel cannot do, and which of its options a case needs.
+CANNOT = {
+    "standard": {
+        "unfrozen": "DistributedDataParallel never synchronises parameters that were frozen when it was built",
+        "unfrozen_on_one_rank": "DistributedDataParallel never looks again at what is trained",
+        "not_finite": "DistributedDataParallel averages NaN into all ranks without a word",
+        "calls": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
+        "no_gradient": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
+    },
+}
+NEEDS = {"standard": {"unused": UNUSED, "partly_used": UNUSED, "changing_use": UNUSED}}
+
+
+class Potential(nn.Module):
+    """Energies of points and the forces on them, by a derivative that the loss differentiates again."""
+
+    def __init__(self, *, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 5, dtype=dtype)
+        self.outer = nn.Linear(5, 1, dtype=dtype)
+
+    def energy(self, points: Tensor) -> Tensor:
+        """`[points]`."""
+        return self.outer(torch.tanh(self.inner(points))).squeeze(-1)  # type: ignore[no-any-return]
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies `[points]` and forces `[points, 3]`."""
+        points = points.detach().requires_grad_()
+        energy = self.energy(points)
+        (gradient,) = torch.autograd.grad(energy.sum(), points, create_graph=True)
+        return energy, -gradient
+
+
+class Switched(nn.Module):
+    """Layers that a call may or may not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(3, 1, dtype=torch.float64) for name in "abc"})
+
+    def forward(self, points: Tensor, used: str) -> Tensor:
+        """The sum of the layers named."""
+        return sum((self.layers[name](points).tanh() for name in used), start=points.new_zeros(len(points), 1))
+
+
+@dataclass
+class Setting:
+    """What a case is given.
+
+    Attributes:
+        strategy: the strategy under test.
+        comm: how it communicates.
+        options: its options.
+    """
+
+    strategy: Any
+    comm: str
+    options: dict[str, Any]
+    rank: int
+    size: int
+    made: list[GradientSync] = field(default_factory=list)
+
+    def sync(self, module: nn.Module, **options: Any) -> GradientSync:
+        """Attaches the strategy."""
+        made = make_sync(self.strategy, module, **({"comm": self.comm, "timeout": 20.0} | self.options | options))
+        self.made.append(made)
+        return made
+
+    def points(self, rank: int, step: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The batch of a rank, of unequal lengths: `[2 + 3 * rank, 3]`."""
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        return torch.randn(2 + 3 * rank, 3, generator=generator, dtype=torch.float64).to(dtype)
+
+    def all_points(self, step: int = 0) -> Tensor:
+        """The batches of all ranks."""
+        return torch.cat([self.points(rank, step) for rank in range(self.size)])
+
+    def share(self, terms: Tensor, step: int = 0) -> Tensor:
+        """This rank's loss: the mean over ranks is the mean over all points."""
+        return terms.sum() * self.size / len(self.all_points(step))
+
+
+Case = Callable[[Setting], None]
+CASES: dict[str, Case] = {}
+SEVERAL_RANKS: set[str] = set()
+COMPILED: set[str] = set()
+
+
+def case(*, ranks: int = 1) -> Callable[[Case], Case]:
+    """Registers a case under its function's name."""
+
+    def register(function: Case) -> Case:
+        CASES[function.__name__] = function
+        if ranks > 1:
+            SEVERAL_RANKS.add(function.__name__)
+        return function
+
+    return register
+
+
+def applicable(world_size: int, *, compiled: bool = False) -> list[str]:
+    """The names of the cases for so many ranks, through the plain loop or through a compiled step."""
+    names = [name for name in CASES if (name in COMPILED) == compiled]
+    return [name for name in names if world_size > 1 or name not in SEVERAL_RANKS]
+
+
+def run_cases(
+    strategy: Any,
+    names: Sequence[str],
+    comm: str,
+    options: dict[str, Any],
+) -> list[tuple[str, str, str]]:
+    """Runs cases on this rank, up to the first that fails on any rank.
+
+    Returns:
+        `(case, state, why)` of each, the same on all ranks.
+    """
+    here, reports = environment(), []
+    known = strategy if isinstance(strategy, str) else ""
+    for name in names:
+        if name in CANNOT.get(known, {}):
+            reports.append((name, "cannot", CANNOT[known][name]))
+            continue
+        needed = NEEDS.get(known, {}).get(name, {})
+        setting = Setting(strategy, comm, options | needed, here.rank, here.world_size)
+        torch.manual_seed(here.rank)
+        mine = ""
+        try:
+            CASES[name](setting)
+        except Exception as error:  # noqa: BLE001  (reported)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            mine = f"rank {here.rank}: {type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+        for made in setting.made:
+            made.close()
+        everyone = _exchange(name, mine, here.rank, here.world_size)
+        if any(everyone):
+            return [*reports, (name, "failed", "; ".join(filter(None, everyone)))]
+        reports.append((name, "passed", ", ".join(f"{k}={v}" for k, v in needed.items())))
+    return reports
+
+
+_exchanges = itertools.count()
+
+
+def _exchange(name: str, mine: str, rank: int, size: int) -> list[str]:
+    """What each rank has to say, through the store: after a failure, collectives may be out of step."""
+    shared, here = store(), f"conformance/{next(_exchanges)}/{name}"
+    shared.set(f"{here}/{rank}", mine or " ")
+    keys = [f"{here}/{other}" for other in range(size)]
+    shared.wait(keys, timedelta(seconds=60))
+    return [shared.get(key).decode().strip() for key in keys]
+
+
+def _naming(name: str) -> Callable[[str], str]:
+    return lambda message: f"{name}: {message}"
+
+
+def assert_gradients(module: nn.Module, reference: nn.Module, tolerance: float = TOLERANCE) -> None:
+    """Compares all gradients with those of a reference, None included."""
+    for (name, mine), (_, theirs) in zip(module.named_parameters(), reference.named_parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), f"{name}.grad is {mine.grad}, not {theirs.grad}"
+        if mine.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance, msg=_naming(name))
+
+
+def assert_equal_on_ranks(setting: Setting, tensors: Sequence[Tensor]) -> None:
+    """Asserts that all ranks hold the same bits."""
+    if setting.size == 1:
+        return
+    mine = torch.cat([t.detach().double().flatten() for t in tensors])
+    everyone = [torch.empty_like(mine) for _ in range(setting.size)]
+    torch.distributed.all_gather(everyone, mine)
+    assert all(torch.equal(mine, theirs) for theirs in everyone), "ranks hold different values"
+
+
+def _backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def force_loss(setting: Setting, module: nn.Module, points: Tensor, step: int = 0) -> Tensor:
+    """A loss on energies and forces; needs a double backward pass."""
+    energy, forces = module(points)
+    return setting.share((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1), step)
+
+
+def _train_beside_reference(setting: Setting, *, set_to_none: bool) -> None:
+    model = Potential()
+    sync = setting.sync(model)
+    reference = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5) for m in (model, reference)]
+    for step in range(4):
+        _backward(force_loss(setting, sync.module, setting.points(setting.rank, step), step))
+        sync.synchronize()
+        energy, forces = reference(setting.all_points(step))
+        points = setting.all_points(step)
+        _backward(((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points))
+        assert_gradients(model, reference)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+    assert_equal_on_ranks(setting, list(model.parameters()))
+
+
+@case()
+def union_batch(setting: Setting) -> None:
+    """Gradients of energies and forces (double backward) on unequal batches are those of one process with all of them."""
+    _train_beside_reference(setting, set_to_none=True)
+
+
+@case()
+def zero_grad_in_place(setting: Setting) -> None:
+    """The same with gradients that are set to zero instead of dropped."""
+    _train_beside_reference(setting, set_to_none=False)
+
+
+@case(ranks=2)
+def different_seeds(setting: Setting) -> None:
+    """Ranks that start from different weights and buffers hold rank 0's afterwards."""
+    torch.manual_seed(setting.rank)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model.register_buffer("count", torch.tensor(7 + setting.rank))
+    sync = setting.sync(model)
+    torch.manual_seed(0)
+    expected = nn.Linear(3, 4)
+    assert torch.equal(model.get_parameter("0.weight"), expected.weight)
+    assert int(model.get_buffer("count")) == 7
+    _backward(sync.module(torch.randn(5, 3)).sum())
+    sync.synchronize()
+    assert_equal_on_ranks(setting, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+def _switched(setting: Setting, uses: Sequence[Sequence[str]]) -> None:
+    """Trains with layers that change, `uses[step][rank]`, and compares with the sum over ranks."""
+    model = Switched()
+    sync = setting.sync(model)
+    reference = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
+    for step, used in enumerate(uses):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None if step % 2 else p.grad
+        _backward(setting.share(sync.module(setting.points(setting.rank, step), used[setting.rank]) ** 2, step))
+        sync.synchronize()
+        total = sum(
+            ((reference(setting.points(rank, step), used[rank]) ** 2).sum() for rank in range(setting.size)),
+            start=torch.zeros(()),
+        )
+        _backward(total / len(setting.all_points(step)))
+        assert_gradients(model, reference)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@case()
+def unused(setting: Setting) -> None:
+    """A parameter that no rank uses keeps None."""
+    _switched(setting, [["ab"] * setting.size] * 3)
+
+
+@case(ranks=2)
+def partly_used(setting: Setting) -> None:
+    """A parameter that some ranks do not use gets the mean over all ranks, theirs being zero."""
+    _switched(setting, [["ab"] + ["a"] * (setting.size - 1)] * 3)
+
+
+@case(ranks=2)
+def changing_use(setting: Setting) -> None:
+    """What is used, and where, changes from step to step."""
+    rest = setting.size - 1
+    _switched(
+        setting,
+        [["abc"] * (rest + 1), ["a"] + ["ab"] * rest, ["c"] * rest + ["a"], ["abc"] * (rest + 1), ["b"] * (rest + 1)],
+    )
+
+
+@case()
+def unfrozen(setting: Setting) -> None:
+    """A parameter that is frozen at first is synchronised once it is not, and left alone once it is frozen again."""
+    model = Potential()
+    model.inner.requires_grad_(False)
+    sync = setting.sync(model)
+    reference = copy.deepcopy(model)
+    for step in range(6):
+        for m in (model, reference):
+            m.inner.requires_grad_(2 <= step < 4)
+            m.zero_grad()
+        _backward(force_loss(setting, sync.module, setting.points(setting.rank, step), step))
+        sync.synchronize()
+        energy, forces = reference(setting.all_points(step))
+        points = setting.all_points(step)
+        _backward(((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points))
+        assert_gradients(model, reference)
+
+
+@case()
+def mixed_dtypes(setting: Setting) -> None:
+    """Parameters of several dtypes."""
+    dtypes = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
+    model = nn.ModuleDict({name: nn.Linear(3, 2, dtype=dtype) for name, dtype in dtypes.items()})
+    whole = _Sum(model)
+    sync = setting.sync(whole)
+    reference = copy.deepcopy(whole)
+    for step in range(2):
+        _backward(setting.share(sync.module(setting.points(setting.rank, step)), step))
+        sync.synchronize()
+        points = setting.all_points(step)
+        _backward(reference(points).sum() / len(points))
+        for (name, p), q in zip(whole.named_parameters(), reference.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert p.grad.dtype == p.dtype
+            tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}[p.dtype]
+            torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance, msg=_naming(name))
+        whole.zero_grad()
+        reference.zero_grad()
+
+
+class _Sum(nn.Module):
+    """Adds layers of several dtypes in float64."""
+
+    def __init__(self, layers: nn.ModuleDict) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, points: Tensor) -> Tensor:
+        return sum(
+            (layer(points.to(next(layer.parameters()).dtype)).double().sin().sum(-1) for layer in self.layers.values()),
+            start=torch.zeros(()),
+        )
+
+
+@case()
+def shared(setting: Setting) -> None:
+    """A parameter that two layers share counts once."""
+    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Tanh(), nn.Linear(3, 3, dtype=torch.float64))
+    model[2].weight = model[0].weight
+    sync = setting.sync(model)
+    reference = copy.deepcopy(model)
+    for step in range(3):
+        _backward(setting.share(sync.module(setting.points(setting.rank, step)) ** 2, step))
+        sync.synchronize()
+        points = setting.all_points(step)
+        _backward((reference(points) ** 2).sum() / len(points))
+        assert_gradients(model, reference)
+        model.zero_grad()
+        reference.zero_grad()
+
+
+@case()
+def accumulation(setting: Setting) -> None:
+    """Micro-batches inside `no_sync()` stay on their rank; the one after them brings the sum of all."""
+    model = Potential()
+    sync = setting.sync(model)
+    reference = copy.deepcopy(model)
+    for step in range(3):
+        calls = sync.stats.calls
+        halves = setting.points(setting.rank, step).tensor_split(3)
+        for half in halves[:-1]:
+            with sync.no_sync():
+                _backward(force_loss(setting, sync.module, half, step))
+                before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+                sync.synchronize()
+                after = [p.grad for p in model.parameters() if p.grad is not None]
+                assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "no_sync() communicated"
+        _backward(force_loss(setting, sync.module, halves[-1], step))
+        sync.synchronize()
+        assert sync.stats.calls == calls + 1
+        points = setting.all_points(step)
+        energy, forces = reference(points)
+        _backward(((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points))
+        assert_gradients(model, reference)
+        model.zero_grad(set_to_none=step % 2 == 0)
+        reference.zero_grad(set_to_none=step % 2 == 0)
+
+
+@case(ranks=2)
+def two_ranks_bitwise(setting: Setting) -> None:
+    """At two ranks the average has the bits of (a + b) / 2; at more, all ranks have the same bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(17, 17, bias=False) for _ in range(5)))
+    sync = setting.sync(model)
+    for step in range(3):
+        local = []
+        for rank in range(setting.size):
+            copied = copy.deepcopy(model)
+            copied.zero_grad()
+            generator = torch.Generator().manual_seed(10 * step + rank)
+            _backward(copied(torch.randn(9, 17, generator=generator)).square().sum())
+            local.append([p.grad for p in copied.parameters()])
+        generator = torch.Generator().manual_seed(10 * step + setting.rank)
+        _backward(sync.module(torch.randn(9, 17, generator=generator)).square().sum())
+        sync.synchronize()
+        gradients = [p.grad for p in model.parameters()]
+        if setting.size == 2:
+            for mine, a, b in zip(gradients, *local, strict=True):
+                assert mine is not None
+                assert torch.equal(mine, (a + b) / 2), "the average of two ranks has other bits than (a + b) / 2"  # type: ignore[operator]
+        assert_equal_on_ranks(setting, [g for g in gradients if g is not None])
+        model.zero_grad()
+
+
+@case()
+def not_finite(setting: Setting) -> None:
+    """NaN or inf on one rank is an error on all, names rank and parameter, and is not applied."""
+    for bad in (torch.nan, torch.inf):
+        _expect_not_finite(setting, bad, setting.size - 1)
+
+
+@contextmanager
+def _expects(kind: type[Exception], *words: str) -> Iterator[None]:
+    """Asserts that an error is raised whose message has these words."""
+    try:
+        yield
+    except kind as error:
+        lacking = [word for word in words if word.lower() not in str(error).lower()]
+        if lacking:
+            raise AssertionError(f"{lacking} not in: {error}") from error
+        return
+    raise AssertionError(f"no {kind.__name__} was raised")
+
+
+def _expect_not_finite(setting: Setting, bad: float, guilty: int) -> None:
+    model = Switched()
+    sync = setting.sync(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if setting.rank == guilty:
+        model.get_parameter("layers.b.weight").register_hook(lambda g: g * bad)  # type: ignore[no-untyped-call]
+    before = [p.detach().clone() for p in model.parameters()]
+    _backward(sync.module(setting.points(setting.rank), "abc").sum())
+    with _expects(NonFiniteGradientError, f"rank {guilty}", "layers.b.weight"):
+        sync.synchronize()
+        optimizer.step()
+        sync.stats  # noqa: B018  (looks at the flags)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "the update was applied"
+
+
+def _expect_disagreement(setting: Setting, model: nn.Module, *words: str) -> None:
+    with _expects(RankDisagreementError, f"rank {setting.size - 1}", *words):
+        setting.sync(model)
+
+
+@case(ranks=2)
+def mismatch_of_names(setting: Setting) -> None:
+    """A parameter that one rank lacks or has in excess."""
+    odd = setting.rank == setting.size - 1
+    _expect_disagreement(setting, nn.Linear(3, 2, bias=not odd), "'bias'")
+    _expect_disagreement(setting, nn.Linear(3, 2, bias=odd), "'bias'")
+
+
+@case(ranks=2)
+def mismatch_of_shapes(setting: Setting) -> None:
+    """A parameter of another shape, even of the same length."""
+    odd = setting.rank == setting.size - 1
+    _expect_disagreement(setting, nn.Linear(*((2, 3) if odd else (3, 2)), bias=False), "weight", "shape", "(3, 2)")
+
+
+@case(ranks=2)
+def mismatch_of_dtypes(setting: Setting) -> None:
+    """A parameter of another dtype."""
+    odd = setting.rank == setting.size - 1
+    _expect_disagreement(setting, nn.Linear(3, 2, dtype=torch.float64 if odd else None), "weight", "float64")
+
+
+@case(ranks=2)
+def mismatch_of_frozen(setting: Setting) -> None:
+    """A parameter that one rank does not train."""
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(setting.rank != setting.size - 1)
+    _expect_disagreement(setting, model, "bias", "requires_grad")
+
+
+@case(ranks=2)
+def unfrozen_on_one_rank(setting: Setting) -> None:
+    """A parameter that one rank alone begins to train."""
+    model = Potential()
+    model.inner.requires_grad_(False)
+    sync = setting.sync(model)
+    if setting.rank == setting.size - 1:
+        model.inner.requires_grad_(True)
+    _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
+    with _expects(RankDisagreementError, f"rank {setting.size - 1}"):
+        sync.synchronize()
+        sync.stats  # noqa: B018  (looks at the flags)
+
+
+@case(ranks=2)
+def calls(setting: Setting) -> None:
+    """A rank that synchronises twice where the others do once."""
+    model = Potential()
+    sync = setting.sync(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with _expects(RankDisagreementError, "number of optimizer steps"):
+        for step in range(2):
+            _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
+            sync.synchronize()
+            if setting.rank != 0 or step:
+                optimizer.step()
+        sync.stats  # noqa: B018  (looks at the flags)
+
+
+@case()
+def no_gradient(setting: Setting) -> None:
+    """`synchronize()` without any backward pass."""
+    sync = setting.sync(Potential())
+    with _expects(ValueError, "backward"):
+        sync.synchronize()
+
+
+@case(ranks=2)
+def drift(setting: Setting) -> None:
+    """`check_every` finds parameters that differ between ranks."""
+    model = Potential()
+    sync = setting.sync(model, check_every=2)
+    _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
+    sync.synchronize()
+    if setting.rank == setting.size - 1:
+        with torch.no_grad():
+            model.outer.weight[0, 0].add_(1e-9)
+    model.zero_grad()
+    with _expects(RankDisagreementError, f"rank {setting.size - 1}", "outer.weight"):
+        _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
+        sync.synchronize()
+
+
+@case(ranks=2)
+def stats(setting: Setting) -> None:
+    """Bytes, collectives and seconds are told."""
+    model = Potential()
+    sync = setting.sync(model)
+    for _ in range(2):
+        _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
+        sync.synchronize()
+        model.zero_grad()
+    told = sync.stats
+    assert told.calls == 2
+    assert told.bytes >= sum(p.numel() for p in model.parameters()) * 2
+    assert told.collectives >= 1
+    assert told.seconds > 0
+
+
+def compiled(function: Case) -> Case:
+    """Registers a case that goes through a compiled step."""
+    CASES[function.__name__] = function
+    COMPILED.add(function.__name__)
+    return function
+
+
+def _compiled_step(setting: Setting, parts: int) -> None:
+    """Takes compiled steps of SGD, and compares what they change with gradients over the union of the ranks' batches."""
+    from ddpkit.step import make_step
+
+    def batches(rank: int, step: int) -> list[dict[str, Tensor]]:
+        count = torch.tensor(float(len(setting.all_points(step))), dtype=torch.float64)
+        doubled = torch.cat([setting.points(rank, step)] * 2)
+        return [{"points": part, "count": 2 * count} for part in doubled.tensor_split(parts)]
+
+    def criterion(output: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        energy, forces = output
+        terms = (energy - 1) ** 2 + ((forces - batch["points"]) ** 2).sum(-1)
+        return terms.sum() * (setting.size / batch["count"])
+
+    torch.manual_seed(setting.rank)
+    model = _OfDict(Potential())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = make_step(
+        model, criterion, optimizer, strategy=setting.strategy, compile=True, comm=setting.comm,
+        examples=batches(setting.rank, 9), **({"timeout": 60.0} | setting.options),
+    )  # fmt: skip
+    setting.made.append(step.sync)
+    for number in range(3):
+        before = copy.deepcopy(model)
+        step(batches(setting.rank, number))
+        for rank in range(setting.size):
+            for batch in batches(rank, number):
+                _backward(criterion(before(batch), batch) / setting.size)
+        for (name, mine), theirs in zip(model.named_parameters(), before.parameters(), strict=True):
+            assert theirs.grad is not None
+            change = (theirs - mine).detach()
+            torch.testing.assert_close(change, theirs.grad, rtol=1e-9, atol=1e-9, msg=_naming(name))
+        with torch.no_grad():  # a small step from where it was, lest it diverges
+            for mine, theirs in zip(model.parameters(), before.parameters(), strict=True):
+                mine.copy_(theirs - 0.01 * (theirs - mine))
+    assert_equal_on_ranks(setting, list(model.parameters()))
+
+
+class _OfDict(nn.Module):
+    """A potential that takes its points from a dict."""
+
+    def __init__(self, potential: Potential) -> None:
+        super().__init__()
+        self.potential = potential
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.potential(batch["points"])  # type: ignore[no-any-return]
+
+
+@compiled
+def compiled_union_batch(setting: Setting) -> None:
+    """A compiled step follows the gradient over the union of unequal batches, double backward included."""
+    _compiled_step(setting, 1)
+
+
+@compiled
+def compiled_accumulation(setting: Setting) -> None:
+    """Likewise with micro-batches."""
+    _compiled_step(setting, 2)

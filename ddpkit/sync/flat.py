@@ -1,0 +1,343 @@
+"""One flat gradient, one all-reduce."""
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
+from ddpkit.sync import agreement
+from ddpkit.sync.agreement import name_ranks
+from ddpkit.sync.base import GradientSync, SyncStats
+from ddpkit.sync.buckets import Bucket, by_kind
+from ddpkit.sync.comm import Work
+from ddpkit.sync.guard import Guard, parse_dtype
+
+# What each rank says of itself in the tail, after one number per parameter.
+STEPS, STALE, BAD = 0, 1, 2
+ROW = 3
+
+
+class FlatSync(GradientSync):
+    """No wrapper: after the backward pass, one all-reduce of all gradients in one persistent flat buffer.
+
+    The buffer's slices are the `.grad`s (one buffer for each device and dtype). Where `optimizer.zero_grad()` dropped them,
+    autograd has put fresh tensors in their place; those are gathered in one pass, and the slices put back. With
+    `zero_grad(set_to_none=False)` gradients add up in the slices and nothing is copied at all.
+
+    A parameter without a gradient on this rank counts as zero; one without on every rank keeps None. Which ones have one, and
+    whether a gradient is NaN or infinite, rides in the buffer's tail. Ranks that took another number of optimizer steps, or
+    that train other parameters, show up in the same place.
+
+    On the CPU a bad gradient is an error at once. On a GPU the host would have to wait for that; with fused optimizers the device
+    itself skips the update, and the error comes from the next `synchronize()` or `stats`.
+
+    Args:
+        module: any module.
+        comm: `"torch"` or `"mpi"`.
+        timeout: seconds to wait for other ranks.
+        check_every: compare checksums of the parameters every so many calls.
+        reduce_dtype: None, `"float32"` or `"bfloat16"`: what travels; the average is as coarse as that.
+        check_finite: look for NaN and inf. Turn it off where they are expected, as under `torch.amp.GradScaler`.
+    """
+
+    comms = ("torch", "mpi")
+    # One kind for all launches, since MPI matches blocking collectives with blocking ones alone.
+    overlapped: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        comm: str = "torch",
+        timeout: float = 600.0,
+        check_every: int = 0,
+        reduce_dtype: str | torch.dtype | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        self._wire_dtype = parse_dtype(reduce_dtype)
+        self._check_finite = check_finite
+        super().__init__(module, comm=comm, timeout=timeout, check_every=check_every)
+
+    def attach(self) -> None:
+        """Lays out the flat buffers."""
+        named = list(self._module.named_parameters())
+        self._names = [name for name, _ in named]
+        self._all = [parameter for _, parameter in named]
+        self._guard = Guard(self._all)
+        self._warned: set[str] = set()
+        self._lay_out()
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """The flat gradients, one for each device and dtype (for `overlap`: each bucket), without their tails."""
+        return [bucket.body for bucket in self._buckets]
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """The slice of each trainable parameter, by name. A compiled step may write gradients there."""
+        return {self._names[n]: view for b in self._buckets for n, view in zip(b.numbers, b.views, strict=True)}
+
+    def close(self) -> None:
+        """Lets go of the module and of the optimizers."""
+        super().close()
+        self._guard.close()
+
+    # --- layout ---------------------------------------------------------------------------------------------------
+
+    def _plan(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Which parameters share a bucket."""
+        return by_kind(self._all, numbers)
+
+    def _lay_out(self) -> None:
+        """Makes the buffers for the parameters that are trained now."""
+        self._trained = [p.requires_grad for p in self._all]
+        numbers = [n for n, trained in enumerate(self._trained) if trained]
+        self._position = {n: i for i, n in enumerate(numbers)}
+        self._unseen: tuple[Tensor, torch.cuda.Event | None, int] | None = None
+        plan = self._plan(numbers)
+        tail = len(numbers) + ROW * self.world_size
+        self._buckets = [
+            Bucket(self._all, mine, tail if i == len(plan) - 1 else 0, self._wire_dtype) for i, mine in enumerate(plan)
+        ]
+        self._works: list[Work | None] = []
+        self._order = numbers
+        if not self._buckets:
+            return
+        last = self._buckets[-1].wire
+        self._on_device = last.is_cuda
+        self._template = torch.ones(tail, dtype=last.dtype, device=last.device)
+        self._template[len(numbers) :] = 0
+        self._missing: list[int] = []
+        self._bad = torch.zeros((), device=last.device)
+        self._norms: dict[int, Tensor] = {}
+        self._guard.arm(self._bad)
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Gathers, all-reduces, and puts the slices in place."""
+        self._look_back()
+        stale = self._stale()
+        if stale and not self._buckets:
+            self._lay_out_anew()
+            return self.reduce()
+        if not self._buckets:
+            return None
+        kept = [None if p.grad is None else p.grad.clone() for p in self._all] if stale else []
+        gradients = self._gradients()
+        for number, bucket in enumerate(self._buckets):
+            if not bucket.launched:
+                self._launch(number, gradients, stale=stale)
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        self._works = []
+        for bucket in self._buckets:
+            bucket.unpack()
+            bucket.launched = False
+        self._deliver(gradients, stale=stale)
+        if not stale:
+            return None
+        for parameter, gradient in zip(self._all, kept, strict=True):
+            parameter.grad = gradient
+        self._lay_out_anew()
+        return self.reduce()
+
+    def _stale(self) -> bool:
+        """Whether other parameters are trained than at the last layout."""
+        return any(p.requires_grad is not trained for p, trained in zip(self._all, self._trained, strict=True))
+
+    def _lay_out_anew(self) -> None:
+        """Makes new buffers, once all ranks have said that they will."""
+        if self.world_size > 1:
+            agreement.verify(self._module)
+        self._lay_out()
+
+    def _gradients(self) -> dict[int, Tensor | None]:
+        """The gradients that this rank has, by the parameters' numbers."""
+        gradients: dict[int, Tensor | None] = {}
+        for n in self._order:
+            gradient = gradients[n] = self._all[n].grad
+            if gradient is not None and gradient.is_sparse:
+                raise InputError(
+                    f"Parameter {self._names[n]!r} has a sparse gradient: make its embedding with sparse=False."
+                )
+        return gradients
+
+    def _launch(self, number: int, gradients: dict[int, Tensor | None], *, stale: bool = False) -> None:
+        """Fills a bucket and starts its all-reduce."""
+        bucket = self._buckets[number]
+        scale = 1.0 if self.comm.averages(bucket.wire.device) else 1 / self.world_size
+        bucket.fill([gradients[n] for n in bucket.numbers], scale)
+        if self._check_finite:
+            self._note_norms(number)
+        if number == len(self._buckets) - 1:
+            self._fill_tail(gradients, scale, stale=stale)
+        bucket.launched = True
+        self._works.append(self.comm.all_reduce(bucket.wire, overlapped=self.overlapped))
+
+    def _note_norms(self, number: int) -> None:
+        """Takes sums that are not finite if a gradient is not.
+
+        On the CPU the host looks right after the collective and finds the parameter in the average, so one sum does. On a GPU it
+        looks when the average may be gone, so each parameter gets its own.
+        """
+        bucket = self._buckets[number]
+        if self._on_device:
+            norms = torch._foreach_norm(bucket.wire_views, 1)  # noqa: SLF001  (as torch's own clipping does)
+            self._norms.update(zip(bucket.numbers, norms, strict=True))
+        else:
+            dtype = torch.float32 if bucket.wire.element_size() < 4 else None
+            self._norms[bucket.numbers[0]] = bucket.wire_body.sum(dtype=dtype) * 0
+
+    def _fill_tail(self, gradients: dict[int, Tensor | None], scale: float, *, stale: bool) -> None:
+        """Writes which parameters have a gradient here, and what this rank says of itself."""
+        tail = self._buckets[-1].tail
+        count = len(self._order)
+        missing = [i for i, n in enumerate(self._order) if gradients[n] is None]
+        if missing != self._missing:
+            self._template[:count] = 1
+            self._template[missing] = 0
+            self._missing = missing
+        torch.mul(self._template, scale, out=tail)
+        start = count + ROW * self.rank
+        tail[start + STEPS].fill_(self._guard.steps % 128 * scale)
+        if stale:
+            tail[start + STALE].fill_(scale)
+        if not self._check_finite:
+            return
+        device = tail.device
+        if self._on_device:
+            flags = torch.stack([self._norms[n].to(device, torch.float32) for n in self._order]).mul_(0)  # 0 or NaN
+            tail[:count].add_(flags)
+            tail[start + BAD].copy_(flags.sum())
+        else:
+            tail[start + BAD].copy_(torch.stack([n.to(device, torch.float32) for n in self._norms.values()]).sum())
+
+    def _deliver(self, gradients: dict[int, Tensor | None], *, stale: bool) -> None:
+        """Puts the slices in place, and looks at the flags: now where that is free or needed, else later."""
+        tail = self._buckets[-1].tail
+        present: list[bool] | None = None
+        if self._on_device and self._guard.device_decides and not self._missing and not stale:
+            self._flag_on_device(tail)
+        else:
+            self._bad.zero_()
+            values = tail.tolist()
+            self._judge(values, self._calls, stale=stale)
+            present = [value > 0 for value in values[: len(self._order)]]
+            if not any(present) and not stale:
+                raise InputError(
+                    "No parameter has a gradient on any rank: call backward() before synchronize(), and make_sync() after "
+                    "whatever replaces the module's parameters."
+                )
+            if self._missing:
+                self._warn(present)
+        for bucket in self._buckets:
+            for n, view in zip(bucket.numbers, bucket.views, strict=True):
+                if present is not None and not present[self._position[n]]:
+                    self._all[n].grad = None
+                elif gradients[n] is not view:
+                    self._all[n].grad = view
+
+    def _warn(self, present: list[bool]) -> None:
+        """Tells once of each parameter that has a gradient on other ranks only."""
+        for i in self._missing:
+            name = self._names[self._order[i]]
+            if present[i] and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"Parameter {name!r} has no gradient on rank {self.rank} but has one elsewhere: it counts as zero here.",
+                    stacklevel=5,
+                )
+
+    # --- flags ----------------------------------------------------------------------------------------------------
+
+    def _flag_on_device(self, tail: Tensor) -> None:
+        """Sets the flag by which optimizers skip a step, and sends the tail to the host without waiting."""
+        rows = tail[len(self._order) :].view(self.world_size, ROW).float()
+        spread = (rows.amax(0) - rows.amin(0))[:BAD].amax() * self.world_size
+        fine = (spread < 0.5) & (rows[:, BAD].sum() == 0)
+        torch.logical_not(fine, out=self._bad)
+        # Whoever looks at the gradient (clipping, another optimizer) sees that it is not to be used.
+        first = self._buckets[0].body[:1]
+        first.add_(torch.where(fine, 0.0, torch.nan).to(first))
+        host = torch.empty(tail.shape, dtype=tail.dtype, pin_memory=tail.is_cuda)
+        host.copy_(tail, non_blocking=True)
+        event = torch.cuda.Event() if tail.is_cuda else None  # type: ignore[no-untyped-call]
+        if event is not None:
+            event.record()
+        self._unseen = host, event, self._calls
+
+    def _look_back(self) -> None:
+        """Raises what the flags of the last step say, if nobody has looked yet."""
+        if self._unseen is None:
+            return
+        host, event, call = self._unseen
+        self._unseen = None
+        if event is not None:
+            self._wait_for(event)
+        self._judge(host.tolist(), call, stale=False)
+
+    def _wait_for(self, event: torch.cuda.Event) -> None:
+        """Waits for the device as long as the other ranks may take."""
+        deadline = time.monotonic() + self.timeout
+        while not event.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"The all-reduce of the last step has not ended after {self.timeout:.0f} s.")
+            time.sleep(1e-4)
+
+    def _judge(self, values: list[float], call: int, *, stale: bool) -> None:
+        """Raises what the tail of the all-reduced buffer says."""
+        count = len(self._order)
+        rows = [values[i : i + ROW] for i in range(count, len(values), ROW)]
+        where = f"At synchronize() number {call}"
+        changed = [rank for rank, row in enumerate(rows) if row[STALE] > 0]
+        if changed and not (stale and len(changed) == self.world_size):
+            same = [rank for rank in range(self.world_size) if rank not in changed]
+            raise RankDisagreementError(
+                f"{where} requires_grad of parameters had changed on {name_ranks(changed)} but not on {name_ranks(same)}"
+                f"{self._which_changed()}: freeze and unfreeze the same parameters on every rank."
+            )
+        steps = [round(row[STEPS] * self.world_size) for row in rows]
+        if len(set(steps)) > 1:
+            odd = [rank for rank, taken in enumerate(steps) if taken != steps[0]]
+            raise RankDisagreementError(
+                f"{where} {name_ranks(odd)} had taken another number of optimizer steps than rank 0: every rank must call "
+                "synchronize() and optimizer.step() equally often."
+            )
+        bad = [rank for rank, row in enumerate(rows) if math.isnan(row[BAD])]
+        if not bad:
+            return
+        names = [self._names[n] for n, value in zip(self._order, values[:count], strict=True) if math.isnan(value)]
+        if not self._on_device:
+            found = [(n, v) for b in self._buckets for n, v in zip(b.numbers, b.views, strict=True)]
+            names = [self._names[n] for n, v in found if not torch.isfinite(v).all()]
+        if not names:  # the sum overflowed, no gradient did
+            return
+        others = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
+        raise NonFiniteGradientError(
+            f"{where} the gradient of {names[0]!r}{others} is NaN or infinite on {name_ranks(bad)}; the update was not applied: "
+            "look at the batch and the loss there, or lower the learning rate."
+        )
+
+    def _which_changed(self) -> str:
+        names = [
+            name
+            for name, p, trained in zip(self._names, self._all, self._trained, strict=True)
+            if p.requires_grad is not trained
+        ]
+        return (
+            f" ({names[0]!r} and {len(names) - 1} more here)" if len(names) > 1 else f" ({names[0]!r})" if names else ""
+        )
+
+    @property
+    def stats(self) -> SyncStats:
+        """What the last `synchronize()` did. On a GPU, reading waits for it, and raises what its flags say."""
+        self._look_back()
+        return super().stats

@@ -1,0 +1,141 @@
+"""All-reduces as nodes of the compiled step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpkit.errors import InputError
+from ddpkit.sync import agreement
+from ddpkit.sync.base import GradientSync
+from ddpkit.sync.buckets import Bucket, by_kind
+
+
+class InGraphSync(GradientSync):
+    """Averages gradients inside the compiled step, so that the compiler schedules communication together with computation.
+
+    Gradients lie in flat buckets, those that the backward pass finishes first in the first bucket.
+    `make_step(..., strategy="ingraph", compile=True)` traces the all-reduces of the buckets right after the gradients.
+
+    Args:
+        module: any module.
+        buckets: how many buckets, for each device and dtype.
+        timeout: as in `GradientSync`.
+        check_every: as in `GradientSync`.
+    """
+
+    plain_loop: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
+
+    def __init__(
+        self, module: nn.Module, *, buckets: int = 1, comm: str = "torch", timeout: float = 600.0, check_every: int = 0
+    ) -> None:
+        if buckets < 1:
+            raise InputError(f"buckets={buckets}: give at least one.")
+        self._count = buckets
+        super().__init__(module, comm=comm, timeout=timeout, check_every=check_every)
+
+    def attach(self) -> None:
+        """Lays out the buckets."""
+        self._named = list(self.parameters.items())
+        parameters = [p for _, p in self._named]
+        if any(p.is_complex() for p in parameters):
+            raise InputError("strategy=ingraph does not serve complex parameters: use custom.")
+        last_first = range(len(parameters) - 1, -1, -1)
+        plan = [part for kind in by_kind(parameters, last_first) for part in _cut(parameters, kind, self._count)]
+        self._buckets = [Bucket(parameters, numbers, 0, None) for numbers in plan]
+        self._group = dist.group.WORLD.group_name if self.world_size > 1 else ""  # type: ignore[union-attr]
+
+    def reduce(self) -> None:
+        """Refuses the plain loop."""
+        raise InputError(
+            "strategy=ingraph averages inside the compiled step: use ddpkit.make_step(..., strategy='ingraph', compile=True)."
+        )
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """The buckets."""
+        return [bucket.body for bucket in self._buckets]
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """The slice of each trained parameter, by name."""
+        found = {n: view for bucket in self._buckets for n, view in zip(bucket.numbers, bucket.views, strict=True)}
+        return {name: found[n] for n, (name, _) in enumerate(self._named)}
+
+    def reduce_in_graph(self, gradients: Sequence[Tensor | None], flat: Sequence[Tensor]) -> None:
+        """Writes averaged gradients into the buckets, by operations that can be traced.
+
+        Args:
+            gradients: of the trained parameters; None counts as zero.
+            flat: the buckets.
+        """
+        started = []
+        for bucket, body in zip(self._buckets, flat, strict=True):
+            packed = self._packed(bucket, gradients, body)
+            if self.world_size > 1:
+                averages = self.comm.averages(body.device)
+                packed = packed if averages else packed * (1 / self.world_size)
+                packed = torch.ops._c10d_functional.all_reduce(packed, "avg" if averages else "sum", self._group)  # noqa: SLF001
+            started.append(packed)
+        for packed, body in zip(started, flat, strict=True):
+            body.copy_(torch.ops._c10d_functional.wait_tensor(packed) if self.world_size > 1 else packed)  # noqa: SLF001
+
+    def _packed(self, bucket: Bucket, gradients: Sequence[Tensor | None], body: Tensor) -> Tensor:
+        """The gradients of a bucket one after another, in the order of memory, with zeros between the slices."""
+        parts: list[Tensor] = []
+        end = 0
+        for n, view in zip(bucket.numbers, bucket.views, strict=True):
+            start = int(view.storage_offset() - bucket.body.storage_offset())
+            if start > end:
+                parts.append(body.new_zeros(start - end))
+            gradient = gradients[n]
+            strides = view.stride()
+            by_memory = sorted(range(view.dim()), key=lambda d: -strides[d])
+            parts.append(body.new_zeros(view.numel()) if gradient is None else gradient.permute(by_memory).reshape(-1))
+            end = start + view.numel()
+        if end < body.numel():
+            parts.append(body.new_zeros(body.numel() - end))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Averages what lies in the buckets by the same collectives outside of a graph."""
+        for body in self.flat:
+            self.all_reduce(body)
+
+    @torch.no_grad()
+    def averaged(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Averages of other gradients, zero where there is none."""
+        filled = [
+            torch.zeros_like(p) if g is None else g.clone() for g, (_, p) in zip(gradients, self._named, strict=True)
+        ]
+        for gradient in filled:
+            self.all_reduce(gradient)
+        return filled
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around each compiled step: what `synchronize()` is for other strategies."""
+        self._calls += 1
+        with nullcontext() if self._watch is None else self._watch.waiting(self._calls):
+            yield
+            if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
+                agreement.compare_parameters(self._module, self._calls)
+        if self.world_size > 1:
+            self._sent = sum(body.nbytes for body in self.flat), len(self._buckets)
+
+
+def _cut(parameters: Sequence[Tensor], numbers: Sequence[int], parts: int) -> list[list[int]]:
+    """Cuts a list into at most so many parts of about the same number of bytes."""
+    whole = sum(parameters[n].nbytes for n in numbers)
+    cut: dict[int, list[int]] = {}
+    done = 0
+    for n in numbers:
+        middle = done + parameters[n].nbytes / 2
+        cut.setdefault(int(parts * middle / whole), []).append(n)
+        done += parameters[n].nbytes
+    return list(cut.values())

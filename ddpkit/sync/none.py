@@ -1,0 +1,12 @@
+"""No communication."""
+
+from ddpkit.sync.base import GradientSync
+
+
+class NoSync(GradientSync):
+    """Leaves every rank its own gradients, so that ranks diverge: separates compute from communication in a study of speed."""
+
+    comms = ("torch", "mpi")
+
+    def reduce(self) -> None:
+        """Does nothing."""

@@ -1,0 +1,147 @@
+"""Buckets that travel while the backward pass goes on."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpkit.errors import InputError, RankDisagreementError
+from ddpkit.sync.buckets import by_size
+from ddpkit.sync.flat import FlatSync
+
+MIB = 2**20
+
+
+class OverlapSync(FlatSync):
+    """No wrapper: each bucket is all-reduced as soon as its gradients have arrived, while autograd goes on with the others.
+
+    Buckets are persistent flat buffers as in `FlatSync`, with the same flags. They are cut in the order in which gradients
+    arrived in the first step on rank 0, and all ranks launch them in that order; what the backward pass leaves (unused
+    parameters) `synchronize()` launches.
+
+    A gradient is read when it arrives: changing `.grad` between `backward()` and `synchronize()` has no effect on the average.
+
+    Args:
+        module: any module.
+        bucket_mb: size of a bucket, MiB.
+        first_bucket_mb: size of the first one, MiB: a small one begins to travel early.
+        comm: `"torch"` or `"mpi"`.
+        timeout: as in `GradientSync`.
+        check_every: as in `GradientSync`.
+        reduce_dtype: as in `FlatSync`.
+        check_finite: as in `FlatSync`.
+    """
+
+    separable: ClassVar[bool] = False
+    overlapped: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        bucket_mb: float = 25.0,
+        first_bucket_mb: float = 1.0,
+        comm: str = "torch",
+        timeout: float = 600.0,
+        check_every: int = 0,
+        reduce_dtype: str | torch.dtype | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        if not min(bucket_mb, first_bucket_mb) > 0:
+            raise InputError(f"bucket_mb={bucket_mb} and first_bucket_mb={first_bucket_mb} must be positive.")
+        self._bytes = round(first_bucket_mb * MIB), round(bucket_mb * MIB)
+        self._arrivals: list[int] | None = None  # the agreed order
+        self._arrived: list[int] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        super().__init__(
+            module,
+            comm=comm,
+            timeout=timeout,
+            check_every=check_every,
+            reduce_dtype=reduce_dtype,
+            check_finite=check_finite,
+        )
+
+    def close(self) -> None:
+        """Lets go of the module: removes its hooks."""
+        super().close()
+        for hook in self._hooks:
+            hook.remove()
+
+    def reduce(self) -> None:
+        """Launches what has not been launched, waits, and puts the slices in place."""
+        layout = self._buckets
+        super().reduce()
+        if self._arrivals is None and self._arrived and self._buckets is layout:
+            self._agree_on_order()
+        self._begin()
+
+    def _plan(self, numbers: Sequence[int]) -> list[list[int]]:
+        known = {n: i for i, n in enumerate(self._arrivals or [])}
+        order = sorted(numbers, key=lambda n: (n not in known, known.get(n, -n)))  # until known: the last comes first
+        return by_size(self._all, order, *self._bytes)
+
+    def _lay_out(self) -> None:
+        super()._lay_out()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for number, bucket in enumerate(self._buckets):
+            for n in bucket.numbers:
+                hook = self._all[n].register_post_accumulate_grad_hook(self._hook(n, number))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Expects the gradients of a step."""
+        self._expected = [set(bucket.numbers) for bucket in self._buckets]
+        self._next = 0
+        self._held: bool | None = None
+
+    def _hook(self, n: int, number: int) -> Callable[[Tensor], None]:
+        def arrived(_: Tensor) -> None:
+            if self._paused:
+                return
+            if self._held is None:
+                # A layout that no longer fits is replaced in synchronize(), which needs the gradients of this rank alone.
+                self._held = self._stale()
+            if self._held:
+                return
+            if self._buckets[number].launched:
+                raise RankDisagreementError(
+                    f"Parameter {self._names[n]!r} received a second gradient before synchronize(): do all backward passes but "
+                    "the last inside no_sync()."
+                )
+            if self._arrivals is None:
+                self._arrived.append(n)
+            self._expected[number].discard(n)
+            self._launch_ready()
+            self.comm.progress()
+
+        return arrived
+
+    def _launch_ready(self) -> None:
+        """Launches complete buckets in order; a complete one behind an incomplete one waits, as on the other ranks."""
+        while self._next < len(self._buckets) and not self._expected[self._next]:
+            last = self._next == len(self._buckets) - 1
+            numbers = self._order if last else self._buckets[self._next].numbers
+            self._launch(self._next, {n: self._all[n].grad for n in numbers})
+            self._next += 1
+
+    @torch.no_grad()
+    def _agree_on_order(self) -> None:
+        """Cuts the buckets anew, in the order in which gradients arrived on rank 0."""
+        box: list[list[int]] = [list(dict.fromkeys(self._arrived))]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, 0)
+        self._arrivals = box[0]
+        self._arrived = []
+        kept = [p.grad for p in self._all]
+        self._lay_out()
+        for bucket in self._buckets:
+            for n, view in zip(bucket.numbers, bucket.views, strict=True):
+                gradient = kept[n]
+                if gradient is not None:
+                    self._all[n].grad = view.copy_(gradient)

@@ -1,0 +1,122 @@
+"""Who is missing when a rank waits in vain."""
+
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch.distributed as dist
+
+from ddpkit.errors import RankDisagreementError
+from ddpkit.launch import store
+
+TICK = 0.5  # seconds
+
+
+class Watch:
+    """Tells the other ranks, through the store, that this one waits; and after a timeout, who does not.
+
+    The steady state costs two assignments per step: a thread looks twice a second and writes to the store only if something
+    has changed.
+
+    Args:
+        timeout: seconds.
+        aborts: end the process at the timeout from the thread, for waits that cannot be broken (a blocking MPI call).
+    """
+
+    _made: ClassVar[int] = 0  # ranks make their strategies in the same order
+
+    def __init__(self, timeout: float, *, aborts: bool) -> None:
+        self.timeout, self._aborts = timeout, aborts
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._store = dist.PrefixStore(f"watch/{Watch._made}", store())  # type: ignore[attr-defined]
+        Watch._made += 1
+        self._since: float | None = None
+        self._call = 0
+        self._told = ""
+        self._ended = threading.Event()
+        threading.Thread(target=_look_after, args=(weakref.ref(self), self._ended), daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._ended.set()
+
+    @contextmanager
+    def waiting(self, call: int) -> Iterator[None]:
+        """Around what may wait for other ranks; turns a failure of the collective into one that says who is missing."""
+        self._call = call
+        self._since = time.monotonic()
+        try:
+            yield
+        except (RankDisagreementError, FloatingPointError):
+            raise
+        except RuntimeError as error:
+            if (sentence := self.missing()) is None:
+                raise
+            raise RankDisagreementError(sentence) from error
+        finally:
+            self._since = None
+
+    def missing(self) -> str | None:
+        """A sentence about the ranks that are not waiting where this one is; None if all are."""
+        waited = time.monotonic() - (self._since or time.monotonic())
+        self._tell()
+        time.sleep(2 * TICK)  # lets the others tell
+        late = []
+        for rank in range(self._size):
+            call, state = self._read(rank)
+            if (call, state) != (self._call, "waiting"):
+                late.append(
+                    f"rank {rank} ({'waits in' if state == 'waiting' else 'last heard of after'} number {call})"
+                )
+        if not late:
+            return None
+        return (
+            f"Rank {self._rank} waited {waited:.0f} s in synchronize() number {self._call} for {', '.join(late)}: "
+            "every rank must call synchronize() equally often; see whether that rank has failed or left its loop early."
+        )
+
+    def _tell(self) -> None:
+        waiting = self._since is not None and time.monotonic() - self._since >= TICK
+        now = f"{self._call},waiting" if waiting else f"{self._call - (self._since is not None)},working"
+        if now != self._told:
+            self._store.set(str(self._rank), now)
+            self._told = now
+
+    def _read(self, rank: int) -> tuple[int, str]:
+        try:
+            if not self._store.check([str(rank)]):
+                return 0, "working"
+            call, state = self._store.get(str(rank)).decode().split(",")
+        except RuntimeError:  # the store's own rank is gone
+            return 0, "gone"
+        return int(call), state
+
+    def _tick(self) -> None:
+        self._tell()
+        since = self._since
+        if not self._aborts or since is None or time.monotonic() - since < self.timeout:
+            return
+        sentence = (
+            self.missing() or f"Rank {self._rank} waited {self.timeout:.0f} s in synchronize() number {self._call}."
+        )
+        sys.stderr.write(f"ddpkit: {sentence}\n")
+        sys.stderr.flush()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(2)
+
+
+def _look_after(reference: "weakref.ref[Watch]", ended: threading.Event) -> None:
+    while not ended.wait(TICK):
+        watch = reference()
+        if watch is None:
+            return
+        try:
+            watch._tick()  # noqa: SLF001  (its own thread)
+        except RuntimeError:  # the store is gone: the run is ending
+            return
+        del watch

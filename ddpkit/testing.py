@@ -1,0 +1,334 @@
+"""Several ranks in a test, and the conformance suite that any strategy can be put through.
+
+`python -m ddpkit.testing mypackage.MySync` runs the suite and prints what passed.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpkit.errors import InputError
+
+GRACE = 3.0  # seconds that the other ranks get to tell what they know once one has failed
+LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "TORCHELASTIC_")
+RANK_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+
+
+class RankFailure(AssertionError):  # noqa: N818  (pytest shows assertion errors without their frames)
+    """A rank ended with an error or did not end. The message holds each rank's traceback or last output."""
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    launcher: str = "torchrun",
+    timeout: float = 120.0,
+    initialize: bool = True,
+    environment: dict[str, str] | None = None,
+    **keywords: Any,
+) -> list[Any]:
+    """Calls a function on several ranks, each a process of its own, and returns what each returned.
+
+    Args:
+        function: at the top level of its module, so that the processes can import it.
+        world_size: number of ranks.
+        args: its arguments, picklable.
+        launcher: `"torchrun"` (its environment variables, no other program) or `"mpirun"` (the real one).
+        timeout: seconds after which all ranks are killed.
+        initialize: call `ddpkit.init_process_group()` first.
+        environment: further variables; `OMP_NUM_THREADS` is 1 unless given.
+        keywords: its keyword arguments, picklable.
+
+    Returns:
+        The results by rank.
+
+    Raises:
+        RankFailure: a rank raised, crashed or did not end in time.
+        InputError: there is no `mpirun`.
+    """
+    with tempfile.TemporaryDirectory(prefix="ddpkit-ranks-") as name:
+        folder = Path(name)
+        job = {
+            "module": function.__module__,
+            "file": getattr(sys.modules.get(function.__module__), "__file__", None),
+            "function": function.__qualname__,
+            "call": pickle.dumps((args, keywords)),
+            "path": sys.path,
+            "initialize": initialize,
+            "folder": str(folder),
+        }
+        (folder / "job").write_bytes(pickle.dumps(job))
+        command = [
+            sys.executable,
+            "-c",
+            "import sys; from ddpkit.testing import work; work(sys.argv[1])",
+            str(folder / "job"),
+        ]
+        variables = {
+            k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES) and k not in RANK_VARIABLES
+        }
+        variables = variables | {"OMP_NUM_THREADS": "1"} | (environment or {})
+        if launcher == "mpirun":
+            _run_mpirun(command, world_size, variables, folder, timeout)
+        elif launcher == "torchrun":
+            _run_processes(command, world_size, variables, folder, timeout)
+        else:
+            raise InputError(f"launcher={launcher} is unknown: use torchrun or mpirun.")
+        if not all((folder / f"result{rank}").exists() for rank in range(world_size)):
+            raise RankFailure(_report(folder, world_size, timeout))
+        return [_result(folder, rank) for rank in range(world_size)]
+
+
+def work(path: str) -> None:
+    """What each process of `run_ranks` runs."""
+    job = pickle.loads(Path(path).read_bytes())  # noqa: S301  (written by run_ranks)
+    rank = int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
+    target = Path(job["folder"]) / f"result{rank}"
+    try:
+        sys.path[:] = job["path"]
+        function: Any = _import(job["module"], job["file"])
+        for name in job["function"].split("."):
+            function = getattr(function, name)
+        if job["initialize"]:
+            from ddpkit.launch import init_process_group
+
+            init_process_group()
+        args, keywords = pickle.loads(job["call"])  # noqa: S301  (written by run_ranks)
+        outcome = ("returned", function(*args, **keywords))
+    except BaseException:  # noqa: BLE001  (told to the parent)
+        outcome = ("raised", traceback.format_exc())
+    target.with_suffix(".part").write_bytes(pickle.dumps(outcome))
+    target.with_suffix(".part").rename(target)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Leaving in the ordinary way waits for collectives that other ranks may never join.
+    if outcome[0] == "raised":
+        os._exit(1)
+    if job["initialize"]:
+        from ddpkit.launch import shutdown
+
+        shutdown()
+
+
+def _import(module: str, file: str | None) -> Any:
+    """Imports a module by name, or from its file where it was run as a script or found by pytest alone."""
+    if module != "__main__":
+        with contextlib.suppress(ImportError):
+            found = importlib.import_module(module)
+            if file is None or getattr(found, "__file__", None) == file:
+                return found
+    if file is None:
+        raise InputError(f"Module {module} has no file: put the function for the ranks into one.")
+    name = "ranks_main" if module == "__main__" else module
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _run_processes(command: list[str], size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
+    """Starts the ranks as torchrun's agent does: this process holds the store, so that no port can be taken in between."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    variables = variables | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
+    processes = []
+    try:
+        for rank in range(size):
+            with (folder / f"output{rank}").open("wb") as output:
+                mine = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(
+                    subprocess.Popen(command, env=mine, stdout=output, stderr=output, start_new_session=True)
+                )
+        _wait(processes, timeout)
+    finally:
+        _kill(processes)
+    if any(process.returncode != 0 for process in processes):
+        raise RankFailure(_report(folder, size, timeout))
+
+
+def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
+    from ddpkit.launch import mpirun
+
+    head, needed = mpirun(size)
+    variables |= {name: value for name, value in needed.items() if name.startswith("OMPI_ALLOW")}
+    with (folder / "output0").open("wb") as output:
+        process = subprocess.Popen(
+            [*head, *command],
+            env=variables,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            _wait([process], timeout)
+        finally:
+            _kill([process])
+    if process.returncode != 0:
+        raise RankFailure(_report(folder, size, timeout))
+
+
+def _wait(processes: "Sequence[subprocess.Popen[bytes]]", timeout: float) -> None:
+    """Returns when all have ended, one has failed and the others had their grace, or time is up."""
+    deadline = time.monotonic() + timeout
+    failed = False
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if all(code is not None for code in codes):
+            return
+        if not failed and any(codes):
+            failed, deadline = True, min(deadline, time.monotonic() + GRACE)
+        time.sleep(0.02)
+
+
+def _kill(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Ends what is left of the ranks, with their children."""
+    for process in processes:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _result(folder: Path, rank: int) -> Any:
+    kind, value = pickle.loads((folder / f"result{rank}").read_bytes())  # noqa: S301  (written by work)
+    if kind == "raised":
+        raise RankFailure(f"Rank {rank}:\n{value}")
+    return value
+
+
+def _report(folder: Path, size: int, timeout: float) -> str:
+    """What each rank left behind."""
+    parts = []
+    for rank in range(size):
+        result, output = folder / f"result{rank}", folder / f"output{rank}"
+        if result.exists():
+            kind, value = pickle.loads(result.read_bytes())  # noqa: S301  (written by work)
+            told = value if kind == "raised" else "ended well"
+        else:
+            told = f"no result within {timeout:.0f} s, or ended without one"
+        tail = output.read_text(errors="replace")[-3000:] if output.exists() else ""
+        parts.append(f"--- rank {rank}: {told}" + (f"\noutput:\n{tail}" if tail.strip() else ""))
+    return "\n" + "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case of the conformance suite ended.
+
+    Attributes:
+        state: `"passed"`, `"failed"`, or `"cannot"` for what the strategy is known not to be able to do.
+        why: the rank's message, or what stands in the way.
+    """
+
+    case: str
+    state: str
+    why: str = ""
+
+
+def run_conformance(
+    strategy: Any,
+    world_size: int,
+    comm: str = "torch",
+    *,
+    compile: bool = False,  # noqa: A002  (the configuration's word)
+    cases: Sequence[str] | None = None,
+    timeout: float = 300.0,
+    **options: Any,
+) -> list[Outcome]:
+    """Puts a strategy through the conformance suite, on ranks that are started once.
+
+    Args:
+        strategy: a name, an import path, or a class at the top level of its module.
+        world_size: number of ranks.
+        comm: `"torch"` (gloo, or NCCL with a GPU for each rank) or `"mpi"` (under `mpirun`).
+        compile: go through a compiled `ddpkit.make_step` instead of the plain loop.
+        cases: names from `ddpkit.sync.conformance.CASES`; by default all.
+        timeout: seconds for all of them.
+        options: passed on to the strategy.
+
+    Returns:
+        One outcome for each case. After a failure the ranks are started afresh for the cases that are left.
+    """
+    from ddpkit.sync import conformance
+
+    left = list(cases or conformance.applicable(world_size, compiled=compile))
+    deadline = time.monotonic() + timeout
+    outcomes: list[Outcome] = []
+    while left:
+        reports = run_ranks(
+            conformance.run_cases,
+            world_size,
+            strategy,
+            left,
+            comm,
+            options,
+            launcher="mpirun" if comm == "mpi" else "torchrun",
+            timeout=max(10.0, deadline - time.monotonic()),
+        )
+        outcomes += [Outcome(*report) for report in reports[0]]
+        left = left[len(reports[0]) :]
+    return outcomes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of the suite."""
+    parser = argparse.ArgumentParser(prog="python -m ddpkit.testing", description="Puts a strategy through its paces.")
+    parser.add_argument(
+        "strategy", help="custom, overlap, standard, ingraph or an import path such as mypackage.MySync"
+    )
+    parser.add_argument("--world-size", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")
+    parser.add_argument("--comm", nargs="+", default=["torch"], choices=["torch", "mpi"])
+    parser.add_argument("--compile", action="store_true", help="through a compiled ddpkit.make_step")
+    parser.add_argument("--cases", nargs="+", help="cases of ddpkit.sync.conformance; default: all that apply")
+    chosen = parser.parse_args(argv)
+    sys.path.insert(0, str(Path.cwd()))
+    failures = 0
+    for comm in chosen.comm:
+        for size in chosen.world_size:
+            for outcome in run_conformance(chosen.strategy, size, comm, cases=chosen.cases, compile=chosen.compile):
+                failures += outcome.state == "failed"
+                print(
+                    f"{chosen.strategy} ranks={size} comm={comm}  {outcome.state:7}{outcome.case}  {outcome.why}",
+                    flush=True,
+                )
+    print(f"{failures} failed." if failures else "All passed but what the strategy cannot do.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)

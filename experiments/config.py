@@ -1,0 +1,155 @@
+"""The typed configuration of a run, composed by Hydra from `conf/`."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ddpkit.errors import InputError
+from ddpkit.train import TrainConfig
+
+PRECISIONS = ("mixed", "float32", "float64")
+SOURCES = ("generated", "generated_crystals", "files")
+
+
+@dataclass
+class DataConfig:
+    """Where frames come from, and how they are split and ordered."""
+
+    source: str = MISSING
+    path: str | None = None
+    frames: int | None = None
+    seed: int = 1
+    split: list[float] = field(default_factory=lambda: [0.9, 0.05, 0.05])
+    split_by: str = "frame"
+    neutral: bool = False
+    shifts: str = "isolated"
+    cache: str = MISSING
+
+
+@dataclass
+class LossConfig:
+    """Weights of the mean squared errors."""
+
+    energy: float = 1.0
+    forces: float = 1.0
+    stress: float = 0.0
+
+
+@dataclass
+class RunConfig:
+    """One run."""
+
+    model: Any = MISSING
+    data: DataConfig = MISSING
+    strategy: Any = MISSING
+    optimizer: Any = MISSING
+    seed: int = 1
+    compile: bool = False
+    precision: str = "mixed"
+    tf32: bool = False
+    device: str = "auto"
+    comm: str = "torch"
+    deterministic: bool = False
+    run_dir: str | None = None
+    resume: str | None = None
+    init_from: str | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def read(overrides: Sequence[str]) -> DictConfig:
+    """Composes the configuration of a run.
+
+    Args:
+        overrides: Hydra overrides such as `strategy=standard` or `train.max_epochs=5`.
+
+    Raises:
+        InputError: an override names or sets something that does not exist or does not fit.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("ddpkit.experiments.conf", version_base="1.3"):
+            config = compose("config", overrides=list(overrides))
+            OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_sentence(error, overrides)) from error
+    _check(config)
+    return config
+
+
+def _check(config: DictConfig) -> None:
+    """Values that the types alone do not rule out."""
+    for key, allowed in {
+        "precision": PRECISIONS,
+        "device": ("auto", "cpu", "cuda"),
+        "comm": ("torch", "mpi"),
+        "data.source": SOURCES,
+        "data.split_by": ("frame", "group"),
+        "data.shifts": ("isolated", "fitted"),
+    }.items():
+        value = OmegaConf.select(config, key)
+        if value not in allowed:
+            raise InputError(f"{key}={value} is unknown: use one of {', '.join(allowed)}.")
+    for key in ("train.max_epochs", "train.max_steps", "train.batch_size", "train.accumulate", "train.log_every"):
+        value = OmegaConf.select(config, key)
+        if value is not None and value < 1:
+            raise InputError(f"{key}={value} is too small: it must be at least 1.")
+    if config.data.source == "files" and config.data.path is None:
+        raise InputError("data.path must be set with data=files: give a prepared set or a file that ASE reads.")
+    split = list(config.data.split)
+    if len(split) != 3 or min(split) < 0 or sum(split) > 1 + 1e-9 or split[0] <= 0:
+        raise InputError(
+            f"data.split={split} is no split: give three shares of train, validation and test that add up to 1."
+        )
+    r_max = OmegaConf.select(config, "model.r_max")
+    if r_max is not None and r_max <= 0:
+        raise InputError(f"model.r_max={r_max} is no cutoff: it must be a positive distance in Å.")
+
+
+def _sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence on what Hydra disliked."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(error, OmegaConfBaseException):
+        cause = cause.__cause__
+    text = " ".join(str(error).split())
+    if found := re.search(r"Could not (?:override|find) '([^']+)'", text):
+        name = found[1]
+        if "/" in name:
+            group, option = name.split("/", 1)
+            available = sorted(re.findall(r"(?<=[\s])[a-z]\w+(?=\s|$)", text.partition("Available options")[2]))
+            choices = f"use one of {', '.join(available)}" if available else f"see the configs of {group}"
+            return f"{group}={option} is unknown: {choices}."
+        return f"{name} is no configuration key: {_nearest(name)}."
+    if found := re.search(r"Key '([^']+)' (?:is )?not in", text):
+        full = next((o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].endswith(found[1])), found[1])
+        return f"{full} is no configuration key: {_nearest(full)}."
+    why = (str(cause) or str(error)).splitlines()[0].rstrip(".")
+    if found := re.search(r"Error (?:merging|parsing) override '?([^']+)", text):
+        return f"The override {found[1]} cannot be used: {why}."
+    return f"The configuration cannot be composed: {why}; correct the overrides."
+
+
+def _nearest(name: str) -> str:
+    """A remedy for a misspelt key."""
+    with initialize_config_module("ddpkit.experiments.conf", version_base="1.3"):
+        known = _keys(OmegaConf.to_container(compose("config"), resolve=False))
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else "see `ddpkit run --help` for the keys"
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    return [key for k, v in node.items() for key in (f"{prefix}{k}", *_keys(v, f"{prefix}{k}."))]

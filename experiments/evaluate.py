@@ -1,0 +1,258 @@
+"""`ddpkit eval`: accuracy tables of a run or checkpoint, parity plots, the worst frames, torsion barriers."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+
+from ddpkit import launch
+from ddpkit.analysis import accuracy, figures, tables
+from ddpkit.checkpoint import checkpoint_of, load_model
+from ddpkit.data import PreparedSet, collate
+from ddpkit.errors import InputError
+from ddpkit.evaluate import Evaluation, evaluate
+from ddpkit.experiments import setup, torsion
+from ddpkit.experiments.config import read
+from ddpkit.launch import Environment, agree
+
+PARTS = ("train", "validation", "test", "all")
+_ENERGY_POINTS = 100_000  # that a figure is made of
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is evaluated."""
+
+    frames: PreparedSet
+    indices: NDArray[np.int64]
+    part: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `ddpkit eval`."""
+    parser.description = (
+        "Errors of a trained model by subset and by element, parity plots, the worst frames, and torsion barriers; alone or "
+        "under mpirun. Predicts with the averaged weights where the run kept them."
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder (its best checkpoint) or a file"
+    )
+    parser.add_argument(
+        "data", type=Path, nargs="?", metavar="DATA",
+        help="a prepared set or a file that ASE reads (default: what the run was trained on)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", choices=PARTS,
+        help="part of the data, divided as the run's configuration says (default: all of DATA, or the run's own test part)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: a folder in the run's)")
+    parser.add_argument("--torsion", type=Path, metavar="FILE", help="TorsionNet500, or a file in its layout (JSON)")
+    parser.add_argument(
+        "--torsion-reference", type=Path, metavar="FILE", help="reference energies for it (default: those of its own)"
+    )
+    parser.add_argument("--worst", type=int, default=10, metavar="N", help="frames to write out (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="frames in a batch, over all ranks (default: %(default)s)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs `ddpkit eval`.
+
+    Raises:
+        InputError: on every rank, where the checkpoint, the data or the benchmark cannot be used.
+    """
+    here = launch.init_process_group(None if args.device == "auto" else args.device)
+    with agree("reading the run"):
+        if args.batch_size < 1 or args.worst < 0:
+            raise InputError(
+                f"--batch-size {args.batch_size} and --worst {args.worst}: give at least 1, and at least 0."
+            )
+        if args.torsion_reference and not args.torsion:
+            raise InputError("--torsion-reference needs --torsion: give the file with the coordinates too.")
+        config = _configuration(args.run)
+        if config is None and args.data is None and args.torsion is None:
+            raise InputError(f"{args.run} lies in no run folder, so its data are not known: give DATA too.")
+        fragments = torsion.read_fragments(args.torsion, args.torsion_reference) if args.torsion else []
+        model = load_model(args.run).to(here.device).requires_grad_(requires_grad=False)
+    chosen = _open(args, config, model) if args.data is not None or config is not None else None
+    out = _out(args, config, chosen)
+    with agree("making the folder"):
+        if here.is_first:
+            _make(out)
+    if chosen is not None:
+        found = evaluate(model, chosen.frames, chosen.indices, here, batch_size=args.batch_size, progress=True)
+        with agree("writing the tables"):
+            if here.is_first:
+                _tell_accuracy(chosen, found, out, _notes(args, chosen))
+                _write_worst(chosen, found, model, here, out, args.worst)
+    if fragments:
+        _barriers(model, fragments, here, out, args)
+    with agree("leaving"):
+        if here.is_first:
+            print(f"written to {out}")
+    launch.shutdown()
+
+
+def _configuration(run: Path) -> DictConfig | None:
+    """The configuration of the run that a path means or lies in."""
+    path = (run if run.is_dir() else run.parent.parent) / "config.yaml"
+    if not path.is_file():
+        return None
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _open(args: argparse.Namespace, saved: DictConfig | None, model: Any) -> Chosen:
+    part = args.split or ("test" if args.data is None else "all")
+    if args.data is None:
+        assert saved is not None
+        config = saved
+    else:
+        with agree("reading the run"):
+            if saved is None and part != "all":
+                raise InputError(
+                    f"{args.run} lies in no run folder, so how it divided its data is not known: leave --split {part} out."
+                )
+            config = read(["data=files", "data.path=-"])
+            if saved is not None and part != "all":
+                config.data = OmegaConf.merge(config.data, saved.data, {"cache": config.data.cache})
+            else:
+                config.data.split = [1.0, 0.0, 0.0]
+            config.data.source, config.data.path = "files", str(args.data)
+            config.model.r_max = float(model.r_max)
+    data = setup.open_data(config)
+    parts = {name: getattr(data, name) for name in PARTS[:3]}
+    indices = np.sort(np.concatenate(list(parts.values()))) if part == "all" else parts[part]
+    with agree("choosing the frames"):
+        if not len(indices):
+            raise InputError(f"The {part} part of the run's data is empty: choose another with --split, or give DATA.")
+    return Chosen(data.frames, indices, part)
+
+
+def _out(args: argparse.Namespace, config: DictConfig | None, chosen: Chosen | None) -> Path:
+    if args.out is not None:
+        return Path(args.out)
+    run = args.run if args.run.is_dir() else args.run.parent if config is None else args.run.parent.parent
+    if chosen is None:
+        return Path(run) / "evaluation" / "torsion"
+    words = [chosen.part] if args.data is None else [args.data.stem, args.split] if args.split else [args.data.stem]
+    return Path(run) / "evaluation" / "-".join(words)
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made ({error.strerror}): choose another folder with --out.") from error
+
+
+def _notes(args: argparse.Namespace, chosen: Chosen) -> list[str]:
+    dropped = chosen.frames.manifest["dropped"]
+    left_out = "; ".join(f"{count:,} frames left out when it was prepared: {name}" for name, count in dropped.items())
+    what = "all frames" if chosen.part == "all" else f"the {chosen.part} part"
+    return [
+        f"Weights: {checkpoint_of(args.run)}. Data: {what} of {args.data or chosen.frames.path}"
+        + (f" ({left_out})" if left_out else "")
+        + "."
+    ]
+
+
+def _errors(chosen: Chosen, found: Evaluation) -> accuracy.Frames:
+    frames, indices = chosen.frames, found.indices
+    return accuracy.Frames(
+        frames.subset_index[indices], frames.subsets, frames.atoms[indices], found.energy - frames.array("energy")[indices],
+        found.forces_abs, found.forces_square,
+    )  # fmt: skip
+
+
+def _tell_accuracy(chosen: Chosen, found: Evaluation, out: Path, notes: list[str]) -> None:
+    errors = _errors(chosen, found)
+    values, elements = accuracy.by_subset(errors), accuracy.by_element(found.species, found.by_species)
+    shown = [accuracy.subset_table(values, notes), accuracy.element_table(elements)]
+    tables.write(out, "accuracy", values, shown)
+    tables.write_csv(out / "elements.csv", elements)
+    reference = np.asarray(chosen.frames.array("energy")[found.indices])
+    tables.write_csv(out / "frames.csv", accuracy.by_frame(errors, found.indices, reference))
+    figures.save(_parity(chosen.frames, found), out / "parity.png")
+    print("\n\n".join(table.text() for table in shown))
+
+
+def _parity(frames: PreparedSet, found: Evaluation) -> Any:
+    atoms, energy = frames.atoms[found.indices], frames.array("energy")[found.indices]
+    some = np.unique(np.linspace(0, len(atoms) - 1, _ENERGY_POINTS).astype(np.int64))
+    labels = np.concatenate([frames.array("forces")[slice(*frames.atom_range(int(i)))] for i in found.kept])
+    return accuracy.parity(
+        np.stack([energy / atoms, found.energy / atoms], axis=1)[some],
+        np.stack([labels.reshape(-1), found.forces.reshape(-1)], axis=1),
+        len(atoms),
+        int(atoms.sum()),
+    )
+
+
+def _write_worst(chosen: Chosen, found: Evaluation, model: Any, here: Environment, out: Path, count: int) -> None:
+    """Extended XYZ of the frames with the largest errors, worst first; labels as `energy` and `forces`, predictions beside."""
+    from ase import Atoms
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from ase.io import write
+
+    errors = _errors(chosen, found)
+    for name, size in (("forces", errors.forces_rmse), ("energy", np.abs(errors.energy_per_atom_error))):
+        images = []
+        for place in np.argsort(-size, kind="stable")[:count].tolist():
+            frame = chosen.frames.frame(int(found.indices[place]))
+            batch = collate([frame], model.species, model.r_max).to(here.device)
+            atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
+            atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces, stress=frame.stress)
+            atoms.arrays["predicted_forces"] = model(batch)["forces"].detach().to(torch.float64).cpu().numpy()
+            atoms.info |= {
+                "frame": int(found.indices[place]),
+                "predicted_energy": float(found.energy[place]),
+                "energy_error_per_atom": float(errors.energy_per_atom_error[place]),
+                "forces_rmse": float(errors.forces_rmse[place]),
+                **{key: text for key, text in (("subset", frame.subset), ("group", frame.group)) if text},
+            }
+            images.append(atoms)
+        if images:
+            write(out / f"worst_{name}.xyz", images, format="extxyz", parallel=False)
+
+
+def _barriers(
+    model: Any, fragments: list[torsion.Fragment], here: Environment, out: Path, args: argparse.Namespace
+) -> None:
+    """Tells the errors of barrier heights, of the fragments whose elements the model knows."""
+    known = [fragment for fragment in fragments if set(fragment.symbols) <= set(model.species)]
+    with agree("choosing the fragments"):
+        if not known:
+            raise InputError(
+                f"{args.torsion} holds no fragment of the model's elements alone ({', '.join(model.species)}): give another "
+                "benchmark or another model."
+            )
+    predicted = torsion.profiles(model, known, here)
+    with agree("writing the barriers"):
+        if here.is_first:
+            values = accuracy.barriers([f.name for f in known], [f.energies for f in known], predicted)
+            table = accuracy.barrier_table(values, _barrier_notes(known, len(fragments) - len(known), args))
+            tables.write(out, "torsion", values, [table])
+            print(f"\n{table.text()}")
+
+
+def _barrier_notes(known: list[torsion.Fragment], left_out: int, args: argparse.Namespace) -> list[str]:
+    reference = args.torsion_reference or args.torsion
+    notes = [f"Single points of {args.torsion}, the barrier being the highest less the lowest; reference: {reference}."]
+    if left_out:
+        notes.append(f"Left out, for elements that the model does not know: {left_out}.")
+    if few := sum(len(fragment.energies) < torsion.CONFORMERS for fragment in known):
+        notes.append(f"Of fewer than {torsion.CONFORMERS} conformers, so that the barrier may be too low: {few}.")
+    return notes

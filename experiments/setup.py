@@ -1,0 +1,221 @@
+"""From a configuration to everything a run is made of."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ddpkit import checkpoint
+from ddpkit.data import (
+    Frame,
+    Loader,
+    PreparedSet,
+    Sampler,
+    Sweep,
+    generated,
+    read_ase,
+    split,
+    statistics,
+    write_prepared,
+)
+from ddpkit.data.once import made_once
+from ddpkit.errors import InputError
+from ddpkit.launch import Environment, agree, first_rank_first, share
+from ddpkit.loss import EnergyForcesLoss
+from ddpkit.record import RunFolder
+from ddpkit.step import make_step
+from ddpkit.train import Trainer, moving_average
+
+
+@dataclass(frozen=True)
+class Data:
+    """A set and its three parts."""
+
+    frames: PreparedSet
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def set_numerics(config: DictConfig) -> None:
+    """Switches that hold for the whole process: determinism and TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # NVLS sums in no fixed order
+        torch.use_deterministic_algorithms(mode=True)
+
+
+def open_data(config: DictConfig) -> Data:
+    """Makes or finds the set on one rank of each host, then opens and splits it on all.
+
+    Raises:
+        InputError: on every rank, what was wrong with the data on any.
+    """
+    with first_rank_first("preparing the data", per_host=True) as goes_first:
+        if goes_first:
+            PreparedSet(_prepare(config)).edges(float(config.model.r_max))  # counted once
+    with agree("opening the data"):
+        frames = PreparedSet(_prepare(config))
+        usable = np.arange(len(frames))
+        if config.data.neutral:
+            usable = usable[frames.charge[usable] == 0]
+        if config.data.source == "files" and config.data.frames is not None:
+            usable = usable[: config.data.frames]
+        groups = frames.group_index[usable] if config.data.split_by == "group" else None
+        parts = split(len(usable), config.data.split, config.data.seed, groups)
+        train, validation, test = (usable[part] for part in parts)
+    return Data(frames, train, validation, test)
+
+
+def _prepare(config: DictConfig) -> Path:
+    """The prepared set that the configuration speaks of; made where it is missing."""
+    data, cache = config.data, Path(config.data.cache)
+    if data.source != "files":
+        return generated(data.source, cache, frames=data.frames)
+    path = Path(data.path)
+    if (path / "manifest.json").is_file():
+        return path
+    if not path.is_file():
+        raise InputError(f"data.path={path} does not exist: give a prepared set or a file that ASE reads.")
+    facts = path.stat()
+    identity = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {config.model.r_max}"
+    target = cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+    def make(temporary: Path) -> None:
+        write_prepared(temporary, _labelled(read_ase(path)), r_max=config.model.r_max, source={"path": str(path)})
+
+    return made_once(target, make)
+
+
+def _labelled(frames: Iterable[Frame]) -> Iterator[Frame]:
+    """The frames, refusing one whose labels are not numbers."""
+    for frame in frames:
+        if not (np.isfinite(frame.energy) and np.isfinite(frame.forces).all()):
+            raise InputError(f"{frame.name} has an energy or forces that are NaN or infinite: repair or remove it.")
+        yield frame
+
+
+def model_spec(config: DictConfig, data: Data) -> dict[str, Any]:
+    """What a model is built from, in plain values: kept in checkpoints, so that they are enough to build it again."""
+    facts = statistics(data.frames, data.train, float(config.model.r_max), isolated=config.data.shifts == "isolated")
+    spec = OmegaConf.to_container(config.model, resolve=True)
+    assert isinstance(spec, dict)
+    return {
+        **spec,  # type: ignore[dict-item]  # (keys are strings)
+        "species": list(facts.species),
+        "precision": config.precision,
+        "avg_num_neighbors": float(facts.avg_num_neighbors),
+        "shifts": [float(x) for x in facts.shifts],
+        "scales": [float(x) for x in facts.scales],
+    }
+
+
+def build_model(spec: dict[str, Any], seed: int) -> nn.Module:
+    """The model with weights drawn from `seed`.
+
+    Raises:
+        InputError: it cannot be built so.
+    """
+    torch.manual_seed(seed)
+    try:
+        model = instantiate(spec, _convert_="all")
+    except (InstantiationException, TypeError) as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise InputError(
+            f"The model cannot be built: {str(error).splitlines()[0]}; check the model's configuration."
+        ) from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def model_name(config: DictConfig) -> str:
+    """What the model is called in messages."""
+    return str(config.model.get("name") or config.model["_target_"].rpartition(".")[2]).lower()
+
+
+def strategy_name(config: DictConfig) -> str:
+    """What the strategy is called in messages and labels."""
+    return str(config.strategy.get("name") or config.strategy["_target_"])
+
+
+def build_trainer(
+    config: DictConfig, here: Environment, data: Data, folder: RunFolder | None, state: dict[str, Any] | None
+) -> Trainer:
+    """Everything that trains, from scratch or from a checkpoint's state.
+
+    Raises:
+        InputError: on every rank, where parts do not fit together.
+    """
+    r_max = float(config.model.r_max)
+    spec = state["model_spec"] if state else share(lambda: model_spec(config, data), "the statistics of the data")
+    with agree("building the model"):
+        model = build_model(spec, config.seed).to(here.device)
+        if config.init_from is not None and state is None:
+            model.load_state_dict(_weights(config.init_from, spec))
+        optimizer = instantiate(config.optimizer, _partial_=True)(model.parameters())
+        train = Sampler(
+            data.train, data.frames.atoms[data.train], data.frames.edges(r_max)[data.train], config.train.batch_size,
+            world_size=here.world_size, rank=here.rank, accumulate=config.train.accumulate, seed=config.data.seed,
+        )  # fmt: skip
+        sweep = Sweep(
+            data.validation, data.frames.atoms[data.validation], data.frames.edges(r_max)[data.validation],
+            config.train.batch_size, world_size=here.world_size, rank=here.rank,
+        )  # fmt: skip
+        loaders = [
+            Loader(data.frames, sampler, spec["species"], r_max, device=here.device) for sampler in (train, sweep)
+        ]
+    criterion = EnergyForcesLoss(**config.loss)
+    ema = moving_average(model, config.train.ema_decay)  # copies the model before a strategy hooks itself to it
+    step = make_step(
+        model, criterion, optimizer,
+        strategy=strategy_name(config), compile=config.compile, comm=config.comm, clip_norm=config.train.clip_norm,
+        **{k: v for k, v in config.strategy.items() if k not in ("name", "_target_")},
+    )  # fmt: skip
+    if config.compile:
+        _, batches = next(loaders[0].epoch(0))
+        step.prepare(batches)
+    trainer = Trainer(
+        model=model,
+        step=step,
+        optimizer=optimizer,
+        criterion=criterion,
+        train_loader=loaders[0],
+        val_loader=loaders[1] if len(data.validation) else None,
+        ema=ema,
+        config=OmegaConf.to_object(config.train),
+        folder=folder,
+        here=here,
+        model_spec=spec,
+    )
+    if state is not None:
+        with agree("restoring the checkpoint"):
+            trainer.load_state_dict(state)
+    return trainer
+
+
+def _weights(run: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """The best averaged weights of another run of the same model."""
+    state = checkpoint.load(Path(run) / "checkpoints" / "best.pt")
+    if state["model_spec"] != spec:
+        changed = sorted(k for k in spec if state["model_spec"].get(k) != spec[k])
+        raise InputError(
+            f"init_from={run} holds another model ({', '.join(changed)} differ): use the same model and data."
+        )
+    return checkpoint.inference_weights(state)

@@ -1,0 +1,7 @@
+"""Equivariant interatomic potentials."""
+
+from ddpkit.models.allegro import Allegro as Allegro
+from ddpkit.models.convert import from_nequip as from_nequip
+from ddpkit.models.nequip import NequIP as NequIP
+
+__all__ = ["Allegro", "NequIP", "from_nequip"]

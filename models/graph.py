@@ -1,0 +1,166 @@
+"""Sums over edges and gathers from atoms that are each other's transpose.
+
+PyTorch differentiates a gather into a scatter, which on a GPU adds in whatever order its threads arrive. Here every sum
+runs over the rows of a table instead, in its fixed order, and every derivative of a sum is a gather and the other way
+round, to any order.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpkit.batch import Batch
+
+
+class Graph(NamedTuple):
+    """The edges of a batch, seen from both ends."""
+
+    centre: Tensor  # [edges] int64, sorted
+    neighbour: Tensor  # [edges] int64
+    outgoing: Tensor  # [atoms, most] edges whose centre is the atom, padded with `edges`
+    incoming: Tensor  # [atoms, most] edges whose neighbour is the atom, padded with `edges`
+    slot: Tensor  # [edges] where in the flattened `outgoing` an edge stands
+
+    @property
+    def atoms(self) -> int:
+        """Number of atoms."""
+        return self.outgoing.shape[0]
+
+    @property
+    def most(self) -> int:
+        """Columns of the tables: the most neighbours of an atom."""
+        return self.outgoing.shape[1]
+
+
+def graph_of(batch: Batch) -> Graph:
+    """The graph of a batch; traceable where the batch holds its neighbour tables."""
+    batch = batch.with_neighbours()
+    assert batch.neighbours is not None
+    assert batch.incoming is not None
+    centre, neighbour = batch.edge_index[0], batch.edge_index[1]
+    edges, most = centre.shape[0], batch.neighbours.shape[1]
+    counts = (batch.neighbours < edges).sum(1)
+    empty_before = torch.arange(batch.neighbours.shape[0], device=centre.device) * most - (counts.cumsum(0) - counts)
+    slot = torch.arange(edges, device=centre.device) + empty_before.index_select(0, centre)
+    return Graph(centre, neighbour, batch.neighbours, batch.incoming, slot)
+
+
+class _Take(torch.autograd.Function):
+    """`x[index]`, for x `[rows, ...]` and index `[n]`; `table` lists for each row the places where index names it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index, table)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        index, table = ctx.saved_tensors
+        return _Total.apply(grad, index, table), None, None
+
+
+class _Total(torch.autograd.Function):
+    """The transpose of `_Take`: for each row of `table` the sum of the rows of x `[n, ...]` that it lists."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index, table)
+        return sum_rows(x, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        index, table = ctx.saved_tensors
+        return _Take.apply(grad, index, table), None, None
+
+
+class _Pad(torch.autograd.Function):
+    """Rows of x `[edges, ...]` laid out by centre `[atoms, most, ...]`, zero where there is no edge."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(slot, table)
+        return gather_rows(x, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        slot, table = ctx.saved_tensors
+        return _Unpad.apply(grad, slot, table), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The transpose of `_Pad`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(slot, table)
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]).index_select(0, slot)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        slot, table = ctx.saved_tensors
+        return _Pad.apply(grad, slot, table), None, None
+
+
+def gather_rows(x: Tensor, table: Tensor) -> Tensor:
+    """`x[table]`, zero where the table is padded with the number of rows."""
+    padded = torch.cat((x, x.new_zeros((1, *x.shape[1:]))))
+    return padded.index_select(0, table.reshape(-1)).reshape(*table.shape, *x.shape[1:])
+
+
+def sum_rows(x: Tensor, table: Tensor) -> Tensor:
+    """For each row of `table` the sum of the rows of x `[n, ...]` that it lists; entries of n are padding.
+
+    The sum is a product with ones and zeros: one pass over what is gathered, in a fixed order.
+    """
+    listed = table < x.shape[0]
+    flat = x.flatten(1)
+    rows = flat.index_select(0, table.masked_fill(~listed, 0).reshape(-1))
+    total = torch.bmm(listed.to(x.dtype).unsqueeze(1), rows.reshape(*table.shape, flat.shape[1]))
+    return total.reshape(table.shape[0], *x.shape[1:])
+
+
+def at_centre(x: Tensor, graph: Graph) -> Tensor:
+    """`[atoms, ...]` -> `[edges, ...]`: the centre's row for each edge."""
+    return _Take.apply(x, graph.centre, graph.outgoing)
+
+
+def at_neighbour(x: Tensor, graph: Graph) -> Tensor:
+    """`[atoms, ...]` -> `[edges, ...]`: the neighbour's row for each edge."""
+    return _Take.apply(x, graph.neighbour, graph.incoming)
+
+
+def sum_to_centre(x: Tensor, graph: Graph) -> Tensor:
+    """`[edges, ...]` -> `[atoms, ...]`: the sum over the edges whose centre is the atom."""
+    return _Total.apply(x, graph.centre, graph.outgoing)
+
+
+def sum_to_neighbour(x: Tensor, graph: Graph) -> Tensor:
+    """`[edges, ...]` -> `[atoms, ...]`: the sum over the edges whose neighbour is the atom."""
+    return _Total.apply(x, graph.neighbour, graph.incoming)
+
+
+def pad_rows(x: Tensor, slot: Tensor, table: Tensor) -> Tensor:
+    """`[n, ...]` -> `[*table.shape, ...]`: `x[table]`, zero where it is padded.
+
+    Args:
+        x: rows.
+        slot: `[n]`, where in the flattened table a row stands, once.
+        table: `[rows, columns]`.
+    """
+    return _Pad.apply(x, slot, table)
+
+
+def unpad_rows(x: Tensor, slot: Tensor, table: Tensor) -> Tensor:
+    """The transpose of `pad_rows`."""
+    return _Unpad.apply(x, slot, table)
+
+
+def pad(x: Tensor, graph: Graph) -> Tensor:
+    """`[edges, ...]` -> `[atoms, most, ...]`: edges by centre, zero where there is none."""
+    return pad_rows(x, graph.slot, graph.outgoing)
+
+
+def unpad(x: Tensor, graph: Graph) -> Tensor:
+    """`[atoms, most, ...]` -> `[edges, ...]`."""
+    return unpad_rows(x, graph.slot, graph.outgoing)

@@ -1,0 +1,127 @@
+"""Convolutions of NequIP computed by other packages: e3nn, the reference, and OpenEquivariance, CUDA kernels.
+
+Both take features in e3nn's flat layout, so they are slower around the edges than `ddpkit.models.nequip.Convolution`;
+OpenEquivariance keeps nothing of the size of edges times paths.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from e3nn import o3
+from torch import Tensor
+
+from ddpkit.errors import InputError
+from ddpkit.models.graph import Graph, at_neighbour, sum_to_centre
+from ddpkit.models.irreps import Features, Irrep, Irreps, Paths
+
+
+class FlatConvolution(torch.nn.Module):
+    """The sum over neighbours of the weighted tensor product of their features with the harmonics of the edge.
+
+    Args:
+        irreps_in: of the features.
+        l_max: of the harmonics.
+        paths: for each irrep of the features, where its products go.
+        irreps_out: of the result.
+        dtype: of features and weights.
+    """
+
+    def __init__(
+        self, irreps_in: Irreps, l_max: int, paths: dict[Irrep, Paths], irreps_out: Irreps, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.irreps_in = list(irreps_in)
+        self.irreps_out = irreps_out
+        order = [(c, a, l) for c in irreps_out for a in paths for l, d in paths[a] if d == c]
+        instructions = [
+            (self.irreps_in.index(a), l, order.index((c, a, l)), "uvu", True) for a in paths for l, c in paths[a]
+        ]
+        self._build(
+            o3.Irreps([(mul, ir) for ir, mul in irreps_in.items()]),
+            o3.Irreps.spherical_harmonics(l_max),
+            o3.Irreps([(irreps_in[a], c) for c, a, _ in order]),
+            instructions,
+            dtype,
+        )
+
+    @abstractmethod
+    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any], dtype: torch.dtype) -> None:
+        """Makes the tensor product."""
+
+    @abstractmethod
+    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph) -> Tensor:
+        """`[atoms, irreps]` of the neighbours -> `[atoms, irreps]` of the centres."""
+
+    def forward(self, x: Features, weights: list[Tensor], harmonics: Tensor, graph: Graph) -> Features:
+        """Features of the neighbours -> features of the centres.
+
+        Args:
+            x: features.
+            weights: for each irrep that has paths, `[edges, paths * channels]`.
+            harmonics: `[edges, (l_max + 1)^2]`.
+            graph: the edges.
+        """
+        flat = torch.cat([x[ir].transpose(1, 2).flatten(1) for ir in self.irreps_in], 1)
+        out = self._compute(flat, harmonics, torch.cat(weights, 1), graph)
+        sizes = [mul * (2 * ir[0] + 1) for ir, mul in self.irreps_out.items()]
+        return {
+            ir: block.reshape(-1, mul, 2 * ir[0] + 1).transpose(1, 2)
+            for (ir, mul), block in zip(self.irreps_out.items(), out.split(sizes, 1), strict=True)
+        }
+
+
+class E3nnConvolution(FlatConvolution):
+    """The convolution as e3nn computes it: a message for every edge, then their sum."""
+
+    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any], dtype: torch.dtype) -> None:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # e3nn's constants take it
+        try:
+            with torch.device("cpu"):
+                self.product = o3.TensorProduct(
+                    features, harmonics, out, instructions, shared_weights=False, internal_weights=False
+                )
+        finally:
+            torch.set_default_dtype(default)
+
+    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph) -> Tensor:
+        return sum_to_centre(self.product(at_neighbour(x, graph), harmonics, weights), graph)
+
+
+class OpenEquivarianceConvolution(FlatConvolution):
+    """The convolution in CUDA kernels of the package `openequivariance` (V. Bharadwaj et al., arXiv 2501.13986),
+    summing in a fixed order. Needs edges sorted by centre, then neighbour.
+    """
+
+    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any], dtype: torch.dtype) -> None:
+        if not torch.cuda.is_available():
+            raise InputError("kernels=openequivariance needs an NVIDIA GPU: leave kernels out to compute on a CPU")
+        try:
+            import openequivariance as oeq
+        except ImportError as error:
+            raise InputError("kernels=openequivariance needs that package: pip install openequivariance") from error
+        kind = oeq.torch_to_oeq_dtype(dtype)
+        problem = oeq.TPProblem(
+            features,
+            harmonics,
+            out,
+            instructions,
+            irrep_dtype=kind,
+            weight_dtype=kind,
+            shared_weights=False,
+            internal_weights=False,
+        )
+        self.product = oeq.TensorProductConv(problem, torch_op=True, deterministic=True)
+
+    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph) -> Tensor:
+        by_neighbour = torch.argsort(graph.neighbour, stable=True)
+        out: Tensor = self.product(x, harmonics, weights, graph.centre, graph.neighbour, by_neighbour)
+        return out
+
+
+KERNELS: dict[str, Callable[..., FlatConvolution]] = {
+    "e3nn": E3nnConvolution,
+    "openequivariance": OpenEquivarianceConvolution,
+}

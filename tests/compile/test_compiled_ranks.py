@@ -1,0 +1,159 @@
+"""Compiled steps on several ranks, each a process of its own."""
+
+import pytest
+import torch
+from toy import Toy, random_batch
+
+import ddpkit
+from ddpkit.testing import run_ranks
+
+SIZES = [[[6, 5], [4]], [[3, 7, 5], [9, 2]], [[5], [8, 4]]]  # frames by step and rank
+ARMS = {
+    "custom": {},
+    "ingraph": {},
+    "ingraph_3": {"strategy": "ingraph", "buckets": 3},
+    "standard": {"find_unused_parameters": True},
+    "overlap": {"bucket_mb": 1e-4, "first_bucket_mb": 1e-4},
+}
+
+
+def totals(step):
+    frames = [n for rank in SIZES[step] for n in rank]
+    return len(frames), sum(frames)
+
+
+def batches(step):
+    return [random_batch(sizes, seed=10 * step + rank, totals=totals(step)) for rank, sizes in enumerate(SIZES[step])]
+
+
+def gradients(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def train(here, arm, options, compile_):
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    strategy = options.get("strategy", arm)
+    rest = {k: v for k, v in options.items() if k != "strategy"}
+    step = ddpkit.make_step(model, ddpkit.EnergyForcesLoss(), optimizer, strategy=strategy, compile=compile_, **rest)
+    found = []
+    for number in range(len(SIZES)):
+        loss = step(batches(number)[here])["loss"]
+        found.append({"loss": loss, "norm": step.grad_norm, **gradients(model)})
+    two = [random_batch([4, 3], seed=5 + here, totals=(8, 26)), random_batch([6], seed=7 + here, totals=(8, 26))]
+    step([*two, random_batch([4 - here, 3 + here][:1], seed=9 + here, totals=(8, 26))])
+    found.append({"norm": step.grad_norm, **gradients(model)})
+    stats = step.sync.stats
+    step.sync.close()
+    return found, (stats.calls, stats.collectives)
+
+
+def all_arms():
+    here = torch.distributed.get_rank()
+    results = {"eager": train(here, "custom", {}, False)}
+    for arm, options in ARMS.items():
+        results[arm] = train(here, arm, options, True)
+    return results
+
+
+def union_gradients():
+    """The same steps by one process over the union of batches, eagerly."""
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loss_of = ddpkit.EnergyForcesLoss()
+    found = []
+    for number in range(len(SIZES)):
+        optimizer.zero_grad()
+        for batch in batches(number):
+            loss_of(model(batch), batch)["loss"].backward()
+        found.append(gradients(model))
+        optimizer.step()
+    return found
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_ranks(all_arms, 2, timeout=400)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_gradients_are_those_of_the_union(results, arm):
+    for rank in range(2):
+        for mine, theirs in zip(results[rank][arm][0], union_gradients(), strict=False):
+            for name, value in theirs.items():
+                if value is None:
+                    assert mine[name] is None or not mine[name].any(), name
+                else:
+                    torch.testing.assert_close(mine[name], value, rtol=1e-10, atol=1e-10 * float(value.norm()))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_accumulated_gradients_are_those_of_eager_code(results, arm):
+    for rank in range(2):
+        mine, theirs = results[rank][arm][0][-1], results[rank]["eager"][0][-1]
+        for name, value in theirs.items():
+            if value is not None:
+                torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-9 * float(value.norm()))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_ranks_agree_to_the_bit(results, arm):
+    for one, two in zip(results[0][arm][0], results[1][arm][0], strict=True):
+        for name in set(one) - {"loss"}:
+            assert (one[name] is None and two[name] is None) or torch.equal(one[name], two[name]), name
+
+
+def test_averages_in_the_graph_are_those_of_custom_to_the_bit(results):
+    """What the graph computes locally is the same code; at two ranks a sum has one order."""
+    for arm in ("ingraph", "ingraph_3"):
+        for one, two in zip(results[0]["custom"][0][:3], results[0][arm][0][:3], strict=True):
+            for name in set(one) - {"norm", "unused"}:
+                if one[name] is not None:
+                    torch.testing.assert_close(one[name], two[name], rtol=1e-14, atol=1e-14)
+
+
+def test_one_communication_a_step(results):
+    assert results[0]["custom"][1] == (4, 1)
+    assert results[0]["ingraph"][1] == (4, 1)
+    assert results[0]["ingraph_3"][1] == (4, 3)
+
+
+def compile_and_count():
+    from torch._dynamo.utils import counters
+
+    model = Toy(width=9)
+    step = ddpkit.make_step(model, ddpkit.EnergyForcesLoss(), torch.optim.SGD(model.parameters()), compile=True)
+    step.prepare(random_batch([4, 5 + torch.distributed.get_rank()]))
+    return {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+
+
+def test_one_rank_compiles_and_the_others_read_its_cache(tmp_path):
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    first, second = run_ranks(compile_and_count, 2, timeout=300, environment=cache)
+    assert first == {"hit": 0, "miss": 1}
+    assert second == {"hit": 1, "miss": 0}
+    assert run_ranks(compile_and_count, 2, timeout=300, environment=cache) == [{"hit": 1, "miss": 0}] * 2
+
+
+def break_one_rank():
+    from ddpkit.compile import gradients as module
+
+    model = Toy()
+    step = ddpkit.make_step(model, ddpkit.EnergyForcesLoss(), torch.optim.SGD(model.parameters()), compile=True)
+    if torch.distributed.get_rank() == 1:
+
+        def broken(*_):
+            raise ValueError("no compiler here")
+
+        module.lower = broken
+    try:
+        step.prepare(random_batch([4, 5]))
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_cannot_compile_stops_all():
+    first, second = run_ranks(break_one_rank, 2, timeout=300)
+    assert "Rank 1 failed in compiling the model: ValueError: no compiler here" in first
+    assert "no compiler here" in second

@@ -1,0 +1,147 @@
+"""Bad input ends in one sentence and exit code 2, on every rank."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+
+from ddpkit.errors import InputError
+from ddpkit.experiments.cli import _dispatch
+from ddpkit.launch import mpirun
+
+
+def frame(symbols, *, energy=-1.0, bad_force=False):
+    rng = np.random.default_rng(len(symbols))
+    atoms = Atoms(symbols, rng.uniform(0, 3, (len(Atoms(symbols)), 3)))
+    forces = rng.normal(size=(len(atoms), 3))
+    if bad_force:
+        forces[0, 0] = np.nan
+    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+    return atoms
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    write(folder / "good.xyz", [frame("CH4") for _ in range(20)], format="extxyz")
+    write(folder / "nan.xyz", [frame("CH4", bad_force=k == 3) for k in range(20)], format="extxyz")
+    write(folder / "few.xyz", [frame("CH4") for _ in range(2)], format="extxyz")
+    unlabelled = Atoms("CH4", np.eye(5, 3))
+    write(folder / "unlabelled.xyz", [unlabelled] * 20, format="extxyz")
+    (folder / "empty.xyz").write_text("")
+    (folder / "garbage.xyz").write_text("these are\nno frames\n")
+    (folder / "no_run").mkdir()
+    return folder
+
+
+TINY = ("model=allegro_tiny", "data=files", "device=cpu", "train.max_epochs=1", "train.batch_size=4")
+
+BAD = {
+    "missing file": ("data.path={files}/missing.xyz", "missing.xyz.*does not exist"),
+    "empty file": ("data.path={files}/empty.xyz", "empty.xyz"),
+    "garbage": ("data.path={files}/garbage.xyz", "garbage.xyz"),
+    "no labels": ("data.path={files}/unlabelled.xyz", "energy|forces"),
+    "NaN label": ("data.path={files}/nan.xyz", "NaN|not finite|infinite"),
+    "too few frames": ("data.path={files}/few.xyz", "split|frames"),
+    "batch larger than the set": ("data.path={files}/good.xyz train.batch_size=500", "batch_size"),
+    "unknown strategy": ("data.path={files}/good.xyz strategy=horovod", "strategy=horovod.*unknown.*custom"),
+    "unknown model": ("model=schnet", "model=schnet.*unknown"),
+    "unknown data": ("data=imagenet", "data=imagenet.*unknown"),
+    "misspelt override": ("data.path={files}/good.xyz trian.max_steps=3", "trian.max_steps.*train.max_steps"),
+    "misspelt option": ("data.path={files}/good.xyz train.max_step=3", "train.max_step .*did you mean train.max_steps"),
+    "no number": ("data.path={files}/good.xyz train.max_steps=many", "train.max_steps|max_steps"),
+    "negative cutoff": ("data.path={files}/good.xyz model.r_max=-3", "model.r_max=-3"),
+    "zero batch": ("data.path={files}/good.xyz train.batch_size=0", "train.batch_size=0"),
+    "unknown precision": ("data.path={files}/good.xyz precision=float16", "precision=float16"),
+    "unknown device": ("data.path={files}/good.xyz device=tpu", "device=tpu"),
+    "unknown comm": ("data.path={files}/good.xyz comm=smoke", "comm=smoke"),
+    "split over one": ("data.path={files}/good.xyz data.split=[0.9,0.9,0.1]", "data.split"),
+    "path not set": ("", "data.path must be set"),
+    "syntax": ("data.path={files}/good.xyz train.plateau={{", "."),
+    "resume nothing": ("data.path={files}/good.xyz resume={files}/no_run", "no run folder"),
+    "start from nothing": ("data.path={files}/good.xyz init_from={files}/no_run", "no checkpoint"),
+    "in-graph without compile": ("data.path={files}/good.xyz strategy=ingraph", "compile=[Tt]rue"),
+    "negative clip": ("data.path={files}/good.xyz train.clip_norm=-1", "clip_norm"),
+    "bad model option": ("data.path={files}/good.xyz model.polynomial_cutoff_p=0", "polynomial_cutoff_p"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_sentence_that_names_the_thing(case, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, expected = BAD[case]
+    chosen = [word for word in TINY if not any(w.startswith(word.split("=")[0] + "=") for w in words.split())]
+    with pytest.raises(InputError) as raised:
+        _dispatch(["run", *chosen, f"data.cache={tmp_path}", *words.format(files=files).split()])
+    message = str(raised.value)
+    assert re.search(expected, message), message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+COMMANDS = {
+    "": None,
+    "fly": "no command",
+    "experiment": "study",
+    "experiment numbers": "numbers",
+    "experiment speed scale=huge": "scale=huge",
+    "experiment numerics repeats=none": "repeats=none",
+    "bench": "no command",
+    "models alegro": "alegro",
+    "analyze": "analyze",
+    "analyze numerics missing_folder": "missing_folder",
+    "analyze poetry .": "poetry",
+    "data": "data",
+    "data prepare spice missing.h5 out": "missing.h5|out",
+    "data info missing": "missing",
+    "eval missing": "missing",
+}
+
+
+@pytest.mark.parametrize("command", [c for c, expected in COMMANDS.items() if expected])
+def test_commands_refuse_in_one_sentence(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=COMMANDS[command]) as raised:
+        _dispatch(command.split())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("data.path={files}/missing.xyz", "missing.xyz"),
+        ("data.path={files}/nan.xyz", "nan.xyz"),
+        ("data.path={files}/good.xyz train.batch_size=1", "train.batch_size"),
+        ("data.path={files}/good.xyz strategy=horovod", "strategy=horovod"),
+    ],
+)
+def test_on_two_ranks_with_exit_code_2(words, expected, files, tmp_path):
+    command, variables = mpirun(2)
+    done = subprocess.run(
+        [
+            *command,
+            sys.executable,
+            "-m",
+            "ddpkit.experiments",
+            "run",
+            *TINY,
+            f"data.cache={tmp_path}",
+            f"run_dir={tmp_path}/run",
+            *words.format(files=files).split(),
+        ],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("ddpkit:")]
+    assert len(said) == 1, done.stderr
+    assert expected in said[0]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,275 @@
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import ddpkit
+from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
+from ddpkit.testing import run_ranks
+
+
+def network():
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def backward(model, batch=None):
+    model(torch.randn(4, 5) if batch is None else batch).square().sum().backward()
+
+
+def addresses(model):
+    return [p.grad.data_ptr() for p in model.parameters()]
+
+
+def test_gradients_are_slices_of_one_persistent_buffer_after_either_zero_grad():
+    model = network()
+    sync = ddpkit.make_sync("custom", model)
+    (flat,) = sync.flat
+    begin, end = flat.data_ptr(), flat.data_ptr() + flat.nbytes
+    seen = set()
+    for set_to_none in (True, False, True, True, False):
+        backward(model)
+        expected = [p.grad.clone() for p in model.parameters()]
+        sync.synchronize()
+        assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+        assert all(begin <= address < end for address in addresses(model))
+        seen.add(tuple(addresses(model)))
+        model.zero_grad(set_to_none=set_to_none)
+    assert len(seen) == 1
+
+
+def test_in_place_zero_grad_leaves_nothing_to_copy():
+    model = network()
+    sync = ddpkit.make_sync("custom", model)
+    backward(model)
+    sync.synchronize()
+    before = addresses(model)
+    model.zero_grad(set_to_none=False)
+    backward(model)
+    assert addresses(model) == before
+
+
+def test_layouts_of_channels_last_and_transposed_parameters_are_kept():
+    model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    model.turned = nn.Parameter(torch.randn(6, 5).t())
+    sync = ddpkit.make_sync("custom", model)
+    (model(torch.randn(2, 3, 5, 5)).sum() + model.turned.square().sum()).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    sync.synchronize()
+    for p, e in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, e)
+        assert p.grad.stride() == p.stride()
+
+
+def test_complex_parameters():
+    model = nn.Module()
+    model.z = nn.Parameter(torch.randn(3, 2, dtype=torch.complex64))
+    model.x = nn.Parameter(torch.randn(4))
+    sync = ddpkit.make_sync("custom", model)
+    (model.z.abs().square().sum() + model.x.sum()).backward()
+    expected = model.z.grad.clone()
+    sync.synchronize()
+    assert torch.equal(model.z.grad, expected)
+    assert len(sync.flat) == 1
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(5, 2, sparse=True)
+    sync = ddpkit.make_sync("custom", model)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(InputError, match=r"'weight'.*sparse"):
+        sync.synchronize()
+
+
+@pytest.mark.parametrize("strategy", ["custom", "overlap", "standard"])
+def test_the_model_can_still_be_copied_and_pickled(strategy):
+    model = network()
+    sync = ddpkit.make_sync(strategy, model)
+    backward(model)
+    sync.synchronize()
+    twin = copy.deepcopy(model)
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301
+    for other in (twin, again):
+        other.zero_grad()
+        backward(other)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_nothing_keeps_a_strategy_alive_once_it_is_closed():
+    model = network()
+    sync = ddpkit.make_sync("overlap", model)
+    reference = weakref.ref(sync)
+    sync.close()
+    del sync
+    gc.collect()
+    assert reference() is None
+    backward(model)
+
+
+def test_overlap_refuses_a_second_backward_pass():
+    model = network()
+    ddpkit_sync = ddpkit.make_sync("overlap", model)
+    backward(model)
+    with pytest.raises(RankDisagreementError, match="no_sync"):
+        backward(model)
+    ddpkit_sync.close()
+
+
+class LikeGpu(ddpkit.FlatSync):
+    """Looks at the flags as on a GPU: later, if all optimizers skip by themselves."""
+
+    def _lay_out(self):
+        super()._lay_out()
+        self._on_device = True
+
+
+def late_flags(fused, bad):
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    model = network()
+    sync = ddpkit.make_sync(LikeGpu, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    if rank == size - 1:
+        model[2].bias.register_hook(lambda g: g * bad if step == 2 else g)
+    unchanged = False
+    for step in range(4):
+        if rank == 0 and step == 2 and bad == 1.0:
+            sync._guard.steps += 1  # as if this rank had taken a step more
+        before = [p.detach().clone() for p in model.parameters()]
+        try:
+            backward(model)
+            sync.synchronize()
+        except (NonFiniteGradientError, RankDisagreementError) as error:
+            return step, str(error), unchanged
+        optimizer.step()
+        unchanged = all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert unchanged == (step == 2)
+        optimizer.zero_grad(set_to_none=step != 2)
+        if step == 2:
+            model.zero_grad()
+    return None
+
+
+CAUSES = ((torch.nan, "'2.bias'"), (torch.inf, "'2.bias'"), (1.0, "optimizer steps"))
+
+
+def all_late_flags():
+    return [late_flags(True, bad) for bad, _ in CAUSES], late_flags(False, torch.nan)
+
+
+def test_a_device_flag_keeps_a_bad_update_from_being_applied():
+    """With a fused optimizer nobody waits: the update is skipped, and the next call raises on all ranks.
+
+    Other optimizers make the host look at once.
+    """
+    for fused, unfused in run_ranks(all_late_flags, 2):
+        for (step, message, unchanged), (_, words) in zip(fused, CAUSES, strict=True):
+            assert (step, unchanged) == (3, True)
+            assert words in message
+            assert "synchronize() number 3" in message
+            assert "rank 1" in message
+        assert unfused[0] == 2
+        assert "'2.bias'" in unfused[1]
+
+
+def rounded(strategy):
+    torch.manual_seed(torch.distributed.get_rank())
+    model = nn.Sequential(*(nn.Linear(11, 11, bias=False, dtype=torch.float64) for _ in range(4)))
+    sync = ddpkit.make_sync(strategy, model, reduce_dtype="bfloat16")
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        twin = copy.deepcopy(model)
+        batch = torch.randn(3, 11, dtype=torch.float64)
+        twin(batch).square().sum().backward()
+        sync.module(batch).square().sum().backward()
+        sync.synchronize()
+        found += [
+            (p.grad.numpy(), q.grad.clone().numpy()) for p, q in zip(twin.parameters(), model.parameters(), strict=True)
+        ]
+    return found, sync.stats.bytes
+
+
+LOSSY = ("custom", "overlap", "standard")
+
+
+def all_rounded():
+    return {strategy: rounded(strategy) for strategy in LOSSY}
+
+
+def test_bfloat16_on_the_wire_is_a_rounded_average():
+    first, second = run_ranks(all_rounded, 2)
+    for strategy in LOSSY:
+        for (a, mine), (b, theirs) in zip(first[strategy][0], second[strategy][0], strict=True):
+            assert (mine == theirs).all()
+            error = abs(mine - (a + b) / 2)
+            assert 0 < error.max() <= 2**-7 * max(abs(a).max(), abs(b).max())
+        assert first[strategy][1] < 4 * 121 * 8 / 2
+
+
+def two_models(strategy):
+    torch.manual_seed(0)
+    models = [network(), network()]
+    syncs = [ddpkit.make_sync(strategy, m) for m in models]
+    for _ in range(2):
+        for model in models:
+            backward(model)
+        for sync in syncs:
+            sync.synchronize()
+        gradients = [p.grad.clone() for m in models for p in m.parameters()]
+        for model in models:
+            model.zero_grad()
+    return [g.numpy().tobytes() for g in gradients]
+
+
+@pytest.mark.parametrize("strategy", ["custom", "overlap"])
+def test_two_models_side_by_side(strategy):
+    first, second = run_ranks(two_models, 2, strategy)
+    assert first == second
+
+
+def small_buckets():
+    torch.manual_seed(torch.distributed.get_rank())
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
+    sync = ddpkit.make_sync("overlap", model, bucket_mb=1e-3, first_bucket_mb=1e-3)
+    for _ in range(3):
+        twin = copy.deepcopy(model)
+        batch = torch.randn(2, 16)
+        twin(batch).square().sum().backward()
+        model.zero_grad()
+        model(batch).square().sum().backward()
+        started = sum(bucket.launched for bucket in sync._buckets)
+        local = [p.grad.clone() for p in twin.parameters()]
+        sync.synchronize()
+    return (
+        started,
+        sync.stats.collectives,
+        [g.numpy() for g in local],
+        [p.grad.clone().numpy() for p in model.parameters()],
+    )
+
+
+def test_overlap_sends_every_bucket_during_the_backward_pass():
+    one, two = run_ranks(small_buckets, 2)
+    assert one[0] == one[1] > 4
+    for a, b, mine, theirs in zip(one[2], two[2], one[3], two[3], strict=True):
+        assert (mine == theirs).all()
+        assert (mine == (a + b) / 2).all()
+
+
+def past_the_wrapper():
+    model = network()
+    sync = ddpkit.make_sync("standard", model)
+    backward(model)
+    try:
+        sync.synchronize()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_standard_notices_a_call_past_its_wrapper():
+    assert all("sync.module" in said for said in run_ranks(past_the_wrapper, 2))

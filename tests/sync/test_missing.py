@@ -1,0 +1,81 @@
+"""A rank that never arrives: the others say who."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import ddpkit
+from ddpkit.errors import RankDisagreementError
+from ddpkit.launch import environment, mpirun
+from ddpkit.testing import RankFailure, run_ranks
+
+
+def leave_early(strategy, how):
+    here = environment()
+    model = nn.Linear(4, 4)
+    sync = ddpkit.make_sync(strategy, model, timeout=4.0)
+    for step in range(3):
+        if here.rank == 1 and step == 2:
+            if how == "dies":
+                import os
+
+                os._exit(0)
+            time.sleep(9)
+            return "late"
+        model(torch.randn(2, 4)).sum().backward()
+        try:
+            sync.synchronize()
+        except RankDisagreementError as error:
+            if how == "dies":
+                raise
+            return str(error)
+        model.zero_grad()
+    return "nothing"
+
+
+def test_a_timeout_says_who_is_missing():
+    first, late, third = run_ranks(leave_early, 3, "custom", "sleeps", timeout=60)
+    assert late == "late"
+    for rank, said in ((0, first), (2, third)):
+        assert f"Rank {rank} waited" in said
+        assert "number 3 for rank 1 (last heard of after number 2)" in said
+
+
+def test_a_rank_that_died_is_named_at_once():
+    with pytest.raises(RankFailure) as raised:
+        run_ranks(leave_early, 3, "custom", "dies", timeout=60)
+    assert "ended without one" in str(raised.value)
+    assert "number 3 for rank 1 (last heard of after" in str(raised.value)
+
+
+MPI_PROGRAM = """
+import time, torch, ddpkit
+here = ddpkit.init_process_group()
+model = torch.nn.Linear(4, 4)
+sync = ddpkit.make_sync("custom", model, comm="mpi", timeout=3.0)
+model(torch.randn(2, 4)).sum().backward()
+if here.rank == 1:
+    time.sleep(30)
+sync.synchronize()
+"""
+
+
+def test_a_wait_inside_mpi_ends_too(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(MPI_PROGRAM)
+    head, variables = mpirun(2)
+    done = subprocess.run(
+        [*head, sys.executable, str(program)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Rank 0 waited" in done.stderr
+    assert "rank 1 (last heard of after number 0)" in done.stderr

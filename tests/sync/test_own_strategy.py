@@ -1,0 +1,83 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from strategies import Forgetful, Plain, Summing
+
+import ddpkit
+from ddpkit.errors import InputError
+from ddpkit.testing import run_conformance
+
+HERE = Path(__file__).parent
+
+
+def test_a_strategy_of_two_lines_averages():
+    cases = [
+        "union_batch",
+        "zero_grad_in_place",
+        "different_seeds",
+        "accumulation",
+        "mismatch_of_names",
+        "drift",
+        "stats",
+    ]
+    outcomes = run_conformance(Plain, 2, cases=cases)
+    assert [(o.case, o.state) for o in outcomes] == [(name, "passed") for name in cases]
+
+
+@pytest.mark.parametrize("wrong", [Forgetful, Summing])
+def test_the_suite_fails_a_wrong_strategy(wrong):
+    (outcome,) = run_conformance(wrong, 2, cases=["union_batch"])
+    assert outcome.state == "failed"
+    assert "rank 0" in outcome.why
+
+
+def test_the_command_takes_an_import_path():
+    cases = ["--world-size", "1", "--cases", "union_batch", "no_gradient"]
+    command = [sys.executable, "-m", "ddpkit.testing", "strategies.Summing", *cases]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "union_batch" in done.stdout
+    assert "failed." in done.stdout
+
+
+def test_names_classes_paths_and_partials_make_a_strategy():
+    from functools import partial
+
+    for strategy in (
+        "custom",
+        "ddpkit.sync.flat.FlatSync",
+        ddpkit.FlatSync,
+        partial(ddpkit.FlatSync, check_finite=False),
+    ):
+        assert isinstance(ddpkit.make_sync(strategy, torch.nn.Linear(2, 2)), ddpkit.FlatSync)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "words"),
+    [
+        ("ddp", {}, "standard, custom"),
+        ("nowhere.MySync", {}, "cannot be imported"),
+        ("ddpkit.sync.flat.NoSuchSync", {}, "cannot be imported"),
+        ("ddpkit.sync.buckets.Bucket", {}, "derive it from"),
+        ("ingraph", {}, "make_step"),
+        ("custom", {"bucket_mb": 3}, "no option 'bucket_mb'"),
+        ("custom", {"comm": "smoke"}, "torch or mpi"),
+        ("standard", {"comm": "mpi"}, "not comm=mpi"),
+        ("custom", {"reduce_dtype": "float8"}, "float32 or bfloat16"),
+        ("overlap", {"bucket_mb": 0}, "positive"),
+        ("custom", {"timeout": 0}, "positive"),
+    ],
+)
+def test_bad_choices_are_one_sentence(strategy, options, words):
+    with pytest.raises(InputError, match=words) as raised:
+        ddpkit.make_sync(strategy, torch.nn.Linear(2, 2), **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_ranks_without_a_process_group_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="init_process_group"):
+        ddpkit.make_sync("custom", torch.nn.Linear(2, 2))

@@ -1,0 +1,75 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+
+from ddpkit.launch import mpirun
+
+TINY = (
+    "model=allegro_tiny",
+    "model.r_max=4.0",
+    "data=files",
+    "device=cpu",
+    "train.batch_size=8",
+    "train.max_epochs=2",
+    "train.ema_decay=0.9",
+    "data.split=[0.8,0.1,0.1]",
+)
+
+
+@pytest.fixture(scope="session")
+def clusters(tmp_path_factory):
+    """Metal clusters of very unequal sizes with effective-medium energies and forces: 60 frames."""
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(60):
+        size = int(rng.integers(2, 14))
+        block = bulk("Cu", cubic=True, a=3.7) * (2, 2, 2)
+        chosen = rng.permutation(len(block))[:size]
+        cluster = Atoms(
+            ["Cu" if flip else "Al" for flip in rng.random(size) < 0.5],
+            block.positions[chosen] + rng.normal(0, 0.05, (size, 3)),
+        )
+        cluster.calc = EMT()
+        labels = {"energy": cluster.get_potential_energy(), "forces": cluster.get_forces()}
+        cluster.calc = SinglePointCalculator(cluster, **labels)
+        images.append(cluster)
+    path = tmp_path_factory.mktemp("clusters") / "clusters.extxyz"
+    write(path, images)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def ddpkit_run(clusters, cache):
+    """Runs `ddpkit-run` on ranks of its own and returns the finished process."""
+
+    def start(*overrides, ranks=1, timeout=180, check=True):
+        command, variables = mpirun(ranks) if ranks > 1 else ([], dict(os.environ))
+        words = [
+            sys.executable,
+            "-m",
+            "ddpkit.experiments",
+            "run",
+            *TINY,
+            f"data.path={clusters}",
+            f"data.cache={cache}",
+        ]
+        done = subprocess.run(
+            [*command, *words, *overrides], env=variables, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return start
