@@ -24,6 +24,7 @@ from ddpkit.compile.graph import (
     lower,
     output_of,
     size_oblivious,
+    strides_of,
     trace,
 )
 from ddpkit.compile.layout import Layout, describe
@@ -246,15 +247,13 @@ class CompiledForces(nn.Module):
             for node in wanted
         ]
         first_fixed = len(symbols.sizes) + len(symbols.leaves)
-        strides: list[Any] = []
-        forward = lower(
-            first, symbols, joint.inputs[:primals], range(first_fixed, primals), inference=False, strides=strides
-        )
+        forward = lower(first, symbols, joint.inputs[:primals], range(first_fixed, primals), inference=False)
         values = [node.meta["val"] for node in wanted]
+        strides = strides_of(forward, symbols)[kept:]
         with size_oblivious(), symbols.fake:  # what the first half keeps may lie otherwise in memory than it was traced
             for n, (kind, place) in enumerate(arguments):
-                if kind == "saved" and isinstance(values[n], Tensor) and strides[kept + place] is not None:
-                    values[n] = values[n].as_strided(values[n].shape, strides[kept + place])
+                if kind == "saved" and isinstance(values[n], Tensor) and strides[place] is not None:
+                    values[n] = values[n].as_strided(values[n].shape, strides[place])
         backward = lower(second, symbols, values, (), backward=True, inference=False)
         return ForcesCode(
             forward=forward, backward=backward, conditions=Conditions(symbols), arguments=arguments, **found

@@ -197,7 +197,6 @@ def lower(
     *,
     backward: bool = False,
     inference: bool = True,
-    strides: list[Any] | None = None,
 ) -> Kernel:
     """Compiles a graph with Inductor, or takes it from Inductor's cache on disk.
 
@@ -208,7 +207,6 @@ def lower(
         fixed: places of inputs whose memory stays where it is.
         backward: whether this is the second half of a function.
         inference: whether nothing is kept for a second half.
-        strides: is filled with the strides that the outputs really have, None for sizes.
     """
     on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
     patched = inductor_config.patch(_ON_GPU if on_gpu else _ON_CPU)
@@ -231,6 +229,12 @@ def lower(
                 if not (left and _removed_torn_library(error)):
                     raise
         raise AssertionError
+
+
+def strides_of(kernel: Kernel, symbols: Symbols) -> list[tuple[Any, ...] | None]:
+    """The strides that each output of a compiled graph really has, as symbolic sizes; None for outputs that are no tensors."""
+    found = kernel.output_strides  # type: ignore[attr-defined]  # Inductor's own
+    return [None if one is None else tuple(symbols.env.deserialize_symexpr(x) for x in one) for one in found]
 
 
 def _copy(graph: fx.GraphModule) -> fx.GraphModule:
