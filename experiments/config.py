@@ -128,7 +128,11 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
         name = found[1]
         if "/" in name:
             group, option = name.split("/", 1)
-            available = sorted(re.findall(r"(?<=[\s])[a-z]\w+(?=\s|$)", text.partition("Available options")[2]))
+            available = sorted(
+                re.findall(
+                    r"(?<=[\s])[a-z]\w+(?=\s|$)", text.partition("Available options")[2].partition("Config search")[0]
+                )
+            )
             choices = f"use one of {', '.join(available)}" if available else f"see the configs of {group}"
             return f"{group}={option} is unknown: {choices}."
         return f"{name} is no configuration key: {_nearest(name)}."
