@@ -130,7 +130,8 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
             group, option = name.split("/", 1)
             available = sorted(
                 re.findall(
-                    r"(?<=[\s])[a-z]\w+(?=\s|$)", text.partition("Available options")[2].partition("Config search")[0]
+                    r"(?<=[\s])[a-z]\w+(?=\s|$)",
+                    text.partition("Available options")[2].partition(":")[2].partition("Config search")[0],
                 )
             )
             choices = f"use one of {', '.join(available)}" if available else f"see the configs of {group}"
