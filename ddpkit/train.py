@@ -99,33 +99,62 @@ class Progress:
 class Heartbeat:
     """Gathers a few numbers from every rank without waiting: what is sent at one step is read at the next.
 
+    On a GPU the result is copied to the host on a stream of its own: on the training stream, reading the numbers of one step
+    would wait for the next step, which is under way, and the host could never run ahead of the device.
+
     Args:
         device: where the collective wants its tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pending: tuple[Any, Tensor, Any] | None = None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: tuple[Callable[[], np.ndarray], Any] | None = None
 
     def send(self, values: Tensor, note: Any) -> None:
         """Starts gathering `values` `[k]` float64; `note` comes back with the result."""
         assert self._pending is None
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            self._pending = (None, values[None], note)
-            return
-        everyone = values.new_empty((dist.get_world_size(), len(values)))
-        work = dist.all_gather(list(everyone.unbind()), values, async_op=True)
-        self._pending = (work, everyone, note)
+        everyone, work = values[None], None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            everyone = values.new_empty((dist.get_world_size(), len(values)))
+            work = dist.all_gather(list(everyone.unbind()), values, async_op=True)
+        arrive = self._arrive_on_host if self._side is None else self._arrive_from_gpu
+        self._pending = (arrive(values, everyone, work), note)
 
     def receive(self) -> tuple[np.ndarray, Any] | None:
         """The gather under way, `[ranks, k]`, with its note; None where nothing was sent."""
         if self._pending is None:
             return None
-        work, everyone, note = self._pending
+        arrived, note = self._pending
         self._pending = None
-        if work is not None:
-            work.wait()
-        return everyone.cpu().numpy(), note
+        return arrived(), note
+
+    @staticmethod
+    def _arrive_on_host(_: Tensor, everyone: Tensor, work: Any) -> Callable[[], np.ndarray]:
+        def arrived() -> np.ndarray:
+            if work is not None:
+                work.wait()
+            return everyone.numpy()
+
+        return arrived
+
+    def _arrive_from_gpu(self, values: Tensor, everyone: Tensor, work: Any) -> Callable[[], np.ndarray]:
+        assert self._side is not None
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        host = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+        with torch.cuda.stream(self._side):
+            if work is not None:
+                work.wait()  # has this stream wait, not the host
+            host.copy_(everyone, non_blocking=True)
+            copied = self._side.record_event()
+        used = [values, everyone]  # their memory must not be given to the training stream before they have been read
+
+        def arrived() -> np.ndarray:
+            copied.synchronize()
+            used.clear()
+            return host.numpy()
+
+        return arrived
 
 
 class Trainer:
@@ -168,6 +197,7 @@ class Trainer:
         self.scheduler = _plateau(optimizer, config.plateau)
         self._heartbeat = Heartbeat(here.device if here.backend == "nccl" else torch.device("cpu"))
         self._writer = checkpoint.Writer()
+        self._seconds_logging, self._rows = 0.0, 0
         self._stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
         self._out_of_time = False
@@ -278,26 +308,28 @@ class Trainer:
 
     def _send_row(self, counts: GlobalStep, result: Any, seconds: float, seconds_data: float) -> None:
         """Starts gathering this step's losses and times."""
+        began = time.perf_counter()
         terms = result if isinstance(result, dict) else {"loss": result}
+        numbers = [terms[n].detach() if n in terms else _absent(terms) for n in LOSS_COLUMNS]
         device = self._heartbeat.device
-        losses = torch.stack(
-            [terms[n].detach().to(torch.float64) if n in terms else _absent(terms) for n in LOSS_COLUMNS]
-        )
-        norm = self.step.grad_norm
+        on_gpu = device.type == "cuda"  # a copy away from a GPU must be waited for, one to it need not
+        computed = torch.stack([n.to(torch.float64) for n in (*numbers, self.step.grad_norm)])
         out_of_time = self.config.max_seconds is not None and self.progress.seconds + seconds > self.config.max_seconds
-        host = torch.tensor([seconds, float(self._stop_signal or 0), float(out_of_time)], dtype=torch.float64)
-        values = torch.cat([losses.to(device, non_blocking=True), host.to(device, non_blocking=True)])
+        known = [seconds, float(self._stop_signal or 0), float(out_of_time)]
+        host = torch.tensor(known, dtype=torch.float64, pin_memory=on_gpu)
         note = {
             "step": self.progress.step,
             "epoch": self.progress.epoch + 1,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "norm": norm,
             "atoms": counts.atoms,
             "edges": counts.edges,
             "seconds_data": seconds_data,
             "timing": self.step.timing(),
         }
+        values = torch.cat([computed.to(device, non_blocking=on_gpu), host.to(device, non_blocking=on_gpu)])
         self._heartbeat.send(values, note)
+        self._rows += 1
+        self._seconds_logging += time.perf_counter() - began
 
     def _log_previous(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
         """Writes the row whose gather has arrived; whether ranks agreed to stop."""
@@ -305,12 +337,15 @@ class Trainer:
         if arrived is None:
             return False
         everyone, row = arrived
-        losses, seconds, signals, out_of_time = np.split(everyone, np.cumsum([len(LOSS_COLUMNS), 1, 1]), axis=1)
+        splits = row.pop("timing")()
+        began = time.perf_counter()
+        losses, norms, seconds, signals, out_of_time = np.split(
+            everyone, np.cumsum([len(LOSS_COLUMNS), 1, 1, 1]), axis=1
+        )
         self._refuse_non_finite(losses[:, 0], row["step"])
-        norm, splits = row.pop("norm"), row.pop("timing")()
         row |= {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
         row["seconds"] = float(seconds.max())
-        row["grad_norm"] = None if norm is None else float(norm)
+        row["grad_norm"] = float(norms[self.here.rank, 0])
         row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, losses.mean(axis=0), strict=True)}
         self.progress.loss_sum_in_epoch += row["loss"]
         self.progress.seconds += row["seconds"] * self.config.log_every
@@ -320,7 +355,13 @@ class Trainer:
         if signals.any():
             self.stopped_by = signal.Signals(int(signals.max()))
         self._out_of_time = bool(out_of_time.any())
+        self._seconds_logging += time.perf_counter() - began
         return self.stopped_by is not None or self._out_of_time
+
+    @property
+    def seconds_logging(self) -> float:
+        """What a row of a step costs this rank's host, seconds, without waiting for ranks or devices."""
+        return self._seconds_logging / max(1, self._rows)
 
     def _refuse_non_finite(self, losses: np.ndarray, step: int) -> None:
         bad = np.flatnonzero(~np.isfinite(losses))

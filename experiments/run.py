@@ -104,7 +104,12 @@ def _train(config: DictConfig, here: Environment, folder: RunFolder | None, stat
     if folder is None:
         return
     done = trainer.progress
-    facts = {"steps": done.step, "epochs": done.epoch, "bytes_per_step": trainer.step.sync.stats.bytes}
+    facts = {
+        "steps": done.step,
+        "epochs": done.epoch,
+        "bytes_per_step": trainer.step.sync.stats.bytes,
+        "seconds_logging_per_row": trainer.seconds_logging,
+    }
     if trainer.stopped_by is None:
         folder.summarize(status="finished", **facts)
     else:
