@@ -274,7 +274,7 @@ def _sign(data: speed.Study, cell: speed.Cell, sign: int, claim: str, published:
     missing = [c.name for c in (cell, data.reference(cell)) if c not in data.times]
     if missing:
         return Claim(claim, published, needed(speed.FEWEST_REPEATS), f"there is no run of {missing[0]} at this size")
-    return _signed(claim, published, speed.relative_percent(data, cell), sign, data.unit, "%")
+    return _signed(claim, published, speed.relative_percent(data, cell), sign, data, "%")
 
 
 def _growing(data: speed.Study, sizes: int) -> Claim:
@@ -286,11 +286,18 @@ def _growing(data: speed.Study, sizes: int) -> Claim:
             "custom and standard eager runs at two sizes are needed" if sizes > 1 else "there is one model size only"
         )
         return Claim(claim, published, needed(2 * speed.FEWEST_REPEATS), reason)
-    return _signed(claim, published, estimate, 1, data.unit, "percentage points")
+    return _signed(claim, published, estimate, 1, data, "percentage points")
 
 
-def _signed(claim: str, published: str, estimate: speed.Estimate, sign: int, unit: str, measure: str) -> Claim:
-    what = f"{estimate.value:+.1f} {measure}"
+def _signed(claim: str, published: str, estimate: speed.Estimate, sign: int, data: speed.Study, measure: str) -> Claim:
+    what, unit = f"{estimate.value:+.1f} {measure}", data.unit
+    if not data.is_paired:
+        runs = min(len(runs) for runs in data.runs.values())
+        reason = (
+            f"{what}, but the runs followed one another and did not take turns, so that drift of the machine is not told from "
+            "the difference"
+        )
+        return Claim(claim, published, needed(speed.FEWEST_REPEATS - runs, "runs of each configuration "), reason)
     if not np.isfinite(estimate.low):
         return Claim(
             claim, published, needed(speed.FEWEST_REPEATS - 1, f"{unit}s "), f"{what}, from one {unit}: no interval"

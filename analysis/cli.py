@@ -1,6 +1,7 @@
 """`ddpkit analyze`: run folders in, tables, figures and a page out."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from ddpkit.analysis import attribution, claims, figures, numerics, present, report, speed, tables
@@ -28,9 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warmup",
         type=int,
-        default=0,
         metavar="EPOCHS",
-        help="epochs to leave out at the start of each timed run (default: 0)",
+        help="epochs to leave out at the start of each timed run (default: 1 for runs that took turns, else 0)",
     )
     parser.add_argument(
         "--format",
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         InputError: the folder or its runs cannot be used.
     """
     out = args.out or args.folder
-    if args.warmup < 0:
+    if args.warmup is not None and args.warmup < 0:
         raise InputError(f"--warmup {args.warmup} is negative; give the number of epochs to leave out")
     if args.study == "numerics":
         _print_section(_numerics(args.folder, out, args)[0])
@@ -98,7 +98,7 @@ def _speed(folder: Path, out: Path, args: argparse.Namespace) -> tuple[report.Se
         raise InputError("Lightning's logs carry no step times; the speed study needs the run folders of ddpkit-run")
     runs, skipped = read_runs(folder)
     data = speed.study(runs, args.warmup)
-    data = speed.Study(data.times, data.runs, data.unit, data.steps, (*(f"{note}." for note in skipped), *data.notes))
+    data = replace(data, notes=(*(f"{note}." for note in skipped), *data.notes))
     values = speed.table(data)
     shown = present.epochs(values, data)
     tables.write(out, "speed", values, shown)

@@ -140,12 +140,17 @@ def epochs(values: pd.DataFrame, data: speed.Study) -> list[Table]:
         rows,
         [
             *data.notes,
-            f"Intervals are over paired {data.unit}s"
-            + (": the variation from one launch to the next is not in them." if data.unit == "epoch" else "."),
+            _intervals(data),
             f"Paper: {published.source('speed')}; at 32.1 M (embedding 32) and 114 M (embedding 128), min:s.",
         ],
         words=2,
     )
+    logging = 1e3 * values["logging_per_row"].max()
+    told = [
+        f"Compilation and validation are not in these times; a row of steps.csv costs {number(logging)} ms at most."
+    ]
+    if not np.isfinite(logging):
+        told = ["Compilation and validation are not in these times."]
     split = [
         [
             f"{row['parameters']:,}",
@@ -160,7 +165,10 @@ def epochs(values: pd.DataFrame, data: speed.Study) -> list[Table]:
         "A step, in ms, and its parts on rank 0",
         ("parameters", "strategy", "step", "data", "compute", "sync", "optimizer", "compile s", "gradients"),
         split,
-        ["A part is empty where it cannot be told apart. Gradients: bytes that each rank puts into the sum of a step."],
+        [
+            "A part is empty where it cannot be told apart. Gradients: bytes that each rank puts into the sum of a step.",
+            *told,
+        ],
         words=2,
     )
     return [first, second, *_effects(data)]
@@ -186,18 +194,34 @@ def environment(runs: Sequence[Run]) -> Table:
     return Table(f"Environment of the {len(runs)} runs", ("", "value"), rows, words=2)
 
 
+def _intervals(data: speed.Study) -> str:
+    if data.unit == "repeat":
+        return "Intervals are over paired repeats."
+    if data.in_turns:
+        return "Intervals are over epochs that took turns: the variation from one launch to the next is not in them."
+    return (
+        "Intervals are over epochs of runs that followed one another: drift of the machine is not told from the differences, and "
+        "nothing is concluded from them."
+    )
+
+
 def _effects(data: speed.Study) -> list[Table]:
+    paired = data.is_paired
     rows = [
-        [f"exposed communication, {cell.name}", f"{cell.parameters:,}", *_estimate(found, "s")]
+        [f"exposed communication, {cell.name}", f"{cell.parameters:,}", *_estimate(found, "s", paired)]
         for cell, found in speed.exposed_communication(data)
     ]
     rows += [
-        [f"interaction of compile with {cell.strategy}", f"{cell.parameters:,}", *_estimate(found, "%")]
+        [f"interaction of compile with {cell.strategy}", f"{cell.parameters:,}", *_estimate(found, "%", paired)]
         for cell, found in speed.interaction(data)
     ]
     for entry in speed.growth(data):
         parts = {"growth": entry.total, "of it compute": entry.compute, "of it communication": entry.communication}
-        rows += [[f"{entry.cell.name}: {part}", "small to large", *_estimate(e, "%")] for part, e in parts.items() if e]
+        rows += [
+            [f"{entry.cell.name}: {part}", "small to large", *_estimate(e, "%", paired)]
+            for part, e in parts.items()
+            if e
+        ]
     if not rows:
         return []
     explained = (
@@ -215,9 +239,9 @@ def _effects(data: speed.Study) -> list[Table]:
     ]
 
 
-def _estimate(found: speed.Estimate, unit: str) -> list[str]:
+def _estimate(found: speed.Estimate, unit: str, paired: bool) -> list[str]:
     digits = 1 if unit == "%" else 3
-    resolved = "-" if not np.isfinite(found.low) else "yes" if found.resolved else "no"
+    resolved = "-" if not (paired and np.isfinite(found.low)) else "yes" if found.resolved else "no"
     return [f"{found.value:+.{digits}f} {unit}", span(found.low, found.high, digits), resolved]
 
 

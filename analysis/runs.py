@@ -26,7 +26,7 @@ _STRATEGY_OF_CLASS = {
 }
 # What the studies vary, and where a run reads, writes and stops, may differ; all else must be equal.
 _VARIED = frozenset({"strategy", "compile", "seed", "deterministic", "comm", "run_dir", "resume", "experiment"})
-_HARMLESS = re.compile(r"^(max_.*|.*_every|tensorboard|cache|.*workers|prefetch.*)$")
+_HARMLESS = re.compile(r"^(max_.*|.*_every|tensorboard|timeout|turns|cache|.*workers|prefetch.*)$")
 _REPEAT = re.compile(r"^(?P<arm>.*?)_(?P<number>\d+)$")
 _LIGHTNING_LOSSES = ("train_loss_step/weighted_sum", "train_loss_step", "train_loss", "loss")
 
@@ -106,6 +106,12 @@ class Run:
         model = self.config.get("model")
         width = model.get("type_embedding_dim") if isinstance(model, Mapping) else None
         return None if width is None else int(width)
+
+    @property
+    def took_turns(self) -> bool:
+        """Whether it ran side by side with others, one epoch at a time, after a first epoch that warmed up."""
+        train = self.config.get("train")
+        return isinstance(train, Mapping) and train.get("turns") is not None
 
     @property
     def status(self) -> str:

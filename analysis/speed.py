@@ -1,6 +1,7 @@
 """What each strategy costs: the paper's Table 4, with intervals and with compute and communication told apart.
 
-Times are compared in pairs: repeats of equal number ran side by side, so drift of the machine cancels in the ratio.
+Times are compared in pairs, so that drift of the machine cancels in the ratio: epochs of runs that took turns, one epoch at a
+time, or repeats of equal number, which ran one soon after the other.
 """
 
 import itertools
@@ -18,12 +19,14 @@ from ddpkit.errors import InputError
 COLUMNS = (
     "parameters", "strategy", "compile", "seconds_per_epoch", "relative_percent",
     "relative_low", "relative_high", "seconds_low", "seconds_high", "runs", "epochs", "steps_per_epoch", "seconds_per_step",
-    "data_per_step", "compute_per_step", "sync_per_step", "optimizer_per_step", "seconds_compile", "gradient_bytes_per_step",
+    "data_per_step", "compute_per_step", "sync_per_step", "optimizer_per_step", "logging_per_row", "seconds_compile",
+    "gradient_bytes_per_step",
     "type_embedding_dim", "comm", "world_size", "published_seconds", "published_relative_percent",
 )  # fmt: skip
 CONFIDENCE = 0.95
 FEWEST_REPEATS = 3
-"""From this many paired repeats on, the repeat is the unit of the intervals; below it, the epoch is."""
+"""From this many paired repeats on, the repeat is the unit of the intervals; below it, the epoch is. Epochs settle a claim only
+where the runs took turns: otherwise whatever slowed the machine down during one run counts as that run's."""
 SPLITS = ("data", "compute", "sync", "optimizer")
 
 
@@ -77,16 +80,25 @@ class Study:
     Attributes:
         times: seconds of each epoch, by cell, then by (repeat, epoch).
         runs: the runs of each cell.
+        used: the epochs that count, by the label of the run.
         unit: `repeat` or `epoch`: what the intervals are taken over.
+        in_turns: whether all runs took turns, so that epochs of equal number are pairs.
         steps: steps of an epoch.
         notes: what was left out and why.
     """
 
     times: Mapping[Cell, Mapping[tuple[int, int], float]]
     runs: Mapping[Cell, Sequence[Run]]
+    used: Mapping[str, Sequence[int]]
     unit: str
+    in_turns: bool
     steps: int
     notes: tuple[str, ...]
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the units are pairs in which drift of the machine cancels."""
+        return self.in_turns or self.unit == "repeat"
 
     def reference(self, cell: Cell) -> Cell:
         """Standard eager with the same number of parameters."""
@@ -120,12 +132,12 @@ class Growth:
     communication: Estimate | None
 
 
-def study(runs: Sequence[Run], warmup: int = 0) -> Study:
+def study(runs: Sequence[Run], warmup: int | None = None) -> Study:
     """Sorts runs into cells, after checking that they may be compared.
 
     Args:
         runs: the runs; what each was is read from its configuration.
-        warmup: number of epochs to leave out at the start of each run.
+        warmup: number of epochs to leave out at the start of each run; by default the one that warms up a run that takes turns.
 
     Raises:
         InputError: no epoch is complete, no standard eager run, or runs that differ in what must be equal.
@@ -138,9 +150,10 @@ def study(runs: Sequence[Run], warmup: int = 0) -> Study:
     steps = max(int(run.epochs["steps"].max()) for run in usable)
     times: dict[Cell, dict[tuple[int, int], float]] = {}
     members: dict[Cell, list[Run]] = {}
+    used: dict[str, list[int]] = {}
     for run in usable:
-        whole = run.epochs[run.epochs["steps"] == steps].iloc[warmup:]
-        if len(whole) < len(run.epochs) - warmup:
+        whole = run.epochs[run.epochs["steps"] == steps].iloc[_warmup(run, warmup) :]
+        if len(whole) < len(run.epochs) - _warmup(run, warmup):
             notes.append(f"{run.label}: epochs of fewer than {steps} steps are left out.")
         if whole.empty:
             continue
@@ -150,6 +163,7 @@ def study(runs: Sequence[Run], warmup: int = 0) -> Study:
         while any(key[0] == repeat for key in mine):
             repeat += 1
         members.setdefault(cell, []).append(run)
+        used[run.label] = [int(epoch) for epoch in whole["epoch"]]
         mine |= {(repeat, int(e)): float(s) for e, s in zip(whole["epoch"], whole["seconds"], strict=True)}
     sizes = {cell.parameters for cell in times}
     if not any(Cell(size, "standard", False) in times for size in sizes):
@@ -162,7 +176,10 @@ def study(runs: Sequence[Run], warmup: int = 0) -> Study:
     if late:
         notes.append(late)
     ordered = sorted(times, key=_order)
-    return Study({c: times[c] for c in ordered}, {c: members[c] for c in ordered}, unit, steps, tuple(notes))
+    in_turns = all(run.took_turns for run in usable)
+    return Study(
+        {c: times[c] for c in ordered}, {c: members[c] for c in ordered}, used, unit, in_turns, steps, tuple(notes)
+    )
 
 
 def table(data: Study) -> pd.DataFrame:
@@ -188,7 +205,8 @@ def table(data: Study) -> pd.DataFrame:
                 "epochs": len(times),
                 "steps_per_epoch": data.steps,
                 "seconds_per_step": float(np.mean(list(times.values()))) / data.steps,
-                **{f"{split}_per_step": _split(runs, split) for split in SPLITS},
+                **{f"{split}_per_step": _split(data, runs, split) for split in SPLITS},
+                "logging_per_row": _mean_of(runs, "seconds_logging_per_row"),
                 "seconds_compile": _mean_of(runs, "seconds_compile"),
                 "gradient_bytes_per_step": _gradient_bytes(cell, runs),
                 "type_embedding_dim": runs[0].type_embedding_dim,
@@ -316,15 +334,17 @@ def _with(cell: Cell, *, parameters: int | None = None, compiled: bool | None = 
     )
 
 
-def _usable(runs: Sequence[Run], warmup: int) -> tuple[list[Run], list[str]]:
+def _warmup(run: Run, given: int | None) -> int:
+    return int(run.took_turns) if given is None else given
+
+
+def _usable(runs: Sequence[Run], warmup: int | None) -> tuple[list[Run], list[str]]:
     usable, notes = [], []
     for run in runs:
         if run.parameters is None:
             notes.append(f"{run.label} is left out: its summary.json does not tell the number of parameters yet.")
-        elif len(run.epochs) <= warmup:
-            notes.append(
-                f"{run.label} is left out: it has no complete epoch{' after the warm-up' if warmup else ''} yet."
-            )
+        elif len(run.epochs) <= (out := _warmup(run, warmup)):
+            notes.append(f"{run.label} is left out: it has no complete epoch{' after the warm-up' * (out > 0)} yet.")
         else:
             usable.append(run)
     if not usable:
@@ -366,8 +386,8 @@ def _slow_start(times: Mapping[Cell, Mapping[tuple[int, int], float]]) -> str | 
     return None
 
 
-def _split(runs: Sequence[Run], split: str) -> float:
-    """Mean seconds of a step, each logged row weighted with the steps since the row before."""
+def _split(data: Study, runs: Sequence[Run], split: str) -> float:
+    """Mean seconds of a step in the epochs that count, each logged row weighted with the steps since the row before."""
     column = f"seconds_{split}"
     seconds, weights = [], []
     for run in runs:
@@ -375,7 +395,7 @@ def _split(runs: Sequence[Run], split: str) -> float:
             continue
         values = run.steps[column].to_numpy(float)
         since = np.diff(run.steps["step"].to_numpy(float), prepend=0.0)
-        known = np.isfinite(values)
+        known = np.isfinite(values) & run.steps["epoch"].isin(data.used[run.label]).to_numpy()
         seconds.append(values[known])
         weights.append(since[known])
     if not seconds or not sum(map(len, seconds)):

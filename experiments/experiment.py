@@ -1,24 +1,33 @@
-"""Run every configuration of a study under mpirun, one after another, into one folder.
+"""Run every configuration of a study under mpirun, into one folder.
 
 usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [repeats=N] [--slurm] [OVERRIDES...]
 
 Each configuration becomes a run folder below `out` (default: studies/STUDY-SCALE). What is complete is skipped and what was
-interrupted is resumed, so that the same command can be given again. Further overrides go to every run. `--slurm` prints a job
-script for the study instead of running it.
+interrupted is resumed, so that the same command can be given again. Further overrides go to every run (deterministic=true has a
+default folder of its own, beside which `ddpkit-analyze report studies` finds it). `--slurm` prints a job script for the study
+instead of running it.
+
+Runs of the numerics study follow one another. Those of the speed study are started one after another and then take turns, an
+epoch at a time, so that drift of the machine falls on all alike (at scale=paper, where so many do not fit into memory at once,
+they follow one another).
 """
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpkit.errors import InputError
-from ddpkit.experiments.studies import STUDIES, Arm, Scale
+from ddpkit.experiments.config import read
+from ddpkit.experiments.studies import STUDIES, Scale
+from ddpkit.experiments.turns import Turns, order
 from ddpkit.launch import mpirun
 
 
@@ -39,17 +48,29 @@ def main(arguments: Sequence[str]) -> None:
     """Runs a study.
 
     Raises:
-        InputError: an unknown study or scale, or a run that failed.
+        InputError: an unknown study or scale, or runs that failed.
     """
     options = _parse(arguments)
     scale = STUDIES[options.study][options.scale]
     ranks = options.ranks or scale.ranks
-    arms = scale.arms(options.repeats)
     if options.slurm:
         print(slurm_script(options, scale, ranks))
         return
+    read([*scale.overrides, *options.overrides])  # a wrong override is told here, not by the first run
+    runs = [
+        StudyRun(options.out / arm.label, (*scale.overrides, *arm.overrides, *options.overrides), ranks)
+        for arm in scale.arms(options.repeats)
+    ]
+    complete = [run for run in runs if run.is_complete()]
     options.out.mkdir(parents=True, exist_ok=True)
-    _run_all(options, scale, arms, ranks)
+    with _stopped_like_ctrl_c():
+        failed = _take_turns(runs, scale, options) if scale.turns else _one_after_another(runs)
+    if failed:
+        labels = ", ".join(run.label for run in failed)
+        raise InputError(
+            f"{len(failed)} of {len(runs)} runs failed ({labels}): see what they said above, then give the same command."
+        )
+    print(f"{options.study}: {len(runs)} runs in {options.out} ({len(complete)} were complete before).")
 
 
 def _parse(arguments: Sequence[str]) -> Options:
@@ -74,7 +95,10 @@ def _parse(arguments: Sequence[str]) -> Options:
     return Options(
         study,
         named["scale"],
-        Path(named.get("out") or f"studies/{study}-{named['scale']}"),
+        Path(
+            named.get("out")
+            or f"studies/{study}-{named['scale']}{'-deterministic' * ('deterministic=true' in overrides)}"
+        ),
         int(named["ranks"]) if "ranks" in named else None,
         int(named["repeats"]) if "repeats" in named else None,
         slurm,
@@ -82,78 +106,164 @@ def _parse(arguments: Sequence[str]) -> Options:
     )
 
 
-def _run_all(options: Options, scale: Scale, arms: Sequence[Arm], ranks: int) -> None:
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study: its folder, its configuration, and its process."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+    ranks: int
+
+    @property
+    def label(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    def is_complete(self) -> bool:
+        """Whether this very run has finished.
+
+        Raises:
+            InputError: the folder holds a run of another configuration.
+        """
+        made_as = self.folder / "study.json"
+        if not made_as.is_file():
+            return False
+        if json.loads(made_as.read_text()) != self._identity():
+            raise InputError(
+                f"{self.folder} holds a run of another configuration: give another out=, or remove that folder."
+            )
+        return self.has_finished()
+
+    def has_finished(self) -> bool:
+        """Whether the run's summary says so."""
+        summary = self.folder / "summary.json"
+        return summary.is_file() and json.loads(summary.read_text()).get("status") == "finished"
+
+    def start(self, *more: str) -> "subprocess.Popen[bytes]":
+        """Starts it under mpirun, or resumes it, with further overrides."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "study.json").write_text(json.dumps(self._identity()))
+        head, variables = mpirun(self.ranks)
+        resumes = (self.folder / "checkpoints" / "last.pt").is_file()
+        where = f"resume={self.folder}" if resumes else f"run_dir={self.folder}"
+        command = [*head, sys.executable, "-m", "ddpkit.experiments", "run", *self.overrides, *more, where]
+        # In a session of its own: Ctrl-C reaches us alone, and mpirun, which would kill the ranks, hands on what we send.
+        return subprocess.Popen(command, env=variables, start_new_session=True)
+
+    def _identity(self) -> dict[str, object]:
+        return {"overrides": list(self.overrides), "ranks": self.ranks}
+
+
+def _one_after_another(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """Runs what is not complete; those that failed."""
     durations: list[float] = []
-    done = 0
-    for number, arm in enumerate(arms, 1):
-        folder = options.out / arm.label
-        overrides = [*scale.overrides, *arm.overrides, *options.overrides]
-        if _is_complete(folder, overrides, ranks):
-            print(f"[{number}/{len(arms)}] {arm.label}: complete, kept")
-            done += 1
+    failed = []
+    waiting = [run for run in runs if not run.is_complete()]
+    for number, run in enumerate(runs, 1):
+        if run not in waiting:
+            print(f"[{number}/{len(runs)}] {run.label}: complete, kept")
             continue
-        left = _left(durations, len(arms) - number + 1)
-        print(f"[{number}/{len(arms)}] {arm.label}{left}", flush=True)
+        left = sum(durations) / len(durations) * (len(waiting) - len(durations)) if durations else None
+        print(f"[{number}/{len(runs)}] {run.label}{_left(left)}", flush=True)
         started = time.monotonic()
-        _run(folder, overrides, ranks)
+        with _saved_on_ctrl_c([process := run.start()]):
+            process.wait()
         durations.append(time.monotonic() - started)
-    print(f"{options.study}: {len(arms)} runs in {options.out} ({done} were complete before).")
+        if not run.has_finished():
+            failed.append(run)
+    return failed
 
 
-def _left(durations: Sequence[float], runs: int) -> str:
-    if not durations:
+def _take_turns(runs: Sequence[StudyRun], scale: Scale, options: Options) -> list[StudyRun]:
+    """Has the runs of each repeat take turns; those that failed."""
+    epochs = int(read([*scale.overrides, *options.overrides]).train.max_epochs)
+    together = len(scale.repeated)
+    failed = []
+    for first in range(0, len(runs), together):
+        these = []
+        for number, run in enumerate(runs[first : first + together], first + 1):
+            if run.is_complete():
+                print(f"[{number}/{len(runs)}] {run.label}: complete, kept")
+            else:
+                these.append((number, run))
+        if these:
+            failed += _side_by_side(these, len(runs), epochs, options.out / ".turns")
+    return failed
+
+
+def _side_by_side(numbered: Sequence[tuple[int, StudyRun]], total: int, epochs: int, folder: Path) -> list[StudyRun]:
+    """Starts runs one after another, each up to the end of its first epoch, and lets them take turns from then on."""
+    turns = Turns(folder)
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    with _saved_on_ctrl_c(processes.values()):
+        for number, run in numbered:
+            print(f"[{number}/{total}] {run.label}: getting ready", flush=True)
+            process = processes[run.label] = run.start(f"train.turns={folder}")
+            turns.await_ready(run.label, 1, process)
+        labels = [label for label, process in processes.items() if process.poll() is None]
+        seconds = 0.0
+        for done in range(1, epochs):
+            print(
+                f"epoch {done + 1} of {epochs}, {len(labels)} runs in turns{_left(seconds * (epochs - done) or None)}",
+                flush=True,
+            )
+            started = time.monotonic()
+            for label in order(labels, done):
+                process = processes[label]
+                turns.give(label, done)
+                turns.await_ready(label, done + 1, process)
+            seconds = time.monotonic() - started
+        for label, process in processes.items():
+            turns.give(label, epochs)
+            process.wait()
+    turns.remove()
+    return [run for _, run in numbered if not run.has_finished()]
+
+
+def _left(seconds: float | None) -> str:
+    if seconds is None:
         return ""
-    seconds = sum(durations) / len(durations) * runs
     return f" (about {seconds / 60:.0f} min left)" if seconds >= 90 else f" (about {seconds:.0f} s left)"
 
 
-def _is_complete(folder: Path, overrides: Sequence[str], ranks: int) -> bool:
-    """Whether this very run has finished.
+@contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """Has SIGTERM and SIGUSR1, which job schedulers send, act as Ctrl-C does."""
 
-    Raises:
-        InputError: the folder holds a run of another configuration.
-    """
-    made_as = folder / "study.json"
-    if not made_as.is_file():
-        return False
-    if json.loads(made_as.read_text()) != {"overrides": list(overrides), "ranks": ranks}:
-        raise InputError(f"{folder} holds a run of another configuration: give another out=, or remove that folder.")
-    return _has_finished(folder)
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
-
-def _has_finished(folder: Path) -> bool:
-    summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text()).get("status") == "finished"
-
-
-def _run(folder: Path, overrides: Sequence[str], ranks: int) -> None:
-    """Runs one configuration under mpirun, or resumes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.json").write_text(json.dumps({"overrides": list(overrides), "ranks": ranks}))
-    head, variables = mpirun(ranks)
-    resumes = (folder / "checkpoints" / "last.pt").is_file()
-    where = f"resume={folder}" if resumes else f"run_dir={folder}"
-    command = [*head, sys.executable, "-m", "ddpkit.experiments", "run", *overrides, where]
-    # In a session of its own: Ctrl-C reaches us alone, and mpirun, which would kill the ranks, hands on what we send.
-    process = subprocess.Popen(command, env=variables, start_new_session=True)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGUSR1)  # the ranks save where they stand
-        process.wait()
-        print(f"\nStopped; the same command goes on with {folder}.")
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _saved_on_ctrl_c(processes: "Collection[subprocess.Popen[bytes]]") -> Iterator[None]:
+    """On Ctrl-C, has the runs save where they stand before it goes on its way; on any other error, ends them."""
+    try:
+        yield
+    except BaseException as error:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGUSR1)
+        for process in processes:
+            process.wait()
+        if isinstance(error, KeyboardInterrupt):
+            print("\nStopped; the same command goes on from here.")
         raise
-    if not _has_finished(folder):
-        raise InputError(
-            f"The run in {folder} ended with exit code {code}: see what it said above, then give the same command."
-        )
 
 
 def slurm_script(options: Options, scale: Scale, ranks: int) -> str:
     """A SLURM job script that runs the study."""
     per_node = min(ranks, scale.ranks_per_node)
     nodes = -(-ranks // per_node)
-    extra = "".join(f" {word}" for word in options.overrides)
+    repeats = f" repeats={options.repeats}" if options.repeats else ""
+    words = "".join(f" {shlex.quote(word)}" for word in options.overrides)
+    out = shlex.quote(str(options.out))
     return f"""#!/bin/bash
 #SBATCH --job-name=ddpkit-{options.study}
 #SBATCH --nodes={nodes}
@@ -161,8 +271,11 @@ def slurm_script(options: Options, scale: Scale, ranks: int) -> str:
 #SBATCH --gpus-per-node={per_node}
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=SIGUSR1@300
+#SBATCH --signal=B:USR1@300
 
 # Give it again after a time limit: complete runs are kept, the interrupted one is resumed.
-ddpkit experiment {options.study} scale={options.scale} out={options.out} ranks={ranks}{extra}
-ddpkit-analyze report {options.out}"""
+ddpkit experiment {options.study} scale={options.scale} out={out} ranks={ranks}{repeats}{words} &
+study=$!
+trap 'kill -USR1 $study' USR1
+wait $study || wait $study  # the first is cut short by the signal
+ddpkit-analyze report {out}"""

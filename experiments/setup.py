@@ -29,6 +29,7 @@ from ddpkit.data import (
 )
 from ddpkit.data.once import made_once
 from ddpkit.errors import InputError
+from ddpkit.experiments.turns import wait_for
 from ddpkit.launch import Environment, agree, first_rank_first, share
 from ddpkit.loss import EnergyForcesLoss
 from ddpkit.record import RunFolder
@@ -202,6 +203,7 @@ def build_trainer(
         config=OmegaConf.to_object(config.train),
         folder=folder,
         here=here,
+        after_epoch=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
         model_spec=spec,
     )
     if state is not None:

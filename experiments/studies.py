@@ -17,7 +17,8 @@ class Scale:
     """A study at one size.
 
     `overrides` are common to all runs. Repeats are interleaved: the second of every arm comes after the first of every arm, so
-    that a drift of the machine falls on all arms alike.
+    that a drift of the machine falls on all arms alike. With `turns` the runs of a repeat are there at the same time and take
+    turns, an epoch at a time, after a first epoch that warms up; all of them must fit into memory.
     """
 
     ranks: int
@@ -26,6 +27,7 @@ class Scale:
     repeated: tuple[Arm, ...]
     repeats: int
     ranks_per_node: int = 8
+    turns: bool = False
 
     def arms(self, repeats: int | None = None) -> list[Arm]:
         """Every run in order; repeats are labelled `standard_2`, `standard_3` ..."""
@@ -130,6 +132,7 @@ STUDIES: dict[str, dict[str, Scale]] = {
             (),
             speed_arms(("standard", "custom", "none"), (32, 128), _custom),
             repeats=1,
+            turns=True,
         ),
         "workstation": Scale(
             2,
@@ -145,7 +148,8 @@ STUDIES: dict[str, dict[str, Scale]] = {
             ),
             (),
             speed_arms(("standard", "custom", "none", "ingraph"), (32, 128), _both),
-            repeats=5,
+            repeats=3,
+            turns=True,
         ),
         "paper": Scale(
             8,

@@ -204,7 +204,36 @@ def test_one_measurement_has_no_interval_and_no_verdict(tmp_path):
     assert math.isnan(row["relative_low"])
     found = claims.speed_claims(data)
     assert {claim.kind for claim in found} == {"open"}
-    assert "no interval" in found[0].reason
+    assert "did not take turns" in found[0].reason
+
+
+def test_epochs_settle_a_claim_only_where_runs_took_turns(tmp_path):
+    """Six epochs each, a tenth apart: drift between two runs that followed one another looks the same."""
+    for name, config in (("after", {}), ("turns", {"train.turns": "somewhere"})):
+        _write(tmp_path / name, "standard", 32, [9.0, 1.0, 1.01, 0.99, 1.0, 1.01], **config)
+        _write(tmp_path / name, "custom", 32, [9.0, 1.1, 1.11, 1.1, 1.09, 1.1], **config)
+    after, in_turns = _study(tmp_path / "after", warmup=1), _study(tmp_path / "turns")
+    assert speed.relative_percent(after, after.reference(speed.Cell(32000, "custom", False))).count == 5
+    verdicts = [claims.speed_claims(data)[0].verdict for data in (after, in_turns)]
+    assert verdicts == ["cannot be told from these runs: about 2 more runs of each configuration are needed", "holds"]
+    values = _row(speed.table(in_turns), 32000, "custom")
+    assert values["epochs"] == 5  # the first warms up
+    assert values["relative_percent"] == pytest.approx(100 * (5.5 / 5.01 - 1))
+    rows = {row[0]: row[-1] for row in present._effects(after)[0].rows} if present._effects(after) else {}
+    assert "yes" not in rows.values()
+
+
+def test_splits_are_of_the_epochs_that_count(tmp_path):
+    for label, strategy in (("standard-eager-32", "standard"), ("custom-eager-32", "custom")):
+        _write(tmp_path, strategy, 32, [9.0, 1.0], **{"train.turns": "somewhere"})
+        steps = tmp_path / label / "steps.csv"
+        lines = steps.read_text().splitlines()
+        second = [line.replace(",1,", ",2,", 1).replace("0.001,0.08", "0.003,0.06") for line in lines[1:]]
+        moved = [f"{int(line.split(',')[0]) + len(second)},{line.split(',', 1)[1]}" for line in second]
+        steps.write_text("\n".join([*lines, *moved]) + "\n")
+    row = _row(speed.table(_study(tmp_path)), 32000, "custom")
+    assert row["data_per_step"] == pytest.approx(0.003)
+    assert row["compute_per_step"] == pytest.approx(0.06)
 
 
 def test_what_is_not_resolved_is_said(tmp_path):

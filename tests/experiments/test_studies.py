@@ -1,11 +1,16 @@
 import json
+import os
+import signal
+import subprocess
+import threading
 
 import pytest
 
 from ddpkit.errors import InputError
-from ddpkit.experiments import experiment
+from ddpkit.experiments import experiment, turns
 from ddpkit.experiments.config import read
-from ddpkit.experiments.studies import STUDIES, Arm
+from ddpkit.experiments.studies import STUDIES
+from ddpkit.train import Progress
 
 
 def test_repeats_are_interleaved_and_labelled():
@@ -41,23 +46,36 @@ def test_the_new_seed_changes_the_seed_alone():
     assert changed == {"seed"}
 
 
+class Ended:
+    """A process that is over."""
+
+    def poll(self):
+        return 0
+
+    def wait(self):
+        return 0
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A study whose runs are written instead of trained; what was run, in order."""
+    """Studies whose runs are written instead of trained; what was run, in order."""
     ran = []
+    fails = set()
 
-    def run(folder, overrides, ranks):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "study.json").write_text(json.dumps({"overrides": list(overrides), "ranks": ranks}))
-        (folder / "summary.json").write_text('{"status": "finished"}')
-        ran.append(folder.name)
+    def start(run, *_):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "study.json").write_text(json.dumps({"overrides": list(run.overrides), "ranks": run.ranks}))
+        status = "failed" if run.label in fails else "finished"
+        (run.folder / "summary.json").write_text(json.dumps({"status": status}))
+        ran.append(run.label)
+        return Ended()
 
-    monkeypatch.setattr(experiment, "_run", run)
-    return lambda *words: experiment.main(["numerics", "scale=demo", f"out={tmp_path}", *words]), ran
+    monkeypatch.setattr(experiment.StudyRun, "start", start)
+    return lambda *words, name="numerics": experiment.main([name, "scale=demo", f"out={tmp_path}", *words]), ran, fails
 
 
 def test_complete_runs_are_kept_and_unfinished_ones_run_again(study, tmp_path):
-    start, ran = study
+    start, ran, _ = study
     start()
     assert ran == ["baseline", "standard", "compiled", "rerun", "new_seed"]
     ran.clear()
@@ -69,16 +87,133 @@ def test_complete_runs_are_kept_and_unfinished_ones_run_again(study, tmp_path):
 
 
 def test_a_folder_of_another_configuration_is_refused(study):
-    start, _ = study
+    start, _, _ = study
     start()
     with pytest.raises(InputError, match="another configuration"):
         start("train.max_epochs=9")
 
 
-def test_job_script(capsys):
-    experiment.main(["numerics", "scale=paper", "--slurm", "train.max_epochs=2"])
+@pytest.mark.parametrize(("name", "bad"), [("numerics", "compiled"), ("speed", "custom-compile-32")])
+def test_a_run_that_fails_does_not_keep_the_others(study, name, bad):
+    start, ran, fails = study
+    fails.add(bad)
+    with pytest.raises(InputError, match=rf"1 of \d runs failed \({bad}\)"):
+        start(name=name)
+    everything = [arm.label for arm in STUDIES[name]["demo"].arms()]
+    assert ran == everything
+    ran.clear()
+    fails.clear()
+    start(name=name)
+    assert ran == [bad]
+
+
+def test_a_wrong_override_starts_nothing(study):
+    start, ran, _ = study
+    with pytest.raises(InputError, match=r"train\.max_epoch"):
+        start("train.max_epoch=9")
+    assert not ran
+
+
+def test_deterministic_runs_have_a_folder_of_their_own():
+    plain = experiment._parse(["numerics", "scale=demo"])
+    repeatable = experiment._parse(["numerics", "scale=demo", "deterministic=true"])
+    assert [str(options.out) for options in (plain, repeatable)] == [
+        "studies/numerics-demo",
+        "studies/numerics-demo-deterministic",
+    ]
+
+
+class FakeTrainer:
+    def __init__(self):
+        self.progress = Progress(epoch=1)
+        self.stop_signal = None
+
+
+class Alive:
+    def poll(self):
+        return None
+
+
+def test_runs_take_turns(tmp_path):
+    giver, trace = turns.Turns(tmp_path / "turns"), []
+
+    def run(label):
+        trainer = FakeTrainer()
+        wait = turns.wait_for(tmp_path / "turns", label)
+        for epoch in (1, 2, 3):
+            trainer.progress.epoch = epoch
+            trace.append((label, epoch))
+            assert wait(trainer) == 0
+
+    threads = [threading.Thread(target=run, args=(label,)) for label in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for label in ("a", "b"):
+        giver.await_ready(label, 1, Alive())
+    for label, epoch in (("b", 1), ("a", 1), ("a", 2), ("b", 2)):
+        giver.give(label, epoch)
+        giver.await_ready(label, epoch + 1, Alive())
+        assert trace[-1] == (label, epoch + 1)
+    for label in ("a", "b"):
+        giver.give(label, 3)
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    giver.await_ready("a", 9, Ended())  # a process that is gone is not waited for
+    giver.remove()
+    assert not (tmp_path / "turns").exists()
+
+
+def test_a_signal_ends_the_waiting_and_nobody_waits_for_the_dead(tmp_path):
+    turns.Turns(tmp_path)
+    trainer = FakeTrainer()
+    trainer.stop_signal = 10
+    assert turns.wait_for(tmp_path, "a")(trainer) == 10
+    (tmp_path / "alive").unlink()
+    trainer.stop_signal = None
+    with pytest.raises(InputError, match="Nobody gives turns"):
+        turns.wait_for(tmp_path, "a")(trainer)
+
+
+def test_no_run_always_follows_the_same_one():
+    orders = [turns.order(["a", "b", "c", "d"], round_) for round_ in range(1, 30)]
+    assert all(sorted(one) == ["a", "b", "c", "d"] for one in orders)
+    assert {one[0] for one in orders} == {"a", "b", "c", "d"}
+
+
+def test_job_script(capsys, tmp_path):
+    experiment.main(
+        [
+            "numerics",
+            "scale=paper",
+            "--slurm",
+            "repeats=2",
+            "train.max_epochs=2",
+            "model.num_features=[8,4]",
+            "out=my runs",
+        ]
+    )
     script = capsys.readouterr().out
     assert "#SBATCH --nodes=16" in script
     assert "#SBATCH --ntasks-per-node=4" in script
-    assert "ddpkit experiment numerics scale=paper out=studies/numerics-paper ranks=64 train.max_epochs=2" in script
-    assert isinstance(STUDIES["numerics"]["paper"].arms()[0], Arm)
+    command = "ddpkit experiment numerics scale=paper out='my runs' ranks=64 repeats=2 train.max_epochs=2 'model.num_features=[8,4]' &"
+    assert command in script.splitlines()
+    path = tmp_path / "job.sh"
+    path.write_text(script)
+    subprocess.run(["/bin/bash", "-n", path], check=True)
+
+
+def test_job_script_hands_the_signal_on_and_waits(capsys, tmp_path):
+    """As SLURM does before the time is up: the batch shell alone gets the signal."""
+    experiment.main(["numerics", "scale=demo", "--slurm", f"out={tmp_path}"])
+    path = tmp_path / "job.sh"
+    path.write_text(capsys.readouterr().out)
+    stub = "#!/bin/bash\ntrap 'sleep 0.3; echo saved; exit 130' USR1\nsleep 0.3\necho started\nfor i in {1..100}; do sleep 0.1; done\n"
+    for name, text in (("ddpkit", stub), ("ddpkit-analyze", "#!/bin/bash\necho analysed\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(["/bin/bash", path], env=variables, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "started\n"
+        job.send_signal(signal.SIGUSR1)
+        assert job.communicate(timeout=10)[0] == "saved\nanalysed\n"

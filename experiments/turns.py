@@ -1,0 +1,92 @@
+"""Runs that are ready side by side take turns, an epoch at a time, so that drift of the machine falls on all of them alike.
+
+They speak through empty files in one folder. A run touches `LABEL.ready.N` when N of its epochs are done, and goes on when it
+finds `LABEL.go.N`. Its first epoch, which warms up, needs no turn.
+"""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+
+from ddpkit import launch
+from ddpkit.errors import InputError
+from ddpkit.train import Trainer
+
+_POLL = 0.003
+_GONE_AFTER = 60.0
+_ALIVE = "alive"
+
+
+def wait_for(folder: Path, label: str) -> Callable[[Trainer], int]:
+    """What a trainer does after each epoch: says that it is ready and waits for its turn.
+
+    Args:
+        folder: where the files are.
+        label: the run's.
+
+    Returns:
+        A function for all ranks to call, which returns the number of a signal to stop that came meanwhile, or 0.
+    """
+
+    def wait(trainer: Trainer) -> int:
+        return int(launch.share(lambda: _wait(folder, label, trainer), "waiting for its turn"))
+
+    return wait
+
+
+def _wait(folder: Path, label: str, trainer: Trainer) -> int:
+    epoch = trainer.progress.epoch
+    (folder / f"{label}.ready.{epoch}").touch()
+    go, alive = folder / f"{label}.go.{epoch}", folder / _ALIVE
+    while not go.exists():
+        if trainer.stop_signal:
+            return trainer.stop_signal
+        if not alive.exists() or time.time() - alive.stat().st_mtime > _GONE_AFTER:
+            raise InputError(f"Nobody gives turns in {folder} any more: start the study again.")
+        time.sleep(_POLL)
+    return 0
+
+
+class Turns:
+    """Gives the turns.
+
+    Args:
+        folder: where the files are; what was in it is removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            file.unlink()
+        (folder / _ALIVE).touch()
+
+    def await_ready(self, label: str, epoch: int, process: "subprocess.Popen[bytes]") -> None:
+        """Waits until a run has done so many epochs, or its process has ended."""
+        checked = 0.0
+        while not (self.folder / f"{label}.ready.{epoch}").exists():
+            if time.monotonic() - checked > 0.5:
+                checked = time.monotonic()
+                (self.folder / _ALIVE).touch()
+                if process.poll() is not None:
+                    return
+            time.sleep(_POLL)
+
+    def give(self, label: str, epoch: int) -> None:
+        """Lets a run go on that has done so many epochs."""
+        (self.folder / f"{label}.go.{epoch}").touch()
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        for file in self.folder.iterdir():
+            file.unlink()
+        self.folder.rmdir()
+
+
+def order(labels: Sequence[str], round_: int) -> list[str]:
+    """The order of a round: another one each time, so that no run always follows the same one."""
+    shuffled = list(labels)
+    Random(round_).shuffle(shuffled)
+    return shuffled
