@@ -196,8 +196,9 @@ def test_job_script(capsys, tmp_path):
     script = capsys.readouterr().out
     assert "#SBATCH --nodes=16" in script
     assert "#SBATCH --ntasks-per-node=4" in script
-    command = "ddpkit experiment numerics scale=paper out='my runs' ranks=64 repeats=2 train.max_epochs=2 'model.num_features=[8,4]' &"
-    assert command in script.splitlines()
+    line = next(line for line in script.splitlines() if line.startswith("ddpkit experiment"))
+    words = "ranks=64 repeats=2 train.max_epochs=2 'model.num_features=[8,4]' &"
+    assert line == f"ddpkit experiment numerics scale=paper out='my runs' {words}"
     path = tmp_path / "job.sh"
     path.write_text(script)
     subprocess.run(["/bin/bash", "-n", path], check=True)
@@ -208,7 +209,8 @@ def test_job_script_hands_the_signal_on_and_waits(capsys, tmp_path):
     experiment.main(["numerics", "scale=demo", "--slurm", f"out={tmp_path}"])
     path = tmp_path / "job.sh"
     path.write_text(capsys.readouterr().out)
-    stub = "#!/bin/bash\ntrap 'sleep 0.3; echo saved; exit 130' USR1\nsleep 0.3\necho started\nfor i in {1..100}; do sleep 0.1; done\n"
+    wait = "for i in {1..100}; do sleep 0.1; done"
+    stub = f"#!/bin/bash\ntrap 'sleep 0.3; echo saved; exit 130' USR1\nsleep 0.3\necho started\n{wait}\n"
     for name, text in (("ddpkit", stub), ("ddpkit-analyze", "#!/bin/bash\necho analysed\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
