@@ -1,6 +1,7 @@
 """`ddpkit analyze`: run folders in, tables, figures and a page out."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         type=Path,
         metavar="DIR",
-        help="holds run folders; for report also sub-folders numerics/ and speed/ of them",
+        help="holds run folders; for report also sub-folders of them called numerics... and speed...",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder itself)")
     parser.add_argument(
@@ -57,11 +58,12 @@ def main(args: argparse.Namespace) -> None:
         _report(args.folder, out, args)
 
 
-def _numerics(folder: Path, out: Path, args: argparse.Namespace) -> tuple[report.Section, list[Run]]:
+def _numerics(
+    folder: Path, out: Path, args: argparse.Namespace, name: str = "numerics", *, attributes: bool = True
+) -> tuple[report.Section, list[Run]]:
     runs, skipped = read_runs(folder, args.format)
     data = numerics.study(runs, args.baseline)
     values = numerics.table(data)
-    sources = attribution.table(data)
     arms = claims.trajectories(data)
     verdicts = claims.numerics_claims(arms)
     compared = claims.comparisons(arms)
@@ -70,13 +72,12 @@ def _numerics(folder: Path, out: Path, args: argparse.Namespace) -> tuple[report
     shown = present.numerics(values, notes, data.baseline.label)
     if compared:
         shown.append(present.tests(compared, int(arms.steps.sum())))
-    if len(sources):
-        shown.append(present.attribution(sources))
-    tables.write(out, "numerics", values, shown)
-    tables.write_csv(out / "attribution.csv", sources)
+    if attributes:
+        shown += _attribution(data, out)
+    tables.write(out, name, values, shown)
     pictures = [
         report.Picture(
-            figures.save(figures.trajectories(data), out / "numerics.png"),
+            figures.save(figures.trajectories(data), out / f"{name}.png"),
             "Losses and loss differences, one column for each comparison",
             "Top: losses, with the baseline's in each. Bottom: histogram of the differences cut at ±0.020, the number of "
             "points outside in the panel; where the cut leaves a few bars or few points, an inset shows the central 99 % of "
@@ -84,16 +85,39 @@ def _numerics(folder: Path, out: Path, args: argparse.Namespace) -> tuple[report
             "loss curves and histograms of loss differences, one column for each comparison",
         ),
         report.Picture(
-            figures.save(figures.divergences(data), out / "divergence.png"),
+            figures.save(figures.divergences(data), out / f"{name.replace('numerics', 'divergence', 1)}.png"),
             "Divergence from the baseline",
             "Mean absolute loss difference over equal stretches of steps and over the repeats of an arm.",
             "loss difference from the baseline against training step, one line for each comparison",
         ),
     ]
-    return report.Section("Numerics: does the scheme change the trajectory?", verdicts, [*shown, *pictures]), runs
+    kernels = " Under deterministic kernels" if all(run.deterministic for run in runs) else ""
+    heading = f"Numerics: does the scheme change the trajectory?{kernels}"
+    return report.Section(heading, verdicts, [*shown, *pictures]), runs
 
 
-def _speed(folder: Path, out: Path, args: argparse.Namespace) -> tuple[report.Section, list[Run]]:
+def _attribution(data: numerics.Study, out: Path) -> list[tables.Table]:
+    sources = attribution.table(data)
+    tables.write_csv(out / "attribution.csv", sources)
+    return [present.attribution(sources)] if len(sources) else []
+
+
+def _attribution_over(folders: Sequence[Path], out: Path, args: argparse.Namespace) -> report.Section | None:
+    """The attribution over the runs of several folders, with and without deterministic kernels, where they may be compared."""
+    runs = [
+        replace(run, label=f"{folder.name}/{run.label}")
+        for folder in folders
+        for run in read_runs(folder, args.format)[0]
+    ]
+    first = next((run.label for run in runs if run.label.endswith(f"/{args.baseline}")), args.baseline)
+    try:
+        data = numerics.study(runs, first)
+    except InputError:
+        return None
+    return report.Section("Attribution: where do differences come from?", parts=_attribution(data, out))
+
+
+def _speed(folder: Path, out: Path, args: argparse.Namespace, name: str = "speed") -> tuple[report.Section, list[Run]]:
     if args.format == "lightning":
         raise InputError("Lightning's logs carry no step times; the speed study needs the run folders of ddpkit-run")
     runs, skipped = read_runs(folder)
@@ -101,11 +125,11 @@ def _speed(folder: Path, out: Path, args: argparse.Namespace) -> tuple[report.Se
     data = replace(data, notes=(*(f"{note}." for note in skipped), *data.notes))
     values = speed.table(data)
     shown = present.epochs(values, data)
-    tables.write(out, "speed", values, shown)
+    tables.write(out, name, values, shown)
     picture = report.Picture(
-        figures.save(figures.epochs(data), out / "speed.png"),
+        figures.save(figures.epochs(data), out / f"{name}.png"),
         "Epoch time relative to standard eager of the same size",
-        f"Mean seconds of an epoch at the right; 95 % intervals over paired {data.unit}s; crosses: published.",
+        f"Mean seconds of an epoch at the right; bars: 95 % intervals over {data.unit}s, see the table; crosses: published.",
         "relative epoch time of each strategy with intervals, one panel for each model size",
     )
     return report.Section("Speed: what does the scheme cost?", claims.speed_claims(data), [*shown, picture]), runs
@@ -116,12 +140,13 @@ def _report(folder: Path, out: Path, args: argparse.Namespace) -> None:
         raise InputError(
             f"{folder} is not a folder; give the folder that holds the runs, or numerics/ and speed/ with them"
         )
-    parts = []
-    for name, make in (("numerics", _numerics), ("speed", _speed)):
-        if holds_runs(folder / name) or (
-            args.format == "lightning" and name == "numerics" and (folder / name).is_dir()
-        ):
-            parts.append(make(folder / name, out, args))
+    found = sorted(path for path in folder.iterdir() if _holds_study(path, args.format))
+    numeric = [path for path in found if path.name.startswith("numerics")]
+    together = _attribution_over(numeric, out, args) if len(numeric) > 1 else None
+    parts = [_numerics(path, out, args, path.name, attributes=together is None) for path in numeric]
+    if together:
+        parts.append((together, []))
+    parts += [_speed(path, out, args, path.name) for path in found if path not in numeric]
     if not parts:
         runs, _ = read_runs(folder, args.format)
         is_numerics = any(run.label == args.baseline for run in runs)
@@ -129,10 +154,8 @@ def _report(folder: Path, out: Path, args: argparse.Namespace) -> None:
     sections = []
     for section, runs in parts:
         _print_section(section)
-        machine = present.environment(runs)
-        sections.append(
-            report.Section(section.heading, section.claims, [*section.parts, *([machine] if machine.rows else [])])
-        )
+        machine = [present.environment(runs)] if any(run.environment for run in runs) else []
+        sections.append(report.Section(section.heading, section.claims, [*section.parts, *machine]))
     page = out / "report.html"
     count = sum(len(runs) for _, runs in parts)
     report.write(
@@ -142,6 +165,13 @@ def _report(folder: Path, out: Path, args: argparse.Namespace) -> None:
         sections,
     )
     print(f"report: {page.resolve()}")
+
+
+def _holds_study(path: Path, layout: str) -> bool:
+    """Whether a folder is named as a study's and holds runs."""
+    if not path.name.startswith(("numerics", "speed")) or not path.is_dir():
+        return False
+    return holds_runs(path) or (layout == "lightning" and path.name.startswith("numerics"))
 
 
 def _print_section(section: report.Section) -> None:

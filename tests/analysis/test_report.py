@@ -141,6 +141,26 @@ def test_report_takes_a_plain_folder_of_either_study(demo, tmp_path):
     assert "Speed: what" in (tmp_path / "s" / "report.html").read_text()
 
 
+def test_attribution_is_over_the_runs_with_and_without_deterministic_kernels(tmp_path):
+    rng = np.random.default_rng(3)
+    base = falling(30)
+    for label, change in (("baseline", {}), ("rerun", {}), ("standard", {"strategy.name": "standard"})):
+        write_run(tmp_path / "numerics", label, base + wander(rng, 30, 1e-4), **change)
+        write_run(tmp_path / "numerics-deterministic", label, base, deterministic=True, **change)
+    _run("report", tmp_path, "--out", tmp_path / "out")
+    values = pd.read_csv(tmp_path / "out" / "attribution.csv")
+    found = {(row.source, row.held): (row.pairs, row.mae, row.outcome) for row in values.itertuples()}
+    assert found["none (rerun)", "custom eager det."] == (1, 0, "zero, as due")
+    assert found["reduction order", "eager det."] == (2, 0, "zero, as due")
+    assert found["scatter order", "custom eager"][1] > 0
+    assert found["determinism", "custom eager"][0] == 4
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert text.count("Attribution: pairs of runs") == 1
+    assert "under deterministic kernels" in text.lower()
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"numerics.csv", "numerics-deterministic.csv", "divergence-deterministic.png"} <= names
+
+
 def test_labels_are_escaped(tmp_path):
     write_run(tmp_path, "baseline", falling(5))
     write_run(tmp_path, "a<b>&'c", falling(5), **{"strategy.name": "standard"})
