@@ -66,8 +66,8 @@ class TrainConfig:
     plateau: PlateauConfig = field(default_factory=PlateauConfig)
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     tensorboard: bool = False
-
     turns: str | None = None
+
 
 class Loader(Protocol):
     """Gives this rank's batches, the same global batches whatever the world size."""
@@ -173,10 +173,10 @@ class Trainer:
         folder: where to record; None on every rank but rank 0.
         here: where this process stands.
         model_spec: plain values that the model can be built from again; kept in checkpoints.
+        after_epoch: called on every rank after each whole epoch; returns a signal to stop by, or 0.
     """
 
     def __init__(
-        after_epoch: called on every rank after each whole epoch; returns a signal to stop by, or 0.
         self,
         *,
         model: nn.Module,
@@ -190,10 +190,10 @@ class Trainer:
         folder: RunFolder | None,
         here: Environment,
         model_spec: dict[str, Any],
+        after_epoch: "Callable[[Trainer], int] | None" = None,
     ) -> None:
         self.model, self.step, self.optimizer, self.criterion = model, step, optimizer, criterion
         self.train_loader, self.val_loader = train_loader, val_loader
-        after_epoch: "Callable[[Trainer], int] | None" = None,
         self.config, self.folder, self.here, self.model_spec = config, folder, here, model_spec
         self.progress = Progress()
         self.ema = ema
@@ -203,11 +203,11 @@ class Trainer:
         self._seconds_logging, self._rows = 0.0, 0
         self.stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
+        self._after_epoch = after_epoch
         self._out_of_time = False
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-        self._after_epoch = after_epoch
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from."""
         return {
@@ -252,9 +252,9 @@ class Trainer:
                 self._end_epoch()
                 if self.progress.step_in_epoch:  # the run stopped within an epoch
                     break
-        self._writer.wait()
                 if self._after_epoch is not None and (number := self._after_epoch(self)):
                     self.stopped_by = signal.Signals(number)
+        self._writer.wait()
 
     def _is_done(self) -> bool:
         p, c = self.progress, self.config
@@ -320,8 +320,7 @@ class Trainer:
         device = self._heartbeat.device
         on_gpu = device.type == "cuda"  # a copy away from a GPU must be waited for, one to it need not
         computed = torch.stack([n.to(torch.float64) for n in (*numbers, self.step.grad_norm)])
-        limit = self.config.max_seconds
-        out_of_time = limit is not None and time.monotonic() - self._started + seconds > limit
+        out_of_time = self.config.max_seconds is not None and self.progress.seconds + seconds > self.config.max_seconds
         known = [seconds, float(self.stop_signal or 0), float(out_of_time)]
         host = torch.tensor(known, dtype=torch.float64, pin_memory=on_gpu)
         note = {
