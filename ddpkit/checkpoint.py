@@ -129,6 +129,10 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises what went wrong so far, without waiting."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error

@@ -18,3 +18,7 @@ class NonFiniteGradientError(FloatingPointError):
 
 class ParityError(RuntimeError):
     """Compiled code computes something else than eager code. The message names the parameter."""
+
+
+class RankLostError(RuntimeError):
+    """A rank failed, died or hangs, so that the others cannot go on. The message names rank, step and cause."""

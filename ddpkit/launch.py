@@ -18,12 +18,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ddpkit.errors import InputError
+
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 # Compiling, labelling and first reads are waited for through the store, where no watchdog runs.
@@ -194,6 +196,20 @@ def store() -> dist.Store:
     return dist.PrefixStore("ddpkit", dist.distributed_c10d._get_default_store())  # noqa: SLF001  (torch offers no public way)
 
 
+def within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """What `ask` returns, or None where it fails or takes longer: a store whose rank is stopped answers never."""
+    answers: list[T] = []
+
+    def work() -> None:
+        with suppress(RuntimeError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
 _agreements = 0
 
 
@@ -297,9 +313,8 @@ def mpirun(ranks: int) -> tuple[list[str], dict[str, str]]:
     command, variables = [program, "-n", str(ranks), "--bind-to", "none"], dict(os.environ)
     if os.geteuid() == 0:
         variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    if (
-        ranks > len(os.sched_getaffinity(0)) and "SLURM_JOB_ID" not in variables
-    ):  # a job's ranks have cores on several hosts
+    # In a job the ranks have cores of several hosts.
+    if "SLURM_JOB_ID" not in variables and ranks > len(os.sched_getaffinity(0)):
         command += ["--oversubscribe"]
         variables.setdefault("OMP_NUM_THREADS", "1")
     return command, variables

@@ -8,7 +8,9 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class CsvLog:
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self._columns = columns
+        self._path, self._columns = path, columns
         starts = not path.exists() or path.stat().st_size == 0
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
@@ -46,12 +48,14 @@ class CsvLog:
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
         """Appends one row; columns that the row lacks stay empty."""
-        self._writer.writerow([_shortest(row.get(column)) for column in self._columns])
-        self._file.flush()
+        with _writing(self._path):
+            self._writer.writerow([_shortest(row.get(column)) for column in self._columns])
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with _writing(self._path):
+            self._file.close()
 
 
 def _shortest(value: float | None) -> str:
@@ -77,9 +81,44 @@ def drop_rows_after(path: Path, column: str, last: int) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that readers see the old one or the new one, never half of one."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(text)
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def record_failure(path: Path, error: str) -> None:
+    """Has the `summary.json` of a run that is said to be running tell that it failed, and why. Any rank may do this."""
+    summary = path / "summary.json"
+    try:
+        facts = json.loads(summary.read_text())
+    except (OSError, ValueError):
+        return
+    if facts.get("status") != "running":
+        return
+    text = json.dumps(facts | {"status": "failed", "error": error}, indent=2) + "\n"
+    try:
+        write_atomically(summary, text)
+    except OSError:  # on a full disk there is still the room that the file has
+        with suppress(OSError), summary.open("r+") as file:
+            file.write(text)
+            file.truncate()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Names what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error.strerror or error}): free some space or choose another run_dir; what was "
+            "written before is kept."
+        ) from error
 
 
 class RunFolder:
@@ -90,16 +129,22 @@ class RunFolder:
         resume_from: the step to continue after; rows beyond it are dropped. 0 starts afresh.
         resume_epoch: the number of whole epochs before that step.
         tensorboard: log the rows to `tensorboard/` too.
+
+    Raises:
+        InputError: the folder cannot be written, or holds another run's results that would be lost.
     """
 
     def __init__(self, path: Path, *, resume_from: int = 0, resume_epoch: int = 0, tensorboard: bool = False) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        drop_rows_after(path / "steps.csv", "step", resume_from)
-        drop_rows_after(path / "epochs.csv", "epoch", resume_epoch)
-        self._steps = CsvLog(path / "steps.csv", STEP_COLUMNS)
-        self._epochs = CsvLog(path / "epochs.csv", EPOCH_COLUMNS)
+        if not resume_from and _has_results(path):
+            raise InputError(f"{path} holds a run already: go on with resume={path}, or choose another run_dir.")
+        with _writing(path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            drop_rows_after(path / "steps.csv", "step", resume_from)
+            drop_rows_after(path / "epochs.csv", "epoch", resume_epoch)
+            self._steps = CsvLog(path / "steps.csv", STEP_COLUMNS)
+            self._epochs = CsvLog(path / "epochs.csv", EPOCH_COLUMNS)
         self._board = _board(path / "tensorboard", resume_from) if tensorboard else None
         self._summary: dict[str, Any] = {}
 
@@ -121,13 +166,15 @@ class RunFolder:
 
     def describe(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
         """Writes `config.yaml` and `environment.json`."""
-        write_atomically(self.path / "config.yaml", config_yaml)
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        with _writing(self.path):
+            write_atomically(self.path / "config.yaml", config_yaml)
+            write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def summarize(self, **facts: Any) -> None:
         """Updates `summary.json` with these facts."""
         self._summary.update(facts)
-        write_atomically(self.path / "summary.json", json.dumps(self._summary, indent=2) + "\n")
+        with _writing(self.path):
+            write_atomically(self.path / "summary.json", json.dumps(self._summary, indent=2) + "\n")
 
     def close(self) -> None:
         """Closes the logs."""
@@ -135,6 +182,16 @@ class RunFolder:
         self._epochs.close()
         if self._board is not None:
             self._board.close()
+
+
+def _has_results(path: Path) -> bool:
+    """Whether a run has left something there that a new one would destroy."""
+    if (path / "checkpoints" / "last.pt").exists():
+        return True
+    try:
+        return bool(json.loads((path / "summary.json").read_text())["status"] == "finished")
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _board(path: Path, step: int) -> Any:

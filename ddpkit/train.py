@@ -58,6 +58,7 @@ class TrainConfig:
     max_seconds: float | None = None
     batch_size: int = 16
     accumulate: int = 1
+    timeout: float = 600.0
     log_every: int = 1
     checkpoint_every: int | None = None
     clip_norm: float | None = None
@@ -85,7 +86,7 @@ class NonFiniteLossError(FloatingPointError):
 
 @dataclass
 class Progress:
-    """Where training stands. `step` and `epoch` count what is done."""
+    """Where training stands. `step` and `epoch` count what is done; `seconds` are walltime, validation included."""
 
     step: int = 0
     epoch: int = 0
@@ -95,6 +96,8 @@ class Progress:
     seconds_in_epoch: float = 0.0
     loss_sum_in_epoch: float = 0.0
     seconds: float = 0.0
+    seconds_data: float = 0.0  # that steps waited for their batches, of this rank
+    seconds_steps: float = 0.0  # of all steps, of this rank
 
 
 class Heartbeat:
@@ -200,16 +203,18 @@ class Trainer:
         self.scheduler = _plateau(optimizer, config.plateau)
         self._heartbeat = Heartbeat(here.device if here.backend == "nccl" else torch.device("cpu"))
         self._writer = checkpoint.Writer()
+        self._random_states: list[dict[str, Any]] = []
         self._seconds_logging, self._rows = 0.0, 0
         self.stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
         self._after_epoch = after_epoch
         self._out_of_time = False
+        self._started = time.monotonic()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from."""
+        """Everything that training goes on from, the states of all ranks' random numbers as of the last `_save` included."""
         return {
             "model_spec": self.model_spec,
             "model": self.model.state_dict(),
@@ -217,12 +222,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "progress": vars(self.progress).copy(),
-            "random": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if self.here.device.type == "cuda" else None,
-                "python": repr(random.getstate()),
-                "numpy": repr(np.random.get_state(legacy=False)["state"]),  # noqa: NPY002  (a user's model may draw from it)
-            },
+            "random_states": self._random_states,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -234,9 +234,9 @@ class Trainer:
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["random"]["torch"])
-        if self.here.device.type == "cuda" and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"])
+        states = state.get("random_states", [])
+        if self.here.rank < len(states):  # further ranks go on from their seed
+            set_random_state(states[self.here.rank], self.here.device)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -246,6 +246,7 @@ class Trainer:
         Raises:
             NonFiniteLossError: on every rank, where any rank met NaN or infinity.
         """
+        self._started = time.monotonic() - self.progress.seconds
         with self._signals():
             while not self._is_done():
                 self._train_epoch()
@@ -299,6 +300,8 @@ class Trainer:
                     last_logged = now
                     self._send_row(counts, result, seconds, seconds_data / row_steps)
                     p.seconds_in_epoch += seconds * row_steps
+                    p.seconds_steps += seconds * row_steps
+                    p.seconds_data += seconds_data
                     row_steps, seconds_data = 0, 0.0
                 bar.update()
                 if stop or (c.max_steps is not None and p.step >= c.max_steps):
@@ -320,7 +323,8 @@ class Trainer:
         device = self._heartbeat.device
         on_gpu = device.type == "cuda"  # a copy away from a GPU must be waited for, one to it need not
         computed = torch.stack([n.to(torch.float64) for n in (*numbers, self.step.grad_norm)])
-        out_of_time = self.config.max_seconds is not None and self.progress.seconds + seconds > self.config.max_seconds
+        limit = self.config.max_seconds
+        out_of_time = limit is not None and time.monotonic() - self._started + seconds > limit
         known = [seconds, float(self.stop_signal or 0), float(out_of_time)]
         host = torch.tensor(known, dtype=torch.float64, pin_memory=on_gpu)
         note = {
@@ -348,14 +352,16 @@ class Trainer:
         losses, norms, seconds, signals, out_of_time = np.split(
             everyone, np.cumsum([len(LOSS_COLUMNS), 1, 1, 1]), axis=1
         )
-        self._refuse_non_finite(losses[:, 0], row["step"])
+        self._refuse_non_finite("loss", losses[:, 0], row["step"])
+        self._refuse_non_finite("gradient's norm", norms[:, 0], row["step"])
         row |= {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
         row["seconds"] = float(seconds.max())
         row["grad_norm"] = float(norms[self.here.rank, 0])
         row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, losses.mean(axis=0), strict=True)}
         self.progress.loss_sum_in_epoch += row["loss"]
-        self.progress.seconds += row["seconds"] * self.config.log_every
+        self.progress.seconds = time.monotonic() - self._started
         if self.folder is not None:
+            self._writer.check()
             self.folder.write_step(row)
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
         if signals.any():
@@ -369,13 +375,13 @@ class Trainer:
         """What a row of a step costs this rank's host, seconds, without waiting for ranks or devices."""
         return self._seconds_logging / max(1, self._rows)
 
-    def _refuse_non_finite(self, losses: np.ndarray, step: int) -> None:
-        bad = np.flatnonzero(~np.isfinite(losses))
+    def _refuse_non_finite(self, what: str, values: np.ndarray, step: int) -> None:
+        bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             ranks = ", ".join(map(str, bad[:8]))
             raise NonFiniteLossError(
-                f"The loss was {losses[bad[0]]} at step {step} on rank {ranks}: look at that batch's labels, lower optimizer.lr, "
-                "or set train.clip_norm; the last checkpoint is good."
+                f"The {what} was {values[bad[0]]} at step {step} on rank {ranks}: look at that batch's labels, lower "
+                "optimizer.lr, or set train.clip_norm; the last checkpoint is good."
             )
 
     def _end_epoch(self) -> None:
@@ -449,7 +455,10 @@ class Trainer:
     # -- leaving -------------------------------------------------------------------------------------------------------
 
     def _save(self, *, best: bool = False) -> None:
-        if self.folder is None or self.config.checkpoint_every == 0:
+        if self.config.checkpoint_every == 0:
+            return
+        self._random_states = gathered(random_state(self.here.device), self.here)
+        if self.folder is None:
             return
         paths = [self.folder.checkpoints / "last.pt"] + ([self.folder.checkpoints / "best.pt"] if best else [])
         self._writer.write(paths, self.state_dict())
@@ -467,6 +476,39 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of this process's random number generators, in tensors and plain values: torch's, Python's and numpy's."""
+    version, words, gauss = random.getstate()
+    name, key, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002  (a user's model may draw from it)
+    assert name == "MT19937"
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [torch.tensor(np.asarray(key, dtype=np.int64)), place, has_gauss, cached],
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Goes on from `random_state()`."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    key, *rest = state["numpy"]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+def gathered(value: Any, here: Environment) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if here.world_size == 1:
+        return [value]
+    everyone: list[Any] = [None] * here.world_size
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:

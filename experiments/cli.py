@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ddpkit import __version__
-from ddpkit.errors import InputError, ParityError, RankDisagreementError
+from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError
 
 # verb -> (module, what it does, whether it takes Hydra overrides)
 VERBS = {
@@ -90,7 +90,9 @@ def _leave(work: Callable[[], None]) -> None:
         work()
     except (InputError, RankDisagreementError) as error:
         _abandon(2, str(error), error)
-    except (FloatingPointError, ParityError) as error:
+    except (FloatingPointError, ParityError, RankLostError) as error:
+        if os.environ.get("DDPKIT_TRACEBACK"):
+            traceback.print_exc()
         _abandon(1, str(error), error)
     except KeyboardInterrupt as interrupt:
         _abandon(130, "interrupted.", interrupt)
@@ -105,9 +107,11 @@ def _leave(work: Callable[[], None]) -> None:
 def _abandon(code: int, sentence: str, error: BaseException) -> None:
     """Says why and leaves at once: an orderly end would wait in MPI for ranks that may wait for this one.
 
-    What every rank knows is said by rank 0 alone; the others give it the time to.
+    What every rank knows is said by rank 0 alone; the others give it the time to. `said` marks what has been said already.
     """
     rank = _rank()
+    if getattr(error, "said", False):
+        sentence = ""
     if rank == 0 or (_is_running_with_others() and not getattr(error, "everywhere", False)):
         if sentence:
             print(f"ddpkit: {sentence}", file=sys.stderr)

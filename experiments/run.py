@@ -16,7 +16,7 @@ environment.json, steps.csv, epochs.csv, summary.json and checkpoints/.
 
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from ddpkit.errors import InputError
 from ddpkit.experiments import setup
 from ddpkit.experiments.config import RunConfig, read
 from ddpkit.launch import Environment, agree
-from ddpkit.record import RunFolder, describe_environment
+from ddpkit.lifeline import Lifeline
+from ddpkit.record import RunFolder, describe_environment, record_failure
 
 # Keys that a resumed run may change: where and how long, not what.
 _MAY_CHANGE = (
@@ -35,6 +36,7 @@ _MAY_CHANGE = (
     "train.max_steps",
     "train.max_seconds",
     "train.checkpoint_every",
+    "train.timeout",
     "device",
     "run_dir",
     "resume",
@@ -52,43 +54,60 @@ def main(overrides: Sequence[str]) -> None:
     if prints:
         print(OmegaConf.to_yaml(config), end="")
         return
-    here = launch.init_process_group(None if config.device == "auto" else config.device)
-    setup.set_numerics(config)
-    state = None
-    if config.resume is not None:
-        with agree("reading the checkpoint"):
-            config = _resumed(config, overrides)
-            state = checkpoint.load(Path(config.run_dir) / "checkpoints" / "last.pt")
-    run_dir = _agreed_folder(config, here)
-    config.run_dir = str(run_dir)
-    folder: RunFolder | None = None
+    here = launch.init_process_group(
+        None if config.device == "auto" else config.device, timeout=timedelta(seconds=config.train.timeout)
+    )
+    run_dir: Path | None = None  # once it is this run's
+    lifeline = Lifeline(here, lambda sentence: None if run_dir is None else record_failure(run_dir, sentence))
     try:
-        with agree("setting up the run"):
-            if here.is_first:
-                progress = state["progress"] if state else {"step": 0, "epoch": 0}
-                folder = RunFolder(
-                    run_dir,
-                    resume_from=progress["step"],
-                    resume_epoch=progress["epoch"],
-                    tensorboard=config.train.tensorboard,
-                )
-                folder.describe(
-                    OmegaConf.to_yaml(config),
-                    describe_environment(here, comm=config.comm, seeds={"seed": config.seed, "data": config.data.seed}),
-                )
-                folder.summarize(status="running", error=None)
-        _train(config, here, folder, state)
+        with lifeline.listening():
+            setup.set_numerics(config)
+            state = None
+            if config.resume is not None:
+                with agree("reading the checkpoint"):
+                    config = _resumed(config, overrides)
+                    state = checkpoint.load(Path(config.run_dir) / "checkpoints" / "last.pt")
+            folder = _open_folder(config, here, state)
+            run_dir = Path(config.run_dir)
+            _train(config, here, folder, state, lifeline)
     except BaseException as error:
-        if folder is not None:
-            folder.summarize(status="failed", error=str(error) or type(error).__name__)
-        raise
+        failure = lifeline.explain(error)
+        if run_dir is not None:
+            record_failure(run_dir, str(failure) or type(failure).__name__)
+        if failure is error:
+            raise
+        raise failure from error
     launch.shutdown()
 
 
-def _train(config: DictConfig, here: Environment, folder: RunFolder | None, state: dict | None) -> None:  # type: ignore[type-arg]
+def _open_folder(config: DictConfig, here: Environment, state: dict[str, Any] | None) -> RunFolder | None:
+    """The run folder, on rank 0; all ranks agree on its path."""
+    config.run_dir = str(_agreed_folder(config, here))
+    folder = None
+    with agree("setting up the run"):
+        if here.is_first:
+            progress = state["progress"] if state else {"step": 0, "epoch": 0}
+            folder = RunFolder(
+                Path(config.run_dir),
+                resume_from=progress["step"],
+                resume_epoch=progress["epoch"],
+                tensorboard=config.train.tensorboard,
+            )
+            folder.describe(
+                OmegaConf.to_yaml(config),
+                describe_environment(here, comm=config.comm, seeds={"seed": config.seed, "data": config.data.seed}),
+            )
+            folder.summarize(status="running", error=None)
+    return folder
+
+
+def _train(
+    config: DictConfig, here: Environment, folder: RunFolder | None, state: dict[str, Any] | None, lifeline: Lifeline
+) -> None:
     data = setup.open_data(config)
     started = time.perf_counter()
     trainer = setup.build_trainer(config, here, data, folder, state)
+    lifeline.step = lambda: trainer.progress.step + 1
     parameters = setup.trainable_parameters(trainer.model)
     if folder is not None:
         folder.summarize(parameters=parameters, seconds_compile=trainer.step.seconds_compile)
@@ -100,6 +119,13 @@ def _train(config: DictConfig, here: Environment, folder: RunFolder | None, stat
             f"ready after {time.perf_counter() - started:.1f} s; {folder.path}",
             flush=True,
         )
+        if here.world_size > 1:
+            before, after = setup.train_sampler(config, data, here).imbalance()
+            print(
+                f"edges of the fullest rank over the mean: {before:.3f} in equal numbers of frames, {after:.3f} as balanced here",
+                flush=True,
+            )
+            folder.summarize(imbalance_before=before, imbalance=after)
     trainer.fit()
     if folder is None:
         return

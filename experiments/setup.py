@@ -167,14 +167,13 @@ def build_trainer(
     r_max = float(config.model.r_max)
     spec = state["model_spec"] if state else share(lambda: model_spec(config, data), "the statistics of the data")
     with agree("building the model"):
+        if state is not None:
+            _refuse_another_model(config, spec)
         model = build_model(spec, config.seed).to(here.device)
         if config.init_from is not None and state is None:
             model.load_state_dict(_weights(config.init_from, spec))
         optimizer = instantiate(config.optimizer, _partial_=True)(model.parameters())
-        train = Sampler(
-            data.train, data.frames.atoms[data.train], data.frames.edges(r_max)[data.train], config.train.batch_size,
-            world_size=here.world_size, rank=here.rank, accumulate=config.train.accumulate, seed=config.data.seed,
-        )  # fmt: skip
+        train = train_sampler(config, data, here)
         sweep = Sweep(
             data.validation, data.frames.atoms[data.validation], data.frames.edges(r_max)[data.validation],
             config.train.batch_size, world_size=here.world_size, rank=here.rank,
@@ -187,7 +186,7 @@ def build_trainer(
     step = make_step(
         model, criterion, optimizer,
         strategy=strategy_name(config), compile=config.compile, comm=config.comm, clip_norm=config.train.clip_norm,
-        **{k: v for k, v in config.strategy.items() if k not in ("name", "_target_")},
+        **{"timeout": config.train.timeout, **{k: v for k, v in config.strategy.items() if k not in ("name", "_target_")}},
     )  # fmt: skip
     if config.compile:
         _, batches = next(loaders[0].epoch(0))
@@ -203,13 +202,44 @@ def build_trainer(
         config=OmegaConf.to_object(config.train),
         folder=folder,
         here=here,
-        after_epoch=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
         model_spec=spec,
+        after_epoch=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
     )
     if state is not None:
         with agree("restoring the checkpoint"):
-            trainer.load_state_dict(state)
+            try:
+                trainer.load_state_dict(state)
+            except (RuntimeError, ValueError, KeyError, TypeError) as error:
+                why = str(error).splitlines()[0]
+                raise InputError(
+                    f"The checkpoint of {config.run_dir} does not fit its model ({why}): use the one that this run wrote."
+                ) from error
     return trainer
+
+
+def train_sampler(config: DictConfig, data: Data, here: Environment) -> Sampler:
+    """What deals out the training frames.
+
+    Raises:
+        InputError: a batch that is too small for the ranks, or larger than the set.
+    """
+    return Sampler(
+        data.train, data.frames.atoms[data.train], data.frames.edges(float(config.model.r_max))[data.train],
+        config.train.batch_size, world_size=here.world_size, rank=here.rank, accumulate=config.train.accumulate,
+        seed=config.data.seed,
+    )  # fmt: skip
+
+
+def _refuse_another_model(config: DictConfig, spec: dict[str, Any]) -> None:
+    """Where a checkpoint holds another model than the run's configuration says."""
+    wanted = OmegaConf.to_container(config.model, resolve=True)
+    assert isinstance(wanted, dict)
+    changed = sorted(str(key) for key in wanted if spec.get(key) != wanted[key])
+    if changed:
+        raise InputError(
+            f"The checkpoint of {config.run_dir} holds another model than its config.yaml says ({', '.join(changed)} differ): "
+            "use the checkpoint that this run wrote, or the other run's folder."
+        )
 
 
 def _weights(run: str, spec: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch.distributed as dist
 
 from ddpkit.errors import RankDisagreementError
-from ddpkit.launch import store
+from ddpkit.launch import store, within
 
 TICK = 0.5  # seconds
 
@@ -54,7 +54,8 @@ class Watch:
         except (RankDisagreementError, FloatingPointError):
             raise
         except RuntimeError as error:
-            if (sentence := self.missing()) is None:
+            # Where rank 0, which holds the store, is stopped, asking takes for ever.
+            if (sentence := within(10 * TICK, self.missing)) is None:
                 raise
             raise RankDisagreementError(sentence) from error
         finally:
