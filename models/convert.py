@@ -335,11 +335,11 @@ def _nequip(layers: dict[str, Any]) -> NequIP:
             linear.weight.requires_grad_(peer.weight.requires_grad)
         if ours.self_connection is not None:
             connection = ours.self_connection
-            shapes = [(w.shape[1], w.shape[0], w.shape[2]) for w in connection.weights]
-            for weight, block in zip(connection.weights, _blocks(connection.irreps, shapes, conv.sc), strict=True):
-                # theirs are [in, embedding, out]; ours have the embedding first
-                weight.data.copy_(block.transpose(0, 1))
-                weight.requires_grad_(conv.sc.weight.requires_grad)
+            shapes = [(a, weight.shape[1], b) for a, b in connection.shapes]
+            # theirs are [in, embedding, out]; ours have the embedding first
+            blocks = [block.transpose(0, 1).flatten(1) for block in _blocks(connection.irreps, shapes, conv.sc)]
+            connection.weight.data.copy_(torch.cat(blocks, 1))
+            connection.weight.requires_grad_(conv.sc.weight.requires_grad)
         _load_mlp(ours.radial, conv.edge_mlp)
     _load_mlp(model.readout, readout)
     return model

@@ -21,6 +21,7 @@ class Graph(NamedTuple):
     outgoing: Tensor  # [atoms, most] edges whose centre is the atom, padded with `edges`
     incoming: Tensor  # [atoms, most] edges whose neighbour is the atom, padded with `edges`
     slot: Tensor  # [edges] where in the flattened `outgoing` an edge stands
+    incoming_slot: Tensor  # [edges] where in the flattened `incoming`
 
     @property
     def atoms(self) -> int:
@@ -43,7 +44,42 @@ def graph_of(batch: Batch) -> Graph:
     counts = (batch.neighbours < edges).sum(1)
     empty_before = torch.arange(batch.neighbours.shape[0], device=centre.device) * most - (counts.cumsum(0) - counts)
     slot = torch.arange(edges, device=centre.device) + empty_before.index_select(0, centre)
-    return Graph(centre, neighbour, batch.neighbours, batch.incoming, slot)
+    incoming_slot = slot.new_zeros(edges + 1).scatter(
+        0, batch.incoming.reshape(-1), torch.arange(batch.incoming.numel(), device=slot.device)
+    )[:edges]
+    return Graph(centre, neighbour, batch.neighbours, batch.incoming, slot, incoming_slot)
+
+
+BLOCK = 8
+
+
+class Blocks(NamedTuple):
+    """The edges at one end of each atom in blocks of a few, because a table as wide as the most neighbours is mostly padding."""
+
+    rows: Tensor  # [blocks, BLOCK] edges, padded with `edges`
+    of_atom: Tensor  # [atoms, most blocks] the blocks of an atom, padded with `blocks`
+    slot: Tensor  # [edges] where in the flattened `rows` an edge stands
+
+
+def blocks_of(table: Tensor, ends: Tensor, slot: Tensor, *, exact: bool) -> Blocks:
+    """Blocks of the rows of a table of edges.
+
+    Args:
+        table: `[atoms, most]`, edges at an atom, padded with their number.
+        ends: `[edges]` the atom.
+        slot: `[edges]` where in the flattened table an edge stands.
+        exact: make as many blocks as are needed. Otherwise their number depends on the numbers of atoms and edges alone, so that
+            nothing waits for the device; some are empty.
+    """
+    edges, (atoms, most) = ends.shape[0], table.shape
+    last = (((table < edges).sum(1) + BLOCK - 1) // BLOCK).cumsum(0)
+    first = torch.cat((last.new_zeros(1), last[:-1]))
+    slot = slot + (first * BLOCK - torch.arange(atoms, device=slot.device) * most).index_select(0, ends)
+    number = int(last[-1]) if exact else (edges + (BLOCK - 1) * atoms) // BLOCK
+    rows = slot.new_full((number * BLOCK,), edges).scatter(0, slot, torch.arange(edges, device=slot.device))
+    block = first.unsqueeze(1) + torch.arange((most + BLOCK - 1) // BLOCK, device=slot.device)
+    of_atom = block.masked_fill(block >= last.unsqueeze(1), number)
+    return Blocks(rows.reshape(number, BLOCK), of_atom, slot)
 
 
 class _Take(torch.autograd.Function):
@@ -109,15 +145,24 @@ def gather_rows(x: Tensor, table: Tensor) -> Tensor:
 
 
 def sum_rows(x: Tensor, table: Tensor) -> Tensor:
-    """For each row of `table` the sum of the rows of x `[n, ...]` that it lists; entries of n are padding.
-
-    The sum is a product with ones and zeros: one pass over what is gathered, in a fixed order.
-    """
+    """For each row of `table` the sum of the rows of x `[n, ...]` that it lists, in a fixed order; entries of n are padding."""
     listed = table < x.shape[0]
     flat = x.flatten(1)
-    rows = flat.index_select(0, table.masked_fill(~listed, 0).reshape(-1))
-    total = torch.bmm(listed.to(x.dtype).unsqueeze(1), rows.reshape(*table.shape, flat.shape[1]))
+    rows = flat.index_select(0, table.masked_fill(~listed, 0).reshape(-1)).reshape(*table.shape, flat.shape[1])
+    if is_eager():
+        # a product with ones and zeros: one pass over what is gathered
+        total = torch.bmm(listed.to(x.dtype).unsqueeze(1), rows).squeeze(1)
+    else:
+        # a compiler does it while it gathers
+        total = (rows * listed.to(x.dtype).unsqueeze(2)).sum(1)
     return total.reshape(table.shape[0], *x.shape[1:])
+
+
+def is_eager() -> bool:
+    """Whether operations run one by one, and are not being traced."""
+    # Tracing, with proxies or fake tensors, goes through a dispatch mode; eager code has none.
+    eager = torch._C._len_torch_dispatch_stack() == 0  # noqa: SLF001  (torch has no public word for it)
+    return eager and not torch.compiler.is_compiling()
 
 
 def at_centre(x: Tensor, graph: Graph) -> Tensor:

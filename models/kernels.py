@@ -51,20 +51,30 @@ class FlatConvolution(torch.nn.Module):
         """Makes the tensor product."""
 
     @abstractmethod
-    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph) -> Tensor:
+    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph, by_neighbour: Tensor) -> Tensor:
         """`[atoms, irreps]` of the neighbours -> `[atoms, irreps]` of the centres."""
 
-    def forward(self, x: Features, weights: list[Tensor], harmonics: Tensor, graph: Graph) -> Features:
+    def forward(
+        self,
+        x: Features,
+        weights: Tensor,
+        norm: Tensor,
+        harmonics: Tensor,
+        graph: Graph,
+        by_neighbour: Tensor,
+    ) -> Features:
         """Features of the neighbours -> features of the centres.
 
         Args:
             x: features.
-            weights: for each irrep that has paths, `[edges, paths * channels]`.
+            weights: `[edges, sum of paths * channels]`, by irrep, then path.
+            norm: `[atoms, 1]`, multiplies the features.
             harmonics: `[edges, (l_max + 1)^2]`.
             graph: the edges.
+            by_neighbour: `[edges]`, the edges sorted by neighbour (`order_by_neighbour`).
         """
-        flat = torch.cat([x[ir].transpose(1, 2).flatten(1) for ir in self.irreps_in], 1)
-        out = self._compute(flat, harmonics, torch.cat(weights, 1), graph)
+        flat = torch.cat([x[ir].transpose(1, 2).flatten(1) for ir in self.irreps_in], 1) * norm
+        out = self._compute(flat, harmonics, weights, graph, by_neighbour)
         sizes = [mul * (2 * ir[0] + 1) for ir, mul in self.irreps_out.items()]
         return {
             ir: block.reshape(-1, mul, 2 * ir[0] + 1).transpose(1, 2)
@@ -86,13 +96,17 @@ class E3nnConvolution(FlatConvolution):
         finally:
             torch.set_default_dtype(default)
 
-    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph) -> Tensor:
+    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph, by_neighbour: Tensor) -> Tensor:
+        del by_neighbour
         return sum_to_centre(self.product(at_neighbour(x, graph), harmonics, weights), graph)
 
 
 class OpenEquivarianceConvolution(FlatConvolution):
-    """The convolution in CUDA kernels of the package `openequivariance` (V. Bharadwaj et al., arXiv 2501.13986),
-    summing in a fixed order. Needs edges sorted by centre, then neighbour.
+    """The convolution in CUDA kernels of the package `openequivariance` (V. Bharadwaj et al., arXiv 2501.13986).
+
+    Its deterministic kernels: they add the edges of an atom before they write, where the others add every edge to memory. They
+    read the transpose of the graph off the graph itself, which must therefore be symmetric, with edges sorted by centre, then
+    neighbour, as `collate` makes them (`order_by_neighbour`).
     """
 
     def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any], dtype: torch.dtype) -> None:
@@ -113,12 +127,23 @@ class OpenEquivarianceConvolution(FlatConvolution):
             shared_weights=False,
             internal_weights=False,
         )
-        self.product = oeq.TensorProductConv(problem, torch_op=True, deterministic=True)
+        try:
+            self.product = oeq.TensorProductConv(problem, torch_op=True, deterministic=True)
+        except ImportError as error:  # what the package raises where its extension was not built
+            raise InputError(
+                f"openequivariance could not build its extension ({str(error).splitlines()[0]}): it needs nvcc and a C++ compiler"
+            ) from error
 
-    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph) -> Tensor:
-        by_neighbour = torch.argsort(graph.neighbour, stable=True)
+    def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph, by_neighbour: Tensor) -> Tensor:
         out: Tensor = self.product(x, harmonics, weights, graph.centre, graph.neighbour, by_neighbour)
         return out
+
+
+def order_by_neighbour(graph: Graph) -> tuple[Tensor, Tensor]:
+    """The edges sorted by neighbour `[edges]`, and whether these are the edges' ends exchanged, one by one `[]`."""
+    order = torch.argsort(graph.neighbour, stable=True)
+    turned = graph.centre.index_select(0, order) == graph.neighbour
+    return order, (turned & (graph.neighbour.index_select(0, order) == graph.centre)).all()
 
 
 KERNELS: dict[str, Callable[..., FlatConvolution]] = {

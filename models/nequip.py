@@ -1,7 +1,7 @@
 """NequIP: equivariant message passing."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from ddpkit.errors import InputError
 from ddpkit.models.geometry import wigner_3j
-from ddpkit.models.graph import Graph, pad, pad_rows, sum_rows, unpad_rows
+from ddpkit.models.graph import Blocks, Graph, blocks_of, is_eager, pad_rows, sum_rows, unpad_rows
 from ddpkit.models.irreps import Features, Irrep, Irreps, Paths, product_irreps
-from ddpkit.models.kernels import KERNELS
+from ddpkit.models.kernels import KERNELS, order_by_neighbour
 from ddpkit.models.mlp import MLP, silu
 from ddpkit.models.potential import Edges, Potential, Precision
 
@@ -28,18 +28,21 @@ class Linear(torch.nn.Module):
     All weights are one parameter: a layer that reads only some of the irreps leaves none without a gradient.
     """
 
+    scale: Tensor
+
     def __init__(self, irreps_in: Irreps, irreps_out: Irreps, dtype: torch.dtype) -> None:
         super().__init__()
         self.irreps = [ir for ir in irreps_in if ir in irreps_out]
         self.shapes = [(irreps_in[ir], irreps_out[ir]) for ir in self.irreps]
         self.weight = torch.nn.Parameter(torch.randn(sum(a * b for a, b in self.shapes), dtype=dtype))
+        scale = [torch.full((a * b,), 1 / math.sqrt(a), dtype=dtype, device="cpu") for a, b in self.shapes]
+        self.register_buffer("scale", torch.cat(scale), persistent=False)
 
     def forward(self, x: Features) -> Features:
         """Features -> features."""
-        blocks = self.weight.split([a * b for a, b in self.shapes])
+        blocks = (self.weight * self.scale).split([a * b for a, b in self.shapes])
         return {
-            ir: x[ir] @ (block.reshape(shape) * (1 / math.sqrt(shape[0])))
-            for ir, shape, block in zip(self.irreps, self.shapes, blocks, strict=True)
+            ir: x[ir] @ block.reshape(shape) for ir, shape, block in zip(self.irreps, self.shapes, blocks, strict=True)
         }
 
 
@@ -85,15 +88,18 @@ class SelfConnection(torch.nn.Module):
     embedding's width; atoms are then multiplied in blocks of one species.
     """
 
+    scale: Tensor
+
     def __init__(self, irreps_in: Irreps, embed_dim: int, irreps_out: Irreps, dtype: torch.dtype) -> None:
         super().__init__()
         self.irreps = [ir for ir in irreps_in if ir in irreps_out]
-        self.weights = torch.nn.ParameterList(
-            [
-                torch.nn.Parameter(torch.randn(embed_dim, irreps_in[ir], irreps_out[ir], dtype=dtype))
-                for ir in self.irreps
-            ]
-        )
+        self.shapes = [(irreps_in[ir], irreps_out[ir]) for ir in self.irreps]
+        self.weight = torch.nn.Parameter(torch.randn(embed_dim, sum(a * b for a, b in self.shapes), dtype=dtype))
+        scale = [
+            torch.full(((2 * ir[0] + 1) * a,), 1 / math.sqrt(a * embed_dim), dtype=dtype, device="cpu")
+            for ir, (a, _) in zip(self.irreps, self.shapes, strict=True)
+        ]
+        self.register_buffer("scale", torch.cat(scale), persistent=False)
 
     def forward(self, x: Features, embedding: Tensor, groups: Groups) -> Features:
         """Features -> features.
@@ -103,138 +109,180 @@ class SelfConnection(torch.nn.Module):
             embedding: `[species, embed_dim]`.
             groups: the atoms by species.
         """
-        out = {}
-        embedding = embedding.index_select(0, groups.present)
-        for ir, weight in zip(self.irreps, self.weights, strict=True):
-            embed_dim, channels_in, channels_out = weight.shape
-            scaled = embedding * (1 / math.sqrt(channels_in * embed_dim))
-            per_species = (scaled @ weight.flatten(1)).index_select(0, groups.species)
-            rows = pad_rows(x[ir], groups.slot, groups.atoms)
-            width = rows.shape[2]
-            rows = torch.bmm(rows.flatten(1, 2), per_species.reshape(-1, channels_in, channels_out))
-            out[ir] = unpad_rows(rows.reshape(-1, BLOCK, width, channels_out), groups.slot, groups.atoms)
-        return out
+        widths = [2 * ir[0] + 1 for ir in self.irreps]
+        sizes_in = [width * a for width, (a, _) in zip(widths, self.shapes, strict=True)]
+        sizes_out = [width * b for width, (_, b) in zip(widths, self.shapes, strict=True)]
+        per_species = embedding.index_select(0, groups.present) @ self.weight
+        matrices = per_species.index_select(0, groups.species).split([a * b for a, b in self.shapes], 1)
+        flat = torch.cat([x[ir].flatten(1) for ir in self.irreps], 1) * self.scale
+        rows = pad_rows(flat, groups.slot, groups.atoms).split(sizes_in, 2)
+        products = [
+            torch.bmm(part.reshape(-1, BLOCK * width, a), matrix.reshape(-1, a, b)).reshape(-1, BLOCK, width * b)
+            for part, matrix, width, (a, b) in zip(rows, matrices, widths, self.shapes, strict=True)
+        ]
+        out = unpad_rows(torch.cat(products, 2), groups.slot, groups.atoms).split(sizes_out, 1)
+        return {
+            ir: part.reshape(-1, width, b)
+            for ir, part, width, (_, b) in zip(self.irreps, out, widths, self.shapes, strict=True)
+        }
+
+
+class Term(NamedTuple):
+    """What the features of one irrep contribute to a convolution: sizes."""
+
+    paths: int
+    width: int  # components of the features
+    widest: int  # most components of what the paths lead to
+    channels: int
 
 
 class Places(NamedTuple):
-    """Where the convolution finds things, for features that take a number of paths."""
+    """Where the convolution finds things. Edges stand in blocks, each of one centre."""
 
-    neighbour: Tensor  # [atoms, most] the neighbour of each padded edge; 0 where there is none
-    incoming: Tensor  # [atoms, most] padded edges whose neighbour is the atom, padded with `atoms * most`
-    weight: (
-        Tensor  # [atoms * paths * most] rows of the edges' weights [edges * paths, channels]; 0 where there is no edge
-    )
-    edge: Tensor  # [edges * paths] the transpose: rows of [atoms * paths * most, channels]
+    blocks: Blocks  # by centre
+    centre: Tensor  # [blocks] the centre; any atom where a block is empty
+    neighbour: Tensor  # [blocks, BLOCK] the neighbour; any atom where there is no edge
+    incoming: Blocks  # places in the flattened `blocks`, by neighbour
+    weight: dict[int, Tensor]  # by number of paths, [blocks, paths, BLOCK]: rows of weights [edges * paths, channels]
+    edge: dict[int, Tensor]  # by number of paths, [edges * paths]: the transpose
 
 
-def places_of(graph: Graph, paths: int) -> Places:
+def places_of(graph: Graph, numbers_of_paths: Iterable[int]) -> Places:
     """Index tables of the convolution."""
-    edges, (atoms, most) = graph.centre.shape[0], graph.outgoing.shape
-    none = graph.outgoing >= edges
-    edge = graph.outgoing.masked_fill(none, 0)
-    neighbour = torch.cat((graph.neighbour, graph.neighbour.new_zeros(1))).index_select(0, graph.outgoing.reshape(-1))
-    neighbour = neighbour.reshape(graph.outgoing.shape)
-    slot = torch.cat((graph.slot, graph.slot.new_full((1,), atoms * most)))
-    incoming = slot.index_select(0, graph.incoming.reshape(-1)).reshape(graph.incoming.shape)
-    path = torch.arange(paths, device=edge.device)
-    weight = edge.unsqueeze(1) * paths + path.reshape(1, -1, 1)
-    back = graph.slot + (graph.centre * (paths - 1) * most)
-    return Places(neighbour, incoming, weight.reshape(-1), (back.unsqueeze(1) + path * most).reshape(-1))
+    edges = graph.centre.shape[0]
+    exact = _on_cpu(graph.centre)
+    blocks = blocks_of(graph.outgoing, graph.centre, graph.slot, exact=exact)
+    incoming = blocks_of(graph.incoming, graph.neighbour, graph.incoming_slot, exact=exact)
+    edge = blocks.rows.masked_fill(blocks.rows == edges, 0)
+    # what is padded stays padded: one past the last place
+    slot = torch.cat((blocks.slot, blocks.slot.new_full((1,), blocks.rows.shape[0] * blocks.rows.shape[1])))
+    by_neighbour = incoming._replace(rows=slot.index_select(0, incoming.rows.reshape(-1)).reshape(incoming.rows.shape))
+    weight, back = {}, {}
+    length = blocks.rows.shape[1]
+    for paths in numbers_of_paths:
+        path = torch.arange(paths, device=edge.device)
+        weight[paths] = edge.unsqueeze(1) * paths + path.reshape(1, -1, 1)
+        block = torch.div(blocks.slot, length, rounding_mode="floor")
+        start = blocks.slot + block * ((paths - 1) * length)
+        back[paths] = (start.unsqueeze(1) + path * length).reshape(-1)
+    return Places(
+        blocks,
+        graph.centre.index_select(0, edge[:, 0]),
+        graph.neighbour.index_select(0, edge.reshape(-1)).reshape(edge.shape),
+        by_neighbour,
+        weight,
+        back,
+    )
 
 
 class _Messages(torch.autograd.Function):
-    """out[n, p, k, u] = sum over edges e of n, and i, of z[n, p, i, e, k] w[e, p, u] x[neighbour of e, i, u].
+    """out[n, p, k, u] = sum over edges e of n, and i, of z[p, k, e, i] w[e, p, u] x[neighbour of e, i, u] for every term.
 
-    Linear in each of x, w and z, so that its derivatives are sums of the same kind. Edges are padded by centre; where
-    there is no edge, z is zero, and what w and x hold does not matter. Only the three factors are kept for the
-    derivatives.
+    Linear in each of x, w and z, so that its derivatives are sums of the same kind. Where a block has no edge, z is zero, and
+    what w and x hold does not matter. Only the three factors are kept for the derivatives.
+
+    Takes x `[atoms, sum of width * channels]`, then for each term w `[edges, paths * channels]`, then for each term z
+    `[blocks, paths, widest, BLOCK, width]`; returns `[atoms, sum of paths * widest * channels]`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, z: Tensor, *places: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, w, z, *places)
-        parts = []
-        for at, z_part in _parts(Places(*places), z, x):
-            product = _weights(w, z_part, at) * _neighbours(x, z_part, at)
-            parts.append(torch.bmm(_matrix(z_part).transpose(1, 2), _matrix(product)))
-        return _join(parts).reshape(*z.shape[:2], z.shape[4], x.shape[2])
+    def forward(ctx: Any, terms: tuple[Term, ...], places: Places, x: Tensor, *wz: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.terms, ctx.places = terms, places
+        ctx.save_for_backward(x, *wz)
+        w, z = wz[: len(terms)], wz[len(terms) :]
+        runs = []
+        for run in _runs(terms, places):
+            out = []
+            for n, near in enumerate(_neighbours(terms, x, run)):
+                product = _weights(terms[n], w[n], run) * near
+                out.append(_columns(terms[n], torch.bmm(_matrix(z[n][run.blocks]), _rows(product))))
+            runs.append(torch.cat(out, 1))
+        return sum_rows(_join(runs), places.blocks.of_atom)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, w, z, *places = ctx.saved_tensors
-        return *_MessagesGradient.apply(grad, x, w, z, *places), *[None] * len(places)
+        return None, None, *_MessagesGradient.apply(ctx.terms, ctx.places, grad, *ctx.saved_tensors)
 
 
 class _MessagesGradient(torch.autograd.Function):
     """The derivatives of `_Messages` by x, w and z, times grad."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, x: Tensor, w: Tensor, z: Tensor, *places: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.save_for_backward(grad, x, w, z, *places)
+    def forward(  # type: ignore[override]
+        ctx: Any, terms: tuple[Term, ...], places: Places, grad: Tensor, x: Tensor, *wz: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.terms, ctx.places = terms, places
+        ctx.save_for_backward(grad, x, *wz)
         ctx.set_materialize_grads(False)
-        parts = []
-        for at, z_part, grad_part in _parts(Places(*places), z, x, grad.contiguous()):
-            wide, near = _weights(w, z_part, at), _neighbours(x, z_part, at)
-            flat = grad_part.flatten(0, 1)
-            pulled = torch.bmm(_matrix(z_part), flat).reshape(*z_part.shape[:4], flat.shape[2])
-            for_z = torch.bmm(_matrix(wide * near), flat.transpose(1, 2)).reshape(z_part.shape)
-            parts.append((_over_paths(pulled, wide), _over_components(pulled, near), for_z))
-        for_x, for_w, for_z = (_join(part) for part in zip(*parts, strict=True))
-        at = Places(*places)
-        return _to_neighbours(for_x, at), _to_edges(for_w, w, at), for_z
+        w, z = wz[: len(terms)], wz[len(terms) :]
+        runs = []
+        for run in _runs(terms, places):
+            parts = []
+            for n, (near, flat) in enumerate(zip(_neighbours(terms, x, run), _of_terms(terms, grad, run), strict=True)):
+                wide, matrix = _weights(terms[n], w[n], run), _matrix(z[n][run.blocks])
+                pulled = torch.bmm(matrix.transpose(1, 2), flat).reshape(*wide.shape[:3], *near.shape[3:])
+                for_z = torch.bmm(flat, _rows(wide * near).transpose(1, 2)).reshape(z[n][run.blocks].shape)
+                parts.append((_over_paths(pulled, wide), _over_components(pulled, near), for_z))
+            runs.append(parts)
+        return _collect(terms, places, runs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_x: Tensor | None, by_w: Tensor | None, by_z: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad, x, w, z, *places = ctx.saved_tensors
+    def backward(ctx: Any, by_x: Tensor | None, *by_wz: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        terms, places = ctx.terms, ctx.places
+        grad, x, *wz = ctx.saved_tensors
         # what is absent is zero: cheap beside a case for each
         by_x = torch.zeros_like(x) if by_x is None else by_x
-        by_w = torch.zeros_like(w) if by_w is None else by_w
-        by_z = torch.zeros_like(z) if by_z is None else by_z.contiguous()
-        parts = []
-        for at, z_part, grad_part, by_z_part in _parts(Places(*places), z, x, grad.contiguous(), by_z):
-            wide, near = _weights(w, z_part, at), _neighbours(x, z_part, at)
-            wide_1, near_1 = _weights(by_w, z_part, at), _neighbours(by_x, z_part, at)
-            matrix, matrix_1, flat = _matrix(z_part), _matrix(by_z_part), grad_part.flatten(0, 1)
-            product = _matrix(torch.addcmul(wide * near_1, wide_1, near))
-            for_grad = torch.bmm(matrix.transpose(1, 2), product)
-            for_grad = torch.baddbmm(for_grad, matrix_1.transpose(1, 2), _matrix(wide * near))
-            for_z = torch.bmm(product, flat.transpose(1, 2)).reshape(z_part.shape)
-            pulled = torch.bmm(matrix, flat).reshape(*z_part.shape[:4], flat.shape[2])
-            pulled_1 = torch.bmm(matrix_1, flat).reshape(*z_part.shape[:4], flat.shape[2])
-            for_x = _over_paths(pulled_1, wide, _over_paths(pulled, wide_1))
-            for_w = _over_components(pulled_1, near, _over_components(pulled, near_1))
-            parts.append((for_grad, for_x, for_w, for_z))
-        for_grad, for_x, for_w, for_z = (_join(part) for part in zip(*parts, strict=True))
-        at = Places(*places)
-        for_grad = for_grad.reshape(grad.shape)
-        return for_grad, _to_neighbours(for_x, at), _to_edges(for_w, w, at), for_z, *[None] * len(places)
+        full = [torch.zeros_like(v) if by is None else by for v, by in zip(wz, by_wz, strict=True)]
+        w, z, by_w, by_z = wz[: len(terms)], wz[len(terms) :], full[: len(terms)], full[len(terms) :]
+        runs, for_grad = [], []
+        for run in _runs(terms, places):
+            parts, pieces = [], []
+            flats, nears = _of_terms(terms, grad, run), _neighbours(terms, x, run)
+            for n, (flat, near, near_1) in enumerate(zip(flats, nears, _neighbours(terms, by_x, run), strict=True)):
+                wide, wide_1 = _weights(terms[n], w[n], run), _weights(terms[n], by_w[n], run)
+                matrix, matrix_1 = _matrix(z[n][run.blocks]), _matrix(by_z[n][run.blocks])
+                product = _rows(torch.addcmul(wide * near_1, wide_1, near))
+                piece = torch.bmm(matrix, product)
+                pieces.append(_columns(terms[n], torch.baddbmm(piece, matrix_1, _rows(wide * near))))
+                for_z = torch.bmm(flat, product.transpose(1, 2)).reshape(z[n][run.blocks].shape)
+                shape = (*wide.shape[:3], *near.shape[3:])
+                pulled = torch.bmm(matrix.transpose(1, 2), flat).reshape(shape)
+                pulled_1 = torch.bmm(matrix_1.transpose(1, 2), flat).reshape(shape)
+                for_x = _over_paths(pulled_1, wide, _over_paths(pulled, wide_1))
+                for_w = _over_components(pulled_1, near, _over_components(pulled, near_1))
+                parts.append((for_x, for_w, for_z))
+            for_grad.append(torch.cat(pieces, 1))
+            runs.append(parts)
+        return None, None, sum_rows(_join(for_grad), places.blocks.of_atom), *_collect(terms, places, runs)
 
 
-CACHE = 1 << 18  # numbers in the largest array of a part: what a core's cache holds beside the others
+CACHE = 1 << 18  # numbers in the largest array of a run: what a core's cache holds beside the others
 
 
-def _parts(at: Places, z: Tensor, x: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Runs over atoms whose arrays stay in a CPU's cache; all atoms at once on other devices, and in a trace."""
-    atoms, paths, width, most = z.shape[:4]
-    if not _on_cpu(z) or not z.numel():
-        yield at, z, *others
+class _Run(NamedTuple):
+    """Some of the blocks."""
+
+    blocks: slice
+    places: Places  # theirs: centre, neighbour, weight
+
+
+def _runs(terms: tuple[Term, ...], places: Places) -> Iterator[_Run]:
+    """Runs over blocks whose arrays stay in a CPU's cache; all at once on other devices, and in a trace."""
+    blocks, length = places.neighbour.shape
+    if not _on_cpu(places.neighbour):
+        yield _Run(slice(None), places)
         return
-    step = max(1, CACHE // (paths * most * width * x.shape[2]))
-    for first in range(0, atoms, step):
-        last = min(first + step, atoms)
-        part = at._replace(
-            neighbour=at.neighbour[first:last],
-            weight=at.weight[first * paths * most : last * paths * most],
-        )
-        yield part, z[first:last], *(other[first:last] for other in others)
+    step = max(1, CACHE // (length * max(t.paths * t.width * t.channels for t in terms)))
+    for first in range(0, max(blocks, 1), step):
+        part = slice(first, first + step)
+        weight = {paths: rows[part] for paths, rows in places.weight.items()}
+        yield _Run(part, places._replace(centre=places.centre[part], neighbour=places.neighbour[part], weight=weight))
 
 
 def _on_cpu(x: Tensor) -> bool:
     """Whether operations run one by one on a CPU, whose cache arrays should stay in; a trace wants few instead."""
-    # Tracing, with proxies or fake tensors, goes through a dispatch mode; eager code has none.
-    eager = torch._C._len_torch_dispatch_stack() == 0  # noqa: SLF001  (torch has no public word for it)
-    return x.device.type == "cpu" and eager and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and is_eager()
 
 
 def _plus(a: Tensor, b: Tensor | None) -> Tensor:
@@ -245,37 +293,60 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """`[atoms, paths, i, most, columns]` -> `[atoms * paths, i * most, columns]`."""
+def _matrix(z: Tensor) -> Tensor:
+    """`[blocks, paths, widest, BLOCK, width]` -> `[blocks * paths, widest, BLOCK * width]`."""
+    return z.flatten(3, 4).flatten(0, 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[blocks, paths, BLOCK, width, channels]` -> `[blocks * paths, BLOCK * width, channels]`."""
     return x.flatten(2, 3).flatten(0, 1)
 
 
-def _weights(w: Tensor, z: Tensor, at: Places) -> Tensor:
-    """`[edges, paths * channels]` -> `[atoms, paths, 1, most, channels]`."""
-    atoms, paths, _, most = z.shape[:4]
-    rows = w.reshape(w.shape[0] * paths, w.shape[1] // paths).index_select(0, at.weight)
-    return rows.reshape(atoms, paths, 1, most, rows.shape[1])
+def _columns(term: Term, x: Tensor) -> Tensor:
+    """`[blocks * paths, widest, channels]` -> `[blocks, paths * widest * channels]`."""
+    return x.reshape(-1, term.paths * term.widest * term.channels)
 
 
-def _neighbours(x: Tensor, z: Tensor, at: Places) -> Tensor:
-    """`[atoms, i, channels]` -> `[atoms, 1, i, most, channels]`."""
-    atoms, _, width, most = z.shape[:4]
-    row = at.neighbour.unsqueeze(1) * width + torch.arange(width, device=x.device).unsqueeze(1)
-    return x.flatten(0, 1).index_select(0, row.reshape(-1)).reshape(atoms, 1, width, most, x.shape[2])
+def _weights(term: Term, w: Tensor, run: _Run) -> Tensor:
+    """`[edges, paths * channels]` -> `[blocks, paths, BLOCK, 1, channels]`."""
+    rows = run.places.weight[term.paths]
+    taken = w.reshape(w.shape[0] * term.paths, term.channels).index_select(0, rows.reshape(-1))
+    return taken.reshape(*rows.shape, 1, term.channels)
 
 
-def _to_neighbours(x: Tensor, at: Places) -> Tensor:
-    """The transpose of `_neighbours`: `[atoms, i, most, channels]` -> `[atoms, i, channels]`."""
-    return sum_rows(x.transpose(1, 2).flatten(0, 1), at.incoming)
+def _neighbours(terms: tuple[Term, ...], x: Tensor, run: _Run) -> list[Tensor]:
+    """`[atoms, sum of width * channels]` -> `[blocks, 1, BLOCK, width, channels]` for each term."""
+    neighbour = run.places.neighbour
+    taken = x.index_select(0, neighbour.reshape(-1))
+    pieces = taken.split([t.width * t.channels for t in terms], 1)
+    return [
+        piece.reshape(neighbour.shape[0], 1, neighbour.shape[1], t.width, t.channels)
+        for t, piece in zip(terms, pieces, strict=True)
+    ]
 
 
-def _to_edges(x: Tensor, w: Tensor, at: Places) -> Tensor:
-    """The transpose of `_weights`: `[atoms, paths, most, channels]` -> `[edges, paths * channels]`."""
-    return x.flatten(0, 2).index_select(0, at.edge).reshape(w.shape)
+def _of_terms(terms: tuple[Term, ...], grad: Tensor, run: _Run) -> list[Tensor]:
+    """`[atoms, sum of paths * widest * channels]` -> `[blocks * paths, widest, channels]` for each term."""
+    pieces = grad.index_select(0, run.places.centre).split([t.paths * t.widest * t.channels for t in terms], 1)
+    return [piece.reshape(-1, t.widest, t.channels) for t, piece in zip(terms, pieces, strict=True)]
+
+
+def _collect(terms: tuple[Term, ...], places: Places, runs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The derivatives by x, w and z from those of runs: for each term `[blocks, BLOCK, width, channels]`,
+    `[blocks, paths, BLOCK, channels]`, and as z.
+    """
+    for_x = _join([torch.cat([part[0].flatten(2) for part in parts], 2).flatten(0, 1) for parts in runs])
+    for_x = sum_rows(sum_rows(for_x, places.incoming.rows), places.incoming.of_atom)
+    for_w = []
+    for n, term in enumerate(terms):
+        rows = _join([parts[n][1] for parts in runs]).flatten(0, 2).index_select(0, places.edge[term.paths])
+        for_w.append(rows.reshape(-1, term.paths * term.channels))
+    return for_x, *for_w, *(_join([parts[n][2] for parts in runs]) for n in range(len(terms)))
 
 
 def _over_paths(x: Tensor, wide: Tensor, total: Tensor | None = None) -> Tensor:
-    """sum_p x[n, p, i, e, u] wide[n, p, 1, e, u], added to total."""
+    """sum_p x[n, p, e, i, u] wide[n, p, e, 1, u], added to total."""
     if not _on_cpu(x):
         return _plus((x * wide).sum(1), total)
     for path in range(x.shape[1]):
@@ -285,11 +356,12 @@ def _over_paths(x: Tensor, wide: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def _over_components(x: Tensor, near: Tensor, total: Tensor | None = None) -> Tensor:
-    """sum_i x[n, p, i, e, u] near[n, 1, i, e, u], added to total."""
+    """sum_i x[n, p, e, i, u] near[n, 1, e, i, u], added to total."""
     if not _on_cpu(x):
-        return _plus((x * near).sum(2), total)
-    for i in range(x.shape[2]):
-        total = x[:, :, i] * near[:, :, i] if total is None else torch.addcmul(total, x[:, :, i], near[:, :, i])
+        return _plus((x * near).sum(3), total)
+    for i in range(x.shape[3]):
+        part, factor = x[:, :, :, i], near[:, :, :, i]
+        total = part * factor if total is None else torch.addcmul(total, part, factor)
     assert total is not None
     return total
 
@@ -297,7 +369,7 @@ def _over_components(x: Tensor, near: Tensor, total: Tensor | None = None) -> Te
 class Coupling(torch.nn.Module):
     """Spherical harmonics coupled to matrices that take features of one irrep to those that its paths lead to.
 
-    z[p, i, k] = sum_j C_p[i, j, k] Y_j, with sqrt(2 l + 1) times the Wigner 3j symbols as C; k runs up to the widest of
+    z[p, k, i] = sum_j C_p[i, j, k] Y_j, with sqrt(2 l + 1) times the Wigner 3j symbols as C; k runs up to the widest of
     the paths.
 
     Args:
@@ -313,15 +385,15 @@ class Coupling(torch.nn.Module):
         super().__init__()
         widest = max(2 * c[0] + 1 for _, c in paths)
         width = 2 * irrep[0] + 1
-        coefficients = torch.zeros((l_max + 1) ** 2, len(paths), width, widest, dtype=torch.float64, device="cpu")
+        coefficients = torch.zeros((l_max + 1) ** 2, len(paths), widest, width, dtype=torch.float64, device="cpu")
         for p, (l, c) in enumerate(paths):
             block = math.sqrt(2 * c[0] + 1) * wigner_3j(irrep[0], l, c[0])
-            coefficients[l * l : (l + 1) ** 2, p, :, : 2 * c[0] + 1] = block.transpose(0, 1)
-        self.shape = (len(paths), width, widest)
+            coefficients[l * l : (l + 1) ** 2, p, : 2 * c[0] + 1] = block.permute(1, 2, 0)
+        self.shape = (len(paths), widest, width)
         self.register_buffer("coefficients", coefficients.flatten(1).to(dtype), persistent=False)
 
     def forward(self, harmonics: Tensor) -> Tensor:
-        """`[atoms, most, (l_max + 1)^2]` -> `[atoms, paths, i, most, k]`."""
+        """`[blocks, BLOCK, (l_max + 1)^2]` -> `[blocks, paths, k, BLOCK, i]`."""
         z = (harmonics @ self.coefficients).unflatten(2, self.shape)
         return z.permute(0, 2, 3, 1, 4).contiguous()
 
@@ -354,45 +426,77 @@ class Convolution(torch.nn.Module):
             c: sum(irreps_in[a] for a, paths in self.paths.items() for _, d in paths if d == c) for c in irreps_out
         }
         self.irreps_out: Irreps = {c: mul for c, mul in channels.items() if mul}
-        for n, paths in enumerate(self.paths.values()):
-            self.register_buffer(f"rows_{n}", torch.tensor(self._rows(paths), device="cpu"), persistent=False)
+        self.terms = tuple(
+            Term(len(paths), 2 * a[0] + 1, max(2 * c[0] + 1 for _, c in paths), irreps_in[a])
+            for a, paths in self.paths.items()
+        )
+        filled = torch.tensor(self._filled(), device="cpu")
+        columns = sum(t.paths * t.widest * t.channels for t in self.terms)
+        self.register_buffer("filled", filled, persistent=False)
+        place = filled.new_full((columns,), len(filled)).scatter(0, filled, torch.arange(len(filled), device="cpu"))
+        self.register_buffer("place", place, persistent=False)
 
-    def _rows(self, paths: Paths) -> list[int]:
-        """Of the flattened `[paths, k]`, the rows that are filled: by irrep, then component, then path."""
-        widest = max(2 * c[0] + 1 for _, c in paths)
-        return [
-            p * widest + k
-            for c in self.irreps_out
-            for k in range(2 * c[0] + 1)
-            for p, (_, d) in enumerate(paths)
-            if d == c
-        ]
+    def _filled(self) -> list[int]:
+        """Of what `_Messages` returns, the columns that belong to components which there are: by irrep, then component."""
+        columns: dict[tuple[Irrep, int], list[int]] = {(c, k): [] for c in self.irreps_out for k in range(2 * c[0] + 1)}
+        first = 0
+        for term, paths in zip(self.terms, self.paths.values(), strict=True):
+            for p, (_, c) in enumerate(paths):
+                for k in range(2 * c[0] + 1):
+                    start = first + (p * term.widest + k) * term.channels
+                    columns[c, k] += range(start, start + term.channels)
+            first += term.paths * term.widest * term.channels
+        return [column for part in columns.values() for column in part]
 
-    def forward(self, x: Features, weights: Sequence[Tensor], surroundings: "Surroundings") -> Features:
+    def forward(self, x: Features, weights: Sequence[Tensor], norm: Tensor, surroundings: "Surroundings") -> Features:
         """Features of the neighbours -> features of the centres.
 
         Args:
             x: features.
             weights: for each irrep that has paths, `[edges, paths * channels]`.
+            norm: `[atoms, 1]`, multiplies the features.
             surroundings: coupled harmonics and tables.
         """
-        parts: dict[Irrep, list[Tensor]] = {c: [] for c in self.irreps_out}
-        for n, ((a, paths), weight) in enumerate(zip(self.paths.items(), weights, strict=True)):
-            out = _Messages.apply(x[a], weight, surroundings.coupled[a, paths], *surroundings.places[len(paths)])
-            counts = {c: sum(d == c for _, d in paths) for c in self.irreps_out}
-            filled = out.flatten(1, 2).index_select(1, getattr(self, f"rows_{n}"))
-            sizes = [count * (2 * c[0] + 1) for c, count in counts.items()]
-            for (c, count), piece in zip(counts.items(), filled.split(sizes, 1), strict=True):
-                if count:
-                    parts[c].append(piece.reshape(-1, 2 * c[0] + 1, count * out.shape[3]))
-        return {c: torch.cat(part, 2) for c, part in parts.items()}
+        flat = torch.cat([x[a].flatten(1) for a in self.paths], 1) * norm
+        coupled = [surroundings.coupled[key] for key in self.paths.items()]
+        out = _Messages.apply(self.terms, surroundings.places, flat, *weights, *coupled)
+        sizes = [mul * (2 * c[0] + 1) for c, mul in self.irreps_out.items()]
+        pieces = _Columns.apply(out, self.filled, self.place).split(sizes, 1)
+        return {
+            c: piece.reshape(-1, 2 * c[0] + 1, mul)
+            for (c, mul), piece in zip(self.irreps_out.items(), pieces, strict=True)
+        }
+
+
+class _Columns(torch.autograd.Function):
+    """`x[:, index]` for index without repetition, and zero where index is the number of columns; `back` undoes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index, back)
+        if index.shape[0] > x.shape[1]:
+            x = torch.cat((x, x.new_zeros((x.shape[0], 1))), 1)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        index, back = ctx.saved_tensors
+        return _Columns.apply(grad, back, index), None, None
 
 
 class Surroundings(NamedTuple):
     """What all convolutions share."""
 
     coupled: dict[tuple[Irrep, Paths], Tensor]
-    places: dict[int, Places]
+    places: Places
+
+
+class FlatSurroundings(NamedTuple):
+    """What all convolutions by other packages share: the arguments of `FlatConvolution`."""
+
+    harmonics: Tensor
+    graph: Graph
+    by_neighbour: Tensor
 
 
 class Gate(torch.nn.Module):
@@ -419,15 +523,17 @@ class Gate(torch.nn.Module):
 
     def forward(self, x: Features) -> Features:
         """Features -> features."""
-        own = self.irreps.get(self.gate, 0)
-        gates = self._activate(x[self.gate][:, :, own:], self.gate[1]) if self.gated else None
-        out = {}
-        for ir, mul in self.irreps.items():
-            if ir[0] == 0:
-                out[ir] = self._activate(x[ir][:, :, :mul], ir[1])
-        if gates is not None:
-            for (ir, _), gate in zip(self.gated.items(), gates.split(list(self.gated.values()), 2), strict=True):
-                out[ir] = x[ir] * gate
+        out, gates = {}, None
+        for ir in [ir for ir in self.irreps_in if ir[0] == 0]:
+            active = self._activate(x[ir], ir[1])
+            if ir == self.gate and self.gated:
+                own = self.irreps.get(ir, 0)
+                parts = active.split([own, *self.gated.values()], 2)
+                active, gates = parts[0], parts[1:]
+            if ir in self.irreps:
+                out[ir] = active
+        for ir, gate in zip(self.gated, gates or (), strict=True):
+            out[ir] = x[ir] * gate
         return out
 
 
@@ -488,26 +594,33 @@ class Layer(torch.nn.Module):
         self.self_connection = SelfConnection(irreps_in, embed_dim, conv_out, dtype) if self_connection else None
 
     def forward(
-        self, x: Features, embedding: Tensor, norm: Tensor, edges: Edges, surroundings: Surroundings, groups: Groups
+        self,
+        x: Features,
+        embedding: Tensor,
+        norm: Tensor,
+        radial: Tensor,
+        surroundings: Surroundings | FlatSurroundings,
+        groups: Groups,
     ) -> Features:
         """Features -> features.
 
         Args:
             x: features.
             embedding: of the species.
-            norm: `[atoms, 1, 1]`, one over the square root of the average number of neighbours.
-            edges: the edges.
-            surroundings: their coupled harmonics.
+            norm: `[atoms, 1]`, one over the square root of the average number of neighbours.
+            radial: `[edges, bessels]`.
+            surroundings: harmonics of the edges; which kind chooses what computes the convolution.
             groups: the atoms by species.
         """
-        normed = {ir: value * norm for ir, value in self.linear_in(x).items()}
+        mixed = self.linear_in(x)
         matrices = self.radial.matrices()
-        hidden = self.radial.hidden(edges.radial, matrices)
-        weights = [hidden @ matrix for matrix in matrices[-1].split(self.convolution.sizes, 1)]
-        if self.kernel is None:
-            out = self.linear_out(self.convolution(normed, weights, surroundings))
+        hidden = self.radial.hidden(radial, matrices)
+        if isinstance(surroundings, FlatSurroundings):
+            assert self.kernel is not None
+            out = self.linear_out(self.kernel(mixed, hidden @ matrices[-1], norm, *surroundings))
         else:
-            out = self.linear_out(self.kernel(normed, weights, edges.harmonics, edges.graph))
+            weights = [hidden @ matrix for matrix in matrices[-1].split(self.convolution.sizes, 1)]
+            out = self.linear_out(self.convolution(mixed, weights, norm, surroundings))
         if self.self_connection is not None:
             for ir, value in self.self_connection(x, embedding, groups).items():
                 out[ir] = out[ir] + value
@@ -531,7 +644,8 @@ class NequIP(Potential):
         readout_width: their width; the number of scalar features where None.
         readout_nonlinearity: their nonlinearity; None for a linear readout.
         self_connection: weighted by the species' embedding, from the second layer on.
-        kernels: what computes the convolution: "ddpkit", "e3nn" (the reference, slow), or "openequivariance" on NVIDIA GPUs.
+        kernels: what computes the convolution: "ddpkit", "e3nn" (the reference, slow), or "openequivariance" on NVIDIA GPUs
+            (on a CPU, where such a model may be moved to, "ddpkit" computes).
         others: see `Potential`.
     """
 
@@ -609,8 +723,9 @@ class NequIP(Potential):
             )
             self.layers.append(layer)
             irreps = layer.irreps_out
+        self.kernels = kernels
         own = [cast("Layer", layer) for layer in self.layers]
-        keys = sorted({key for layer in own if layer.kernel is None for key in layer.convolution.paths.items()})
+        keys = sorted({key for layer in own for key in layer.convolution.paths.items()})
         self.coupling_keys = keys
         self.couplings = torch.nn.ModuleList([Coupling(ir, paths, l_max, dtype) for ir, paths in keys])
         if readout_width is None:
@@ -621,15 +736,24 @@ class NequIP(Potential):
 
     def atomic_energies(self, edges: Edges) -> Tensor:
         """`[atoms]` energies in units of the species' scales, before shifts."""
-        edges = edges._replace(radial=self.radial_factor * edges.radial)
-        norm = (edges.species @ self.inverse_sqrt_neighbors).reshape(-1, 1, 1)
-        harmonics = pad(edges.harmonics, edges.graph)
-        surroundings = Surroundings(
-            {key: coupling(harmonics) for key, coupling in zip(self.coupling_keys, self.couplings, strict=True)},
-            {n: places_of(edges.graph, n) for n in sorted({len(paths) for _, paths in self.coupling_keys})},
-        )
+        radial = self.radial_factor * edges.radial
+        norm = (edges.species @ self.inverse_sqrt_neighbors).unsqueeze(1)
+        surroundings: Surroundings | FlatSurroundings
+        if self.kernels == "e3nn" or (self.kernels == "openequivariance" and radial.is_cuda):
+            order, is_symmetric = order_by_neighbour(edges.graph)
+            surroundings = FlatSurroundings(edges.harmonics, edges.graph, order)
+            if self.kernels == "openequivariance":  # which would silently compute something else
+                norm = norm.where(is_symmetric, math.nan)
+        else:
+            surroundings = self._surroundings(edges)
         groups = groups_of(edges.species)
         x: Features = {(0, 1): (edges.species @ self.embedding).unsqueeze(1)}
         for layer in self.layers:
-            x = layer(x, self.embedding, norm, edges, surroundings, groups)
+            x = layer(x, self.embedding, norm, radial, surroundings, groups)
         return self.readout(x[0, 1].squeeze(1)).squeeze(1)
+
+    def _surroundings(self, edges: Edges) -> Surroundings:
+        places = places_of(edges.graph, sorted({len(paths) for _, paths in self.coupling_keys}))
+        harmonics = pad_rows(edges.harmonics, places.blocks.slot, places.blocks.rows)
+        coupled = {key: coupling(harmonics) for key, coupling in zip(self.coupling_keys, self.couplings, strict=True)}
+        return Surroundings(coupled, places)

@@ -5,10 +5,13 @@ import torch
 from cases import make_batch, make_frame, make_model, relative
 
 from ddpkit.models.graph import (
+    BLOCK,
     at_centre,
     at_neighbour,
+    blocks_of,
     graph_of,
     pad,
+    sum_rows,
     sum_to_centre,
     sum_to_neighbour,
     unpad,
@@ -22,8 +25,13 @@ def batch():
     return make_batch([make_frame(9, periodic=True, box=5.0), make_frame(4, periodic=True, seed=2, box=3.5)])
 
 
-@pytest.mark.parametrize(("l_max", "parity"), [(1, True), (2, False), (2, True), (3, False)])
-def test_own_convolution_is_that_of_e3nn(batch, l_max, parity):
+@pytest.mark.parametrize(
+    ("l_max", "parity", "on_cpu"),
+    [(1, True, True), (2, False, True), (2, True, False), (3, False, True), (1, False, False)],
+)
+def test_own_convolution_is_that_of_e3nn(batch, l_max, parity, on_cpu, monkeypatch):
+    if not on_cpu:  # all at once, as on a GPU
+        monkeypatch.setattr("ddpkit.models.nequip._on_cpu", lambda _: False)
     own = make_model("nequip", l_max=l_max, parity=parity)
     reference = make_model("nequip", l_max=l_max, parity=parity, kernels="e3nn")
     reference.load_state_dict(own.state_dict(), strict=False)
@@ -68,6 +76,28 @@ def test_gathers_and_sums(batch):
     assert pad(of_edges, graph).sum() == pytest.approx(float(of_edges.sum()))
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("end", ["centre", "neighbour"])
+def test_blocks_of_edges(batch, exact, end):
+    graph = graph_of(batch)
+    table, ends, slot = {
+        "centre": (graph.outgoing, graph.centre, graph.slot),
+        "neighbour": (graph.incoming, graph.neighbour, graph.incoming_slot),
+    }[end]
+    edges = ends.shape[0]
+    blocks = blocks_of(table, ends, slot, exact=exact)
+    rows = blocks.rows.flatten()
+    assert torch.equal(rows[blocks.slot], torch.arange(edges))
+    assert (rows == edges).sum() == len(rows) - edges
+    used = [row[row < edges] for row in blocks.rows if (row < edges).any()]
+    assert all(len(set(ends[row].tolist())) == 1 for row in used)
+    if exact:
+        assert len(used) == len(blocks.rows) == sum(-(-n // BLOCK) for n in torch.bincount(ends).tolist())
+    x = torch.randn(edges, 3, dtype=torch.float64)
+    total = sum_rows(sum_rows(x, blocks.rows), blocks.of_atom)
+    assert torch.allclose(total, x.new_zeros(len(table), 3).index_add(0, ends, x))
+
+
 @pytest.mark.parametrize("function", [at_centre, at_neighbour, sum_to_centre, sum_to_neighbour, pad])
 def test_their_derivatives(batch, function):
     graph = graph_of(batch)
@@ -95,7 +125,9 @@ def test_self_connection_is_a_tensor_product_with_the_embedding():
         (1, -1): torch.randn(40, 3, 2, dtype=torch.float64),
     }
     out = module(x, embedding, groups_of(one_hot))
-    for ir, weight in zip(module.irreps, module.weights, strict=True):
+    blocks = module.weight.split([a * b for a, b in module.shapes], 1)
+    for ir, shape, block in zip(module.irreps, module.shapes, blocks, strict=True):
+        weight = block.reshape(3, *shape)
         scale = (weight.shape[0] * weight.shape[1]) ** -0.5
         expected = torch.einsum("ndi,nt,tio->ndo", x[ir], embedding[species], weight) * scale
         assert relative(out[ir], expected) < 1e-12
