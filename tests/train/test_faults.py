@@ -1,0 +1,120 @@
+"""Runs that are killed, told to leave, or given a bad checkpoint."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ddpkit import checkpoint
+from ddpkit.launch import mpirun
+from ddpkit.record import RunFolder, record_failure
+from ddpkit.train import random_state, set_random_state
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    def draw():
+        return torch.rand(3).tolist(), [random.random() for _ in range(3)], np.random.normal(size=3).tolist()  # noqa: NPY002
+
+    draw()
+    state = {"format": checkpoint.FORMAT, "random": random_state(torch.device("cpu"))}
+    expected = draw()
+    checkpoint.save(tmp_path / "a.pt", state)
+    set_random_state(checkpoint.load(tmp_path / "a.pt")["random"], torch.device("cpu"))
+    assert draw() == expected
+
+
+def test_only_a_running_run_can_be_said_to_have_failed(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for status, expected in (("running", "failed"), ("finished", "finished")):
+        folder.summarize(status=status, error=None, parameters=7)
+        record_failure(folder.path, "Rank 1 is gone.")
+        summary = json.loads((folder.path / "summary.json").read_text())
+        assert (summary["status"], summary["parameters"]) == (expected, 7)
+        assert (summary["error"] == "Rank 1 is gone.") is (expected == "failed")
+    record_failure(tmp_path / "nothing", "Rank 1 is gone.")
+    assert not (tmp_path / "nothing").exists()
+
+
+class Job:
+    """`ddpkit-run` on two ranks, under way."""
+
+    def __init__(self, *overrides):
+        command, variables = mpirun(2)
+        words = [sys.executable, "-m", "ddpkit.experiments", "run", *overrides]
+        self.mpirun = subprocess.Popen(
+            [*command, *words], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def ranks(self):
+        """Process number of each rank."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = dict(
+                    word.split("=", 1) for word in (process / "environ").read_text().split("\0") if "=" in word
+                )
+                started = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, UnicodeDecodeError):
+                continue
+            if started == self.mpirun.pid and "OMPI_COMM_WORLD_RANK" in environment:
+                found[int(environment["OMPI_COMM_WORLD_RANK"])] = int(process.name)
+        return found
+
+    def after_steps(self, run, count):
+        """Waits until so many steps are logged."""
+        deadline = time.monotonic() + 120
+        while not (run / "steps.csv").exists() or len((run / "steps.csv").read_text().splitlines()) <= count:
+            assert self.mpirun.poll() is None, self.mpirun.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def overrides(clusters, cache):
+    from conftest import TINY
+
+    words = dict(word.split("=", 1) for word in TINY) | {
+        "data.path": clusters, "data.cache": cache, "train.max_epochs": 1000, "train.checkpoint_every": 2,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in words.items()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run_with_its_name(rank, overrides, tmp_path, ddpkit_run):
+    run = tmp_path / "run"
+    job = Job(*overrides, f"run_dir={run}")
+    job.after_steps(run, 5)
+    processes = job.ranks()
+    os.kill(processes[rank], signal.SIGKILL)
+    said, _ = job.mpirun.communicate(timeout=30)
+    assert job.mpirun.returncode != 0
+    assert not any(Path(f"/proc/{number}").exists() for number in processes.values())
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "failed", said
+    assert f"rank {rank} (process {processes[rank]}" in summary["error"]
+    if rank == 1:
+        total = checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["step"] + 5
+        ddpkit_run(*overrides, f"resume={run}", f"train.max_steps={total}", ranks=2)
+        assert list(pd.read_csv(run / "steps.csv").step) == list(range(1, total + 1))
+
+
+def test_a_signal_to_one_rank_has_all_save_and_leave(overrides, tmp_path):
+    run = tmp_path / "run"
+    job = Job(*overrides, f"run_dir={run}")
+    job.after_steps(run, 3)
+    os.kill(job.ranks()[1], signal.SIGTERM)
+    said, _ = job.mpirun.communicate(timeout=60)
+    assert job.mpirun.returncode == 0, said
+    summary = json.loads((run / "summary.json").read_text())
+    assert "stopped by SIGTERM" in summary["error"]
+    assert checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["step"] == summary["steps"]
+    assert len(pd.read_csv(run / "steps.csv")) == summary["steps"]
