@@ -141,11 +141,16 @@ def table(data: Study) -> pd.DataFrame:
 def notes(data: Study) -> list[str]:
     """What a reader must know of these runs before reading the table."""
     said = []
-    for number, run in enumerate(data.runs):
-        if run.status in {"running", "failed"}:
+    for status in ("running", "failed"):
+        unfinished = [run for run in data.runs if run.status == status]
+        if len(unfinished) == 1:
+            said.append(f"{unfinished[0].label} is {status} at step {_last(unfinished[0])}: its logged steps are used.")
+        elif unfinished:
             said.append(
-                f"{run.label} is {run.status} at step {run.steps['step'].max():.0f}: its logged steps are used."
+                f"{_some([run.label for run in unfinished])} are {status} at steps {min(map(_last, unfinished))} to "
+                f"{max(map(_last, unfinished))}: their logged steps are used."
             )
+    for number, run in enumerate(data.runs):
         bad = int((~np.isfinite(data.losses[number, data.present[number]])).sum())
         if bad:
             said.append(f"{run.label} logged a loss that is not finite at {bad} steps; these are left out of its row.")
@@ -154,7 +159,7 @@ def notes(data: Study) -> list[str]:
     rates = _learning_rates_part(data.runs)
     if rates:
         said.append(rates)
-    lengths = {int(run.steps["step"].max()) for run in data.runs}
+    lengths = {_last(run) for run in data.runs}
     if len(lengths) > 1:
         said.append(
             f"The runs end between step {min(lengths)} and {max(lengths)}: each row uses the steps that its run and the "
@@ -214,6 +219,11 @@ def _require_same_arm(runs: Sequence[Run]) -> None:
                     f"runs {mine.label} and {run.label} carry one name but differ in {name} "
                     f"({getattr(mine, name)} and {getattr(run, name)}); rename one of the folders"
                 )
+
+
+def _last(run: Run) -> int:
+    """The last logged step."""
+    return int(run.steps["step"].max())
 
 
 def _mean(values: NDArray) -> float:

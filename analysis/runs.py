@@ -208,6 +208,8 @@ def require_equal(runs: Sequence[Run], *, free: Sequence[str] = ()) -> None:
         for key in sorted({*mine, *its}):
             if any(key == f or key.startswith(f"{f}.") for f in free):
                 continue
+            if key.startswith("environment.") and not (key in mine and key in its):
+                continue  # a folder that lost its environment.json is not refused for that
             if mine.get(key) != its.get(key):
                 raise InputError(
                     f"runs {first.label} and {other.label} cannot be compared: {key} is {_show(mine, key)} in the one and "

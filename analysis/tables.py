@@ -147,6 +147,7 @@ def _tex(text: str) -> str:
     for plain, escaped in (
         ("\\", r"\textbackslash "), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("$", r"\$"),
         ("{", r"\{"), ("}", r"\}"), ("±", r"$\pm$"), ("×", r"$\times$"), ("|", r"$|$"), ("<", r"$<$"), (">", r"$>$"),
+        ("^", r"\textasciicircum "), ("~", r"\textasciitilde "),
     ):  # fmt: skip
         text = text.replace(plain, escaped)
     return text

@@ -198,3 +198,13 @@ def test_lightning_hyperparameters_that_are_not_plain_yaml_are_passed_over(tmp_p
     (tmp_path / "standard" / "version_0" / "hparams.yaml").write_text("model: !!python/object:torch.nn.Linear {}\n")
     (run,), _ = read_runs(tmp_path, "lightning")
     assert run.strategy == "standard"
+
+
+def test_a_folder_without_its_environment_is_not_refused(tmp_path):
+    write_run(tmp_path, "baseline", [1.0, 2.0])
+    lost = write_run(tmp_path, "standard", [1.0, 2.0], **{"strategy.name": "standard"})
+    (lost / "environment.json").unlink()
+    require_equal(read_runs(tmp_path)[0])
+    write_run(tmp_path, "more", [1.0, 2.0], world_size=4)
+    with pytest.raises(InputError, match="world_size"):
+        require_equal(read_runs(tmp_path)[0])
