@@ -108,10 +108,14 @@ class Run:
         return None if width is None else int(width)
 
     @property
-    def took_turns(self) -> bool:
-        """Whether it ran side by side with others, one epoch at a time, after a first epoch that warmed up."""
+    def turns(self) -> str | None:
+        """What it took turns in, an epoch at a time after a first one that warmed up; None where it ran by itself.
+
+        Runs that name the same ran side by side.
+        """
         train = self.config.get("train")
-        return isinstance(train, Mapping) and train.get("turns") is not None
+        turns = train.get("turns") if isinstance(train, Mapping) else None
+        return None if turns is None else str(turns)
 
     @property
     def status(self) -> str:

@@ -82,7 +82,7 @@ class Study:
         runs: the runs of each cell.
         used: the epochs that count, by the label of the run.
         unit: `repeat` or `epoch`: what the intervals are taken over.
-        in_turns: whether all runs took turns, so that epochs of equal number are pairs.
+        in_turns: whether all runs of a repeat took turns with one another, so that epochs of equal number are pairs.
         steps: steps of an epoch.
         notes: what was left out and why.
     """
@@ -176,7 +176,8 @@ def study(runs: Sequence[Run], warmup: int | None = None) -> Study:
     if late:
         notes.append(late)
     ordered = sorted(times, key=_order)
-    in_turns = all(run.took_turns for run in usable)
+    together = {(run.repeat, run.turns) for run in usable}
+    in_turns = all(turns for _, turns in together) and len(together) == len({repeat for repeat, _ in together})
     return Study(
         {c: times[c] for c in ordered}, {c: members[c] for c in ordered}, used, unit, in_turns, steps, tuple(notes)
     )
@@ -335,7 +336,7 @@ def _with(cell: Cell, *, parameters: int | None = None, compiled: bool | None = 
 
 
 def _warmup(run: Run, given: int | None) -> int:
-    return int(run.took_turns) if given is None else given
+    return int(run.turns is not None) if given is None else given
 
 
 def _usable(runs: Sequence[Run], warmup: int | None) -> tuple[list[Run], list[str]]:

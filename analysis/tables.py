@@ -150,4 +150,4 @@ def _tex(text: str) -> str:
         ("^", r"\textasciicircum "), ("~", r"\textasciitilde "),
     ):  # fmt: skip
         text = text.replace(plain, escaped)
-    return text
+    return text.replace("--", "-{}-")  # two hyphens, not a dash

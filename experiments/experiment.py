@@ -187,7 +187,8 @@ def _take_turns(runs: Sequence[StudyRun], scale: Scale, options: Options) -> lis
             else:
                 these.append((number, run))
         if these:
-            failed += _side_by_side(these, len(runs), epochs, options.out / ".turns")
+            # Named after now, so that the analysis can tell which runs were there at the same time.
+            failed += _side_by_side(these, len(runs), epochs, options.out / f".turns-{time.strftime('%Y%m%d-%H%M%S')}")
     return failed
 
 
@@ -195,7 +196,7 @@ def _side_by_side(numbered: Sequence[tuple[int, StudyRun]], total: int, epochs: 
     """Starts runs one after another, each up to the end of its first epoch, and lets them take turns from then on."""
     turns = Turns(folder)
     processes: dict[str, subprocess.Popen[bytes]] = {}
-    with _saved_on_ctrl_c(processes.values()):
+    with turns, _saved_on_ctrl_c(processes.values()):
         for number, run in numbered:
             print(f"[{number}/{total}] {run.label}: getting ready", flush=True)
             process = processes[run.label] = run.start(f"train.turns={folder}")
@@ -216,7 +217,6 @@ def _side_by_side(numbered: Sequence[tuple[int, StudyRun]], total: int, epochs: 
         for label, process in processes.items():
             turns.give(label, epochs)
             process.wait()
-    turns.remove()
     return [run for _, run in numbered if not run.has_finished()]
 
 

@@ -4,11 +4,13 @@ They speak through empty files in one folder. A run touches `LABEL.ready.N` when
 finds `LABEL.go.N`. Its first epoch, which warms up, needs no turn.
 """
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Self
 
 from ddpkit import launch
 from ddpkit.errors import InputError
@@ -50,18 +52,22 @@ def _wait(folder: Path, label: str, trainer: Trainer) -> int:
 
 
 class Turns:
-    """Gives the turns.
+    """Gives the turns; used as a context, it removes the folder in the end.
 
     Args:
-        folder: where the files are; what was in it is removed.
+        folder: where the files are; made.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.iterdir():
-            file.unlink()
+        folder.mkdir(parents=True)
         (folder / _ALIVE).touch()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def await_ready(self, label: str, epoch: int, process: "subprocess.Popen[bytes]") -> None:
         """Waits until a run has done so many epochs, or its process has ended."""
@@ -77,12 +83,6 @@ class Turns:
     def give(self, label: str, epoch: int) -> None:
         """Lets a run go on that has done so many epochs."""
         (self.folder / f"{label}.go.{epoch}").touch()
-
-    def remove(self) -> None:
-        """Removes the folder."""
-        for file in self.folder.iterdir():
-            file.unlink()
-        self.folder.rmdir()
 
 
 def order(labels: Sequence[str], round_: int) -> list[str]:

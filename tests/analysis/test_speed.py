@@ -219,8 +219,12 @@ def test_epochs_settle_a_claim_only_where_runs_took_turns(tmp_path):
     values = _row(speed.table(in_turns), 32000, "custom")
     assert values["epochs"] == 5  # the first warms up
     assert values["relative_percent"] == pytest.approx(100 * (5.5 / 5.01 - 1))
-    rows = {row[0]: row[-1] for row in present._effects(after)[0].rows} if present._effects(after) else {}
-    assert "yes" not in rows.values()
+
+
+def test_runs_of_different_sessions_are_no_pairs(tmp_path):
+    _write(tmp_path, "standard", 32, [9.0, 1.0, 1.0, 1.01], **{"train.turns": "monday"})
+    _write(tmp_path, "custom", 32, [9.0, 1.1, 1.1, 1.11], **{"train.turns": "tuesday"})
+    assert not _study(tmp_path).in_turns
 
 
 def test_splits_are_of_the_epochs_that_count(tmp_path):

@@ -160,19 +160,20 @@ def test_runs_take_turns(tmp_path):
         thread.join(10)
         assert not thread.is_alive()
     giver.await_ready("a", 9, Ended())  # a process that is gone is not waited for
-    giver.remove()
+    with giver:
+        assert (tmp_path / "turns").exists()
     assert not (tmp_path / "turns").exists()
 
 
 def test_a_signal_ends_the_waiting_and_nobody_waits_for_the_dead(tmp_path):
-    turns.Turns(tmp_path)
     trainer = FakeTrainer()
     trainer.stop_signal = 10
-    assert turns.wait_for(tmp_path, "a")(trainer) == 10
-    (tmp_path / "alive").unlink()
+    with turns.Turns(tmp_path / "turns"):
+        assert turns.wait_for(tmp_path / "turns", "a")(trainer) == 10
+    (tmp_path / "turns").mkdir()
     trainer.stop_signal = None
     with pytest.raises(InputError, match="Nobody gives turns"):
-        turns.wait_for(tmp_path, "a")(trainer)
+        turns.wait_for(tmp_path / "turns", "a")(trainer)
 
 
 def test_no_run_always_follows_the_same_one():
