@@ -62,7 +62,10 @@ def _numerics(
     folder: Path, out: Path, args: argparse.Namespace, name: str = "numerics", *, attributes: bool = True
 ) -> tuple[report.Section, list[Run]]:
     runs, skipped = read_runs(folder, args.format)
-    data = numerics.study(runs, args.baseline)
+    try:
+        data = numerics.study(runs, args.baseline)
+    except InputError as error:
+        raise InputError("; ".join([str(error), *skipped])) from None
     values = numerics.table(data)
     arms = claims.trajectories(data)
     verdicts = claims.numerics_claims(arms)

@@ -95,6 +95,7 @@ class Progress:
     epochs_since_best: int = 0
     seconds_in_epoch: float = 0.0
     loss_sum_in_epoch: float = 0.0
+    rows_in_epoch: int = 0
     seconds: float = 0.0
     seconds_data: float = 0.0  # that steps waited for their batches, of this rank
     seconds_steps: float = 0.0  # of all steps, of this rank
@@ -359,6 +360,7 @@ class Trainer:
         row["grad_norm"] = float(norms[self.here.rank, 0])
         row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, losses.mean(axis=0), strict=True)}
         self.progress.loss_sum_in_epoch += row["loss"]
+        self.progress.rows_in_epoch += 1
         self.progress.seconds = time.monotonic() - self._started
         if self.folder is not None:
             self._writer.check()
@@ -402,7 +404,7 @@ class Trainer:
             "epoch": p.epoch + 1,
             "seconds": self._slowest(p.seconds_in_epoch),
             "steps": steps,
-            "train_loss": p.loss_sum_in_epoch / max(1, steps // c.log_every),
+            "train_loss": p.loss_sum_in_epoch / p.rows_in_epoch if p.rows_in_epoch else None,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
         improved = False
@@ -422,7 +424,7 @@ class Trainer:
         if not ended:
             return
         p.epoch += 1
-        p.step_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0.0, 0.0
+        p.step_in_epoch, p.rows_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0, 0.0, 0.0
         self._save(best=improved or errors is None)
 
     def _slowest(self, seconds: float) -> float:
@@ -535,7 +537,8 @@ def _absent(terms: dict[str, Tensor]) -> Tensor:
 
 def _tell(row: dict[str, float | int | None]) -> None:
     """One line on an epoch."""
-    shown = [f"epoch {row['epoch']:>4}", f"loss {row['train_loss']:.5g}", f"{row['seconds']:.1f} s"]
+    loss = [] if row["train_loss"] is None else [f"loss {row['train_loss']:.5g}"]
+    shown = [f"epoch {row['epoch']:>4}", *loss, f"{row['seconds']:.1f} s"]
     if row.get("val_loss") is not None:
         shown += [
             f"validation: loss {row['val_loss']:.5g}",

@@ -35,6 +35,14 @@ def test_the_same_losses_on_any_number_of_ranks(ddpkit_run, tmp_path):
     assert (steps(tmp_path / "two")[LOSSES[:3]] == steps(tmp_path / "ddp")[LOSSES[:3]]).all(axis=None)
 
 
+def test_an_epochs_loss_is_the_mean_over_its_rows(ddpkit_run, tmp_path):
+    ddpkit_run("train.log_every=4", "train.max_epochs=3", f"run_dir={tmp_path}")
+    rows, epochs = steps(tmp_path), pd.read_csv(tmp_path / "epochs.csv", float_precision="round_trip")
+    assert rows["step"].tolist() == [4, 8, 12, 16]  # one in the first epoch of six steps, two in the second
+    assert epochs["train_loss"].tolist() == pytest.approx(rows.groupby("epoch")["loss"].mean().tolist(), rel=1e-12)
+    assert json.loads((tmp_path / "summary.json").read_text())["seconds_logging_per_row"] > 0
+
+
 def test_training_learns_and_leaves_a_whole_run_folder(ddpkit_run, tmp_path):
     done = ddpkit_run("train.max_epochs=60", f"run_dir={tmp_path / 'run'}", ranks=2)
     run = tmp_path / "run"
