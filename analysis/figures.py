@@ -81,7 +81,7 @@ def divergences(study: Study) -> Figure:
             shown = size > 0
             axis.plot(
                 steps[shown], size[shown], label=_plain(name), color=_CYCLE[drawn % len(_CYCLE)], lw=1.4,
-                ls=_LINES[drawn // len(_CYCLE) % len(_LINES)], marker="o" if shown.sum() < 4 else None, ms=3,
+                ls=_LINES[drawn % len(_LINES)], marker="o" if shown.sum() < 4 else None, ms=3,
             )  # fmt: skip
             drawn += 1
         if drawn:
