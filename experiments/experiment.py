@@ -15,6 +15,7 @@ they follow one another).
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,9 @@ from ddpkit.experiments.config import read
 from ddpkit.experiments.studies import STUDIES, Scale
 from ddpkit.experiments.turns import Turns, order
 from ddpkit.launch import mpirun
+
+# What Python, torch and a small model take; pages that ranks share are counted once.
+_BYTES_OF_A_RANK = 400e6
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     complete = [run for run in runs if run.is_complete()]
     options.out.mkdir(parents=True, exist_ok=True)
     with _stopped_like_ctrl_c():
-        failed = _take_turns(runs, scale, options) if scale.turns else _one_after_another(runs)
+        takes_turns = scale.turns and _fit_into_memory(len(scale.repeated) * ranks)
+        failed = _take_turns(runs, scale, options) if takes_turns else _one_after_another(runs)
     if failed:
         labels = ", ".join(run.label for run in failed)
         raise InputError(
@@ -178,6 +183,8 @@ def _take_turns(runs: Sequence[StudyRun], scale: Scale, options: Options) -> lis
     """Has the runs of each repeat take turns; those that failed."""
     epochs = int(read([*scale.overrides, *options.overrides]).train.max_epochs)
     together = len(scale.repeated)
+    for left_behind in options.out.glob(".turns-*"):
+        shutil.rmtree(left_behind)
     failed = []
     for first in range(0, len(runs), together):
         these = []
@@ -190,6 +197,17 @@ def _take_turns(runs: Sequence[StudyRun], scale: Scale, options: Options) -> lis
             # Named after now, so that the analysis can tell which runs were there at the same time.
             failed += _side_by_side(these, len(runs), epochs, options.out / f".turns-{time.strftime('%Y%m%d-%H%M%S')}")
     return failed
+
+
+def _fit_into_memory(processes: int) -> bool:
+    """Whether so many ranks are likely to fit into this host's memory at once; says so where not."""
+    facts = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", facts.read_text()) if facts.is_file() else None
+    if found is None or int(found[1]) * 1024 > processes * _BYTES_OF_A_RANK:
+        return True
+    gigabytes = processes * _BYTES_OF_A_RANK / 1e9
+    print(f"{processes} ranks at once need about {gigabytes:.0f} GB, which are not free: the runs follow one another.")
+    return False
 
 
 def _side_by_side(numbered: Sequence[tuple[int, StudyRun]], total: int, epochs: int, folder: Path) -> list[StudyRun]:

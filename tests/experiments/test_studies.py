@@ -107,6 +107,16 @@ def test_a_run_that_fails_does_not_keep_the_others(study, name, bad):
     assert ran == [bad]
 
 
+def test_runs_that_do_not_fit_into_memory_at_once_follow_one_another(study, monkeypatch, capsys):
+    start, ran, _ = study
+    monkeypatch.setattr(experiment, "_BYTES_OF_A_RANK", 1e15)
+    start(name="speed")
+    assert ran == [arm.label for arm in STUDIES["speed"]["demo"].arms()]
+    said = capsys.readouterr().out
+    assert "16 ranks at once need" in said
+    assert "in turns" not in said
+
+
 def test_a_wrong_override_starts_nothing(study):
     start, ran, _ = study
     with pytest.raises(InputError, match=r"train\.max_epoch"):
