@@ -274,8 +274,15 @@ class EagerGradients:
 
     def _backward(self, batch: Any) -> Any:
         output = self._criterion(self._sync.module(batch), batch)
-        loss_of(output).backward()  # type: ignore[no-untyped-call]
+        # Named, because there are other leaves: what the forces are derivatives by. Their gradients cost as much again.
+        loss_of(output).backward(inputs=self._trained())  # type: ignore[no-untyped-call]
         return pytree.tree_map_only(Tensor, Tensor.detach, output)
+
+    def _trained(self) -> list[Tensor]:
+        """Everything that may be trained: the module's parameters, and others that the optimizer has."""
+        groups = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
+        both = itertools.chain(self._sync.module.parameters(), groups)
+        return [p for p in dict.fromkeys(both) if p.requires_grad]
 
 
 class Clock:

@@ -245,9 +245,27 @@ def case(name: str, args: argparse.Namespace, *, ours: bool = True) -> Case:
     return Case(model, Peer(peer, batch), batch)
 
 
-def _step(model: nn.Module, *, compile: bool = False) -> Step:  # noqa: A002
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    return ddpkit.make_step(model, ddpkit.EnergyForcesLoss(), optimizer, strategy="none", compile=compile)
+def _optimizer(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def _step(model: nn.Module, *, compile: bool) -> Step:  # noqa: A002
+    return ddpkit.make_step(model, ddpkit.EnergyForcesLoss(), _optimizer(model), strategy="none", compile=compile)
+
+
+class PlainStep:
+    """A step as the original package's trainer takes it: `loss.backward()`, then the optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._criterion = ddpkit.EnergyForcesLoss()
+        self._optimizer = _optimizer(model)
+
+    def __call__(self, batch: Batch) -> None:
+        """Trains on a batch."""
+        self._optimizer.zero_grad()
+        self._criterion(self._model(batch), batch)["loss"].backward()
+        self._optimizer.step()
 
 
 def _measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -257,7 +275,7 @@ def _measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.deterministic:
         modes[f"{args.mode} deterministic"] = True
     step = _step(built.ours, compile=args.mode == "compile")
-    peer_step = None if built.peer is None else _step(built.peer)
+    peer_step = None if built.peer is None else PlainStep(built.peer)
     for mode, deterministic in modes.items():
         torch.use_deterministic_algorithms(mode=deterministic)
         times, peer_times = [], []
@@ -319,9 +337,12 @@ def _memory_elsewhere(whose: str, name: str, args: argparse.Namespace) -> int:
 def _peak_bytes(args: argparse.Namespace) -> int:
     """What three steps need at most beyond model and batch."""
     built = case(args.model[0], args, ours=args.memory_of == "ours")
-    model = built.ours if args.memory_of == "ours" else built.peer
-    assert model is not None
-    step = _step(model, compile=args.mode == "compile" and args.memory_of == "ours")
+    step: Step | PlainStep
+    if args.memory_of == "ours":
+        step = _step(built.ours, compile=args.mode == "compile")
+    else:
+        assert built.peer is not None
+        step = PlainStep(built.peer)
     if args.device == "cuda":
         for _ in range(3):
             step(built.batch)

@@ -13,25 +13,39 @@ from torch import Tensor
 from ddpkit.batch import Batch
 
 
+class Table(NamedTuple):
+    """For each row of one thing, rows of another, padded to a table."""
+
+    rows: Tensor  # [n, most], padded with the number of the other's rows
+    index: Tensor  # the same, padded with 0
+    listed: Tensor  # [n, most] bool, where it is not padding
+
+
+def table_of(rows: Tensor, number: int) -> Table:
+    """The table that lists `rows`, padded with `number`."""
+    listed = rows < number
+    return Table(rows, rows.masked_fill(~listed, 0), listed)
+
+
 class Graph(NamedTuple):
     """The edges of a batch, seen from both ends."""
 
     centre: Tensor  # [edges] int64, sorted
     neighbour: Tensor  # [edges] int64
-    outgoing: Tensor  # [atoms, most] edges whose centre is the atom, padded with `edges`
-    incoming: Tensor  # [atoms, most] edges whose neighbour is the atom, padded with `edges`
+    outgoing: Table  # [atoms, most] edges whose centre is the atom
+    incoming: Table  # [atoms, most] edges whose neighbour is the atom
     slot: Tensor  # [edges] where in the flattened `outgoing` an edge stands
     incoming_slot: Tensor  # [edges] where in the flattened `incoming`
 
     @property
     def atoms(self) -> int:
         """Number of atoms."""
-        return self.outgoing.shape[0]
+        return self.outgoing.rows.shape[0]
 
     @property
     def most(self) -> int:
         """Columns of the tables: the most neighbours of an atom."""
-        return self.outgoing.shape[1]
+        return self.outgoing.rows.shape[1]
 
 
 def graph_of(batch: Batch) -> Graph:
@@ -41,13 +55,14 @@ def graph_of(batch: Batch) -> Graph:
     assert batch.incoming is not None
     centre, neighbour = batch.edge_index[0], batch.edge_index[1]
     edges, most = centre.shape[0], batch.neighbours.shape[1]
-    counts = (batch.neighbours < edges).sum(1)
+    outgoing, incoming = table_of(batch.neighbours, edges), table_of(batch.incoming, edges)
+    counts = outgoing.listed.sum(1)
     empty_before = torch.arange(batch.neighbours.shape[0], device=centre.device) * most - (counts.cumsum(0) - counts)
     slot = torch.arange(edges, device=centre.device) + empty_before.index_select(0, centre)
     incoming_slot = slot.new_zeros(edges + 1).scatter(
         0, batch.incoming.reshape(-1), torch.arange(batch.incoming.numel(), device=slot.device)
     )[:edges]
-    return Graph(centre, neighbour, batch.neighbours, batch.incoming, slot, incoming_slot)
+    return Graph(centre, neighbour, outgoing, incoming, slot, incoming_slot)
 
 
 BLOCK = 8
@@ -56,58 +71,56 @@ BLOCK = 8
 class Blocks(NamedTuple):
     """The edges at one end of each atom in blocks of a few, because a table as wide as the most neighbours is mostly padding."""
 
-    rows: Tensor  # [blocks, BLOCK] edges, padded with `edges`
-    of_atom: Tensor  # [atoms, most blocks] the blocks of an atom, padded with `blocks`
+    rows: Table  # [blocks, BLOCK] edges
+    of_atom: Table  # [atoms, most blocks] the blocks of an atom
     slot: Tensor  # [edges] where in the flattened `rows` an edge stands
 
 
-def blocks_of(table: Tensor, ends: Tensor, slot: Tensor, *, exact: bool) -> Blocks:
+def blocks_of(table: Table, ends: Tensor, slot: Tensor, *, exact: bool) -> Blocks:
     """Blocks of the rows of a table of edges.
 
     Args:
-        table: `[atoms, most]`, edges at an atom, padded with their number.
+        table: `[atoms, most]`, edges at an atom.
         ends: `[edges]` the atom.
         slot: `[edges]` where in the flattened table an edge stands.
         exact: make as many blocks as are needed. Otherwise their number depends on the numbers of atoms and edges alone, so that
             nothing waits for the device; some are empty.
     """
-    edges, (atoms, most) = ends.shape[0], table.shape
-    last = (((table < edges).sum(1) + BLOCK - 1) // BLOCK).cumsum(0)
+    edges, (atoms, most) = ends.shape[0], table.rows.shape
+    last = ((table.listed.sum(1) + BLOCK - 1) // BLOCK).cumsum(0)
     first = torch.cat((last.new_zeros(1), last[:-1]))
     slot = slot + (first * BLOCK - torch.arange(atoms, device=slot.device) * most).index_select(0, ends)
     number = int(last[-1]) if exact else (edges + (BLOCK - 1) * atoms) // BLOCK
     rows = slot.new_full((number * BLOCK,), edges).scatter(0, slot, torch.arange(edges, device=slot.device))
     block = first.unsqueeze(1) + torch.arange((most + BLOCK - 1) // BLOCK, device=slot.device)
     of_atom = block.masked_fill(block >= last.unsqueeze(1), number)
-    return Blocks(rows.reshape(number, BLOCK), of_atom, slot)
+    return Blocks(table_of(rows.reshape(number, BLOCK), edges), table_of(of_atom, number), slot)
 
 
 class _Take(torch.autograd.Function):
     """`x[index]`, for x `[rows, ...]` and index `[n]`; `table` lists for each row the places where index names it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(index, table)
+    def forward(ctx: Any, x: Tensor, index: Tensor, table: Table) -> Tensor:  # type: ignore[override]
+        ctx.index, ctx.table = index, table
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        index, table = ctx.saved_tensors
-        return _Total.apply(grad, index, table), None, None
+        return _Total.apply(grad, ctx.index, ctx.table), None, None
 
 
 class _Total(torch.autograd.Function):
     """The transpose of `_Take`: for each row of `table` the sum of the rows of x `[n, ...]` that it lists."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(index, table)
+    def forward(ctx: Any, x: Tensor, index: Tensor, table: Table) -> Tensor:  # type: ignore[override]
+        ctx.index, ctx.table = index, table
         return sum_rows(x, table)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        index, table = ctx.saved_tensors
-        return _Take.apply(grad, index, table), None, None
+        return _Take.apply(grad, ctx.index, ctx.table), None, None
 
 
 class _Pad(torch.autograd.Function):
@@ -144,18 +157,17 @@ def gather_rows(x: Tensor, table: Tensor) -> Tensor:
     return padded.index_select(0, table.reshape(-1)).reshape(*table.shape, *x.shape[1:])
 
 
-def sum_rows(x: Tensor, table: Tensor) -> Tensor:
-    """For each row of `table` the sum of the rows of x `[n, ...]` that it lists, in a fixed order; entries of n are padding."""
-    listed = table < x.shape[0]
+def sum_rows(x: Tensor, table: Table) -> Tensor:
+    """For each row of `table` the sum of the rows of x `[n, ...]` that it lists, in a fixed order."""
     flat = x.flatten(1)
-    rows = flat.index_select(0, table.masked_fill(~listed, 0).reshape(-1)).reshape(*table.shape, flat.shape[1])
+    rows = flat.index_select(0, table.index.reshape(-1)).reshape(*table.index.shape, flat.shape[1])
     if is_eager():
         # a product with ones and zeros: one pass over what is gathered
-        total = torch.bmm(listed.to(x.dtype).unsqueeze(1), rows).squeeze(1)
+        total = torch.bmm(table.listed.to(x.dtype).unsqueeze(1), rows).squeeze(1)
     else:
         # a compiler does it while it gathers
-        total = (rows * listed.to(x.dtype).unsqueeze(2)).sum(1)
-    return total.reshape(table.shape[0], *x.shape[1:])
+        total = (rows * table.listed.to(x.dtype).unsqueeze(2)).sum(1)
+    return total.reshape(table.index.shape[0], *x.shape[1:])
 
 
 def is_eager() -> bool:
@@ -203,9 +215,9 @@ def unpad_rows(x: Tensor, slot: Tensor, table: Tensor) -> Tensor:
 
 def pad(x: Tensor, graph: Graph) -> Tensor:
     """`[edges, ...]` -> `[atoms, most, ...]`: edges by centre, zero where there is none."""
-    return pad_rows(x, graph.slot, graph.outgoing)
+    return pad_rows(x, graph.slot, graph.outgoing.rows)
 
 
 def unpad(x: Tensor, graph: Graph) -> Tensor:
     """`[atoms, most, ...]` -> `[edges, ...]`."""
-    return unpad_rows(x, graph.slot, graph.outgoing)
+    return unpad_rows(x, graph.slot, graph.outgoing.rows)

@@ -38,8 +38,9 @@ class _SiLUGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         grad, x = ctx.saved_tensors
         s = torch.sigmoid(x)
-        # silu'' = s (1 - s) (2 + x (1 - 2 s)); the two fused kernels save passes over memory
-        second = torch.ops.aten.sigmoid_backward(grad_grad * grad, s) * torch.addcmul(x.new_full((), 2), x, 1 - 2 * s)
+        # silu'' = s (1 - s) (2 + x (1 - 2 s)); the fused kernels save passes over memory
+        factor = torch.addcmul(x.new_full((), 2), x, torch.rsub(s, 1, alpha=2))
+        second = torch.ops.aten.sigmoid_backward(grad_grad * grad, s) * factor
         return torch.ops.aten.silu_backward(grad_grad, x), second
 
 

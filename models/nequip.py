@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ddpkit.errors import InputError
 from ddpkit.models.geometry import wigner_3j
-from ddpkit.models.graph import Blocks, Graph, blocks_of, is_eager, pad_rows, sum_rows, unpad_rows
+from ddpkit.models.graph import Blocks, Graph, blocks_of, is_eager, pad_rows, sum_rows, table_of, unpad_rows
 from ddpkit.models.irreps import Features, Irrep, Irreps, Paths, product_irreps
 from ddpkit.models.kernels import KERNELS, order_by_neighbour
 from ddpkit.models.mlp import MLP, silu
@@ -149,16 +149,17 @@ class Places(NamedTuple):
 
 def places_of(graph: Graph, numbers_of_paths: Iterable[int]) -> Places:
     """Index tables of the convolution."""
-    edges = graph.centre.shape[0]
     exact = _on_cpu(graph.centre)
     blocks = blocks_of(graph.outgoing, graph.centre, graph.slot, exact=exact)
     incoming = blocks_of(graph.incoming, graph.neighbour, graph.incoming_slot, exact=exact)
-    edge = blocks.rows.masked_fill(blocks.rows == edges, 0)
+    edge = blocks.rows.index
     # what is padded stays padded: one past the last place
-    slot = torch.cat((blocks.slot, blocks.slot.new_full((1,), blocks.rows.shape[0] * blocks.rows.shape[1])))
-    by_neighbour = incoming._replace(rows=slot.index_select(0, incoming.rows.reshape(-1)).reshape(incoming.rows.shape))
+    places = edge.shape[0] * edge.shape[1]
+    slot = torch.cat((blocks.slot, blocks.slot.new_full((1,), places)))
+    of_slots = slot.index_select(0, incoming.rows.rows.reshape(-1)).reshape(incoming.rows.rows.shape)
+    by_neighbour = incoming._replace(rows=table_of(of_slots, places))
     weight, back = {}, {}
-    length = blocks.rows.shape[1]
+    length = edge.shape[1]
     for paths in numbers_of_paths:
         path = torch.arange(paths, device=edge.device)
         weight[paths] = edge.unsqueeze(1) * paths + path.reshape(1, -1, 1)
@@ -754,6 +755,6 @@ class NequIP(Potential):
 
     def _surroundings(self, edges: Edges) -> Surroundings:
         places = places_of(edges.graph, sorted({len(paths) for _, paths in self.coupling_keys}))
-        harmonics = pad_rows(edges.harmonics, places.blocks.slot, places.blocks.rows)
+        harmonics = pad_rows(edges.harmonics, places.blocks.slot, places.blocks.rows.rows)
         coupled = {key: coupling(harmonics) for key, coupling in zip(self.coupling_keys, self.couplings, strict=True)}
         return Surroundings(coupled, places)

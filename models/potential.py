@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ddpkit.batch import Batch
 from ddpkit.errors import InputError
-from ddpkit.models.geometry import RadialBasis, SphericalHarmonics, check_cutoffs, polynomial_cutoff
+from ddpkit.models.geometry import (
+    RadialBasis,
+    SphericalHarmonics,
+    check_cutoffs,
+    cutoff_derivative,
+    polynomial_cutoff,
+)
 from ddpkit.models.graph import Graph, at_centre, at_neighbour, graph_of, sum_to_centre, sum_to_neighbour
 
 Precision = Literal["mixed", "float32", "float64"]
@@ -55,6 +61,7 @@ class Potential(torch.nn.Module):
     """
 
     charges: Tensor
+    screening: Tensor
     inverse_cutoffs: Tensor
     inverse_sqrt_neighbors: Tensor
     shifts: Tensor
@@ -118,6 +125,8 @@ class Potential(torch.nn.Module):
                 )
             charges = torch.tensor([atomic_numbers[name] for name in nuclei], dtype=self.geometry_dtype, device="cpu")
             self.register_buffer("charges", charges, persistent=False)
+            screening = torch.tensor(SCREENING, dtype=self.geometry_dtype, device="cpu")
+            self.register_buffer("screening", screening, persistent=False)
 
     def _per_species(self, name: str, value: float | Sequence[float]) -> Tensor:
         tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu")
@@ -145,10 +154,21 @@ class Potential(torch.nn.Module):
         with torch.enable_grad():
             positions = batch.positions.double()
             vectors = at_neighbour(positions, graph) - at_centre(positions, graph) + batch.edge_shift
-            if not vectors.requires_grad:
+            apart = not vectors.requires_grad
+            if apart:
                 vectors.requires_grad_()
-            energy = _sum_over_frames(self._energies(vectors, graph, batch.species), batch)
-            (slope,) = torch.autograd.grad(energy.sum(), vectors, create_graph=self.training)
+            lengths = self._lengths(vectors, graph, batch.species)
+            atomic = self._energies(lengths, graph, batch.species)
+            (slope,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
+            if self.zbl:
+                # depends on no parameter: its slope is written down, not differentiated
+                if apart:
+                    length, unit, scaled, inverse_cutoff = lengths
+                    lengths = Lengths(length.detach(), unit.detach(), scaled.detach(), inverse_cutoff)
+                pair, pair_slope = self._repulsion(lengths, graph, batch.species)
+                atomic = atomic + sum_to_centre(pair, graph).squeeze(1).double()
+                slope = slope + (pair_slope * lengths.unit).double()
+            energy = _sum_over_frames(atomic, batch)
             result = {"energy": energy, "forces": sum_to_centre(slope, graph) - sum_to_neighbour(slope, graph)}
             if batch.cell is not None:
                 virial = _sum_over_frames(sum_to_centre(vectors.unsqueeze(2) * slope.unsqueeze(1), graph), batch)
@@ -161,26 +181,41 @@ class Potential(torch.nn.Module):
             return {name: value.detach() for name, value in result.items()}
         return result
 
-    def _energies(self, vectors: Tensor, graph: Graph, species: Tensor) -> Tensor:
-        """`[atoms]` float64, eV."""
+    def _lengths(self, vectors: Tensor, graph: Graph, species: Tensor) -> "Lengths":
         vectors = vectors.to(self.geometry_dtype)
         length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        one_hot = (species.unsqueeze(1) == torch.arange(len(self.species), device=species.device)).to(self.dtype)
         if self.inverse_cutoffs is None:
-            x = length / self.r_max
+            inverse_cutoff: Tensor | float = 1 / self.r_max
         else:
             centre, neighbour = species.index_select(0, graph.centre), species.index_select(0, graph.neighbour)
-            x = length * self.inverse_cutoffs[centre, neighbour].unsqueeze(1)
-        radial = self.radial_basis(x).to(self.dtype) * polynomial_cutoff(x, self.polynomial_cutoff_p).to(self.dtype)
-        harmonics = self.spherical_harmonics(vectors / length).to(self.dtype)
+            inverse_cutoff = self.inverse_cutoffs[centre, neighbour].unsqueeze(1)
+        return Lengths(length, vectors / length, length * inverse_cutoff, inverse_cutoff)
+
+    def _energies(self, lengths: "Lengths", graph: Graph, species: Tensor) -> Tensor:
+        """`[atoms]` float64, eV, without the repulsion of nuclei."""
+        one_hot = (species.unsqueeze(1) == torch.arange(len(self.species), device=species.device)).to(self.dtype)
+        envelope = polynomial_cutoff(lengths.scaled, self.polynomial_cutoff_p).to(self.dtype)
+        radial = self.radial_basis(lengths.scaled).to(self.dtype) * envelope
+        harmonics = self.spherical_harmonics(lengths.unit).to(self.dtype)
         atomic = self.atomic_energies(Edges(graph, one_hot, radial, harmonics)).double()
         one_hot = one_hot.double()
-        atomic = one_hot @ self.shifts + (one_hot @ self.scales) * atomic
-        if self.zbl:
-            charge = self.charges.index_select(0, species)
-            pair = zbl_energy(length, at_edges(charge, graph)) * polynomial_cutoff(x, self.zbl_cutoff_p)
-            atomic = atomic + sum_to_centre(pair, graph).squeeze(1).double()
-        return atomic
+        return one_hot @ self.shifts + (one_hot @ self.scales) * atomic
+
+    def _repulsion(self, lengths: "Lengths", graph: Graph, species: Tensor) -> tuple[Tensor, Tensor]:
+        """Half the repulsion of the nuclei of each edge `[edges, 1]`, eV, and its slope, eV/Å."""
+        charges = at_edges(self.charges.index_select(0, species), graph)
+        energy, slope = zbl_energy(lengths.length, charges, self.screening)
+        envelope, envelope_slope = (cutoff_derivative(lengths.scaled, self.zbl_cutoff_p, order) for order in (0, 1))
+        return energy * envelope, slope * envelope + energy * envelope_slope * lengths.inverse_cutoff
+
+
+class Lengths(NamedTuple):
+    """Of edges: `[edges, 1]` but for unit."""
+
+    length: Tensor  # Å
+    unit: Tensor  # [edges, 3]
+    scaled: Tensor  # length over the cutoff
+    inverse_cutoff: Tensor | float  # 1/Å
 
 
 def at_edges(value: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
@@ -188,25 +223,28 @@ def at_edges(value: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
     return value.index_select(0, graph.centre).unsqueeze(1), value.index_select(0, graph.neighbour).unsqueeze(1)
 
 
-def zbl_energy(length: Tensor, charges: tuple[Tensor, Tensor]) -> Tensor:
-    """Half the repulsion of two screened nuclei, eV: the other half belongs to the edge back.
+SCREENING = ((0.02817, 0.28022, 0.50986, 0.18175), (0.20162, 0.40290, 0.94229, 3.19980))  # factors, decays
+
+
+def zbl_energy(length: Tensor, charges: tuple[Tensor, Tensor], screening: Tensor) -> tuple[Tensor, Tensor]:
+    """Half the repulsion of two screened nuclei, eV, and its derivative by the length, eV/Å: the other half belongs to the edge
+    back.
 
     J. F. Ziegler, J. P. Biersack, U. Littmark, The Stopping and Range of Ions in Solids (1985), with the constants of
     LAMMPS' `pair_style zbl`.
 
     Args:
-        length: Å.
-        charges: atomic numbers of centre and neighbour.
+        length: `[edges, 1]`, Å.
+        charges: atomic numbers of centre and neighbour, `[edges, 1]`.
+        screening: `SCREENING`.
     """
     z1, z2 = charges
-    scaled = (z1.pow(0.23) + z2.pow(0.23)) * length / 0.46850
-    screening = (
-        0.02817 * torch.exp(-0.20162 * scaled)
-        + 0.28022 * torch.exp(-0.40290 * scaled)
-        + 0.50986 * torch.exp(-0.94229 * scaled)
-        + 0.18175 * torch.exp(-3.19980 * scaled)
-    )
-    return 0.5 * 14.399645 * z1 * z2 / length * screening
+    factors, decays = screening
+    scale = (z1.pow(0.23) + z2.pow(0.23)) / 0.46850
+    terms = factors * torch.exp(-decays * (scale * length))
+    bare = (0.5 * 14.399645) * z1 * z2 / length
+    energy = bare * terms.sum(1, keepdim=True)
+    return energy, -(bare * scale * (decays * terms).sum(1, keepdim=True) + energy / length)
 
 
 def _sum_over_frames(x: Tensor, batch: Batch) -> Tensor:

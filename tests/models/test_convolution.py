@@ -86,16 +86,16 @@ def test_blocks_of_edges(batch, exact, end):
     }[end]
     edges = ends.shape[0]
     blocks = blocks_of(table, ends, slot, exact=exact)
-    rows = blocks.rows.flatten()
+    rows = blocks.rows.rows.flatten()
     assert torch.equal(rows[blocks.slot], torch.arange(edges))
     assert (rows == edges).sum() == len(rows) - edges
-    used = [row[row < edges] for row in blocks.rows if (row < edges).any()]
+    used = [row[row < edges] for row in blocks.rows.rows if (row < edges).any()]
     assert all(len(set(ends[row].tolist())) == 1 for row in used)
     if exact:
-        assert len(used) == len(blocks.rows) == sum(-(-n // BLOCK) for n in torch.bincount(ends).tolist())
+        assert len(used) == len(blocks.rows.rows) == sum(-(-n // BLOCK) for n in torch.bincount(ends).tolist())
     x = torch.randn(edges, 3, dtype=torch.float64)
     total = sum_rows(sum_rows(x, blocks.rows), blocks.of_atom)
-    assert torch.allclose(total, x.new_zeros(len(table), 3).index_add(0, ends, x))
+    assert torch.allclose(total, x.new_zeros(len(table.rows), 3).index_add(0, ends, x))
 
 
 @pytest.mark.parametrize("function", [at_centre, at_neighbour, sum_to_centre, sum_to_neighbour, pad])
