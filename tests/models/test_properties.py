@@ -112,6 +112,37 @@ def test_padding_leaves_gradients_of_parameters(exact):
     exact.eval()
 
 
+@pytest.mark.parametrize("symbols", [(1, 1), (6, 8)])
+def test_nuclei_repel_smoothly(symbols):
+    """The repulsion alone against its formula, and its end at the cutoff."""
+    with_zbl, without = (make_model("allegro", "float64", zbl=zbl).eval() for zbl in (True, False))
+
+    def repulsion(distance):
+        positions = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, distance]])
+        frame = dataclasses.replace(make_frame(2), numbers=np.array(symbols), positions=positions)
+        batch = make_batch([frame], r_max=2 * R_MAX)
+        a, b = with_zbl(batch), without(batch)
+        return float((a["energy"] - b["energy"])[0]), float((a["forces"] - b["forces"])[1, 2])
+
+    z1, z2 = symbols
+    distance = 0.7
+    scaled = distance * (z1**0.23 + z2**0.23) / 0.4685
+    factors, decays = (0.02817, 0.28022, 0.50986, 0.18175), (0.20162, 0.40290, 0.94229, 3.19980)
+    screening = sum(c * np.exp(-d * scaled) for c, d in zip(factors, decays, strict=True))
+    x = distance / R_MAX
+    envelope = 1 - 28 * x**6 + 48 * x**7 - 21 * x**8
+    assert repulsion(distance)[0] == pytest.approx(14.399645 * z1 * z2 / distance * screening * envelope, rel=1e-10)
+    for r in (0.3, 1.0, 2.5, R_MAX - 0.01):
+        h = 1e-4
+        slope = derivative([repulsion(r + n * h)[0] for n in (-2, -1, 1, 2)], h)
+        assert repulsion(r)[1] == pytest.approx(-slope, rel=1e-5, abs=1e-8)
+    inside = [repulsion(R_MAX - d) for d in (2e-2, 1e-2)]
+    assert repulsion(R_MAX) == repulsion(R_MAX + 0.1) == (0.0, 0.0)
+    # three zeros: the energy falls as the third power of what is left, the force as the second
+    assert inside[0][0] / inside[1][0] == pytest.approx(8, rel=0.1)
+    assert inside[0][1] / inside[1][1] == pytest.approx(4, rel=0.1)
+
+
 def test_smooth_at_the_cutoff(model):
     """A pair drawn apart: the energy ends with vanishing slope and curvature, and there is no force beyond."""
 
@@ -132,34 +163,63 @@ def test_smooth_at_the_cutoff(model):
     assert float(model(make_batch([pair(0.5 * R_MAX)]))["forces"].abs().max()) > 1e-4
 
 
+# step in Å or of strain, and error allowed relative to the largest component: energies of float32 layers carry noise
+DIFFERENCES = {"float64": (1e-4, 1e-6), "mixed": (1e-2, 2e-3), "float32": (1e-2, 3e-3)}
+
+
 @pytest.mark.parametrize("periodic", [False, True])
-def test_forces_against_finite_differences(exact, periodic):
+def test_forces_against_finite_differences(model, periodic):
     frame = make_frame(6, periodic=periodic, box=4.0)
-    forces = exact(make_batch([frame]))["forces"]
-    h = 1e-4
+    forces = model(make_batch([frame]))["forces"]
+    h, tolerance = DIFFERENCES[model.precision]
     for atom, axis in ((0, 0), (3, 2), (5, 1)):
         energies = []
-        for sign in (1, -1):
+        for steps in (-2, -1, 1, 2):
             positions = frame.positions.copy()
-            positions[atom, axis] += sign * h
-            energies.append(float(exact(make_batch([dataclasses.replace(frame, positions=positions)]))["energy"][0]))
-        assert -(energies[0] - energies[1]) / (2 * h) == pytest.approx(float(forces[atom, axis]), rel=1e-5, abs=1e-7)
+            positions[atom, axis] += steps * h
+            energies.append(float(model(make_batch([dataclasses.replace(frame, positions=positions)]))["energy"][0]))
+        found = -derivative(energies, h)
+        assert abs(found - float(forces[atom, axis])) < tolerance * float(forces.abs().max())
 
 
-def test_stress_against_finite_differences(exact):
+def test_stress_against_finite_differences(model):
     frame = make_frame(5, periodic=True, box=4.0)
-    stress = exact(make_batch([frame]))["stress"][0]
+    stress = model(make_batch([frame]))["stress"][0]
     volume = abs(np.linalg.det(frame.cell))
-    h = 1e-5
+    h, tolerance = DIFFERENCES[model.precision]
+    h /= 4
     for a, b in ((0, 0), (1, 2), (2, 2)):
         energies = []
-        for sign in (1, -1):
+        for steps in (-2, -1, 1, 2):
             strain = np.zeros((3, 3))
-            strain[a, b] += sign * h / 2
-            strain[b, a] += sign * h / 2
-            energies.append(float(exact(make_batch([transformed(frame, np.eye(3) + strain)]))["energy"][0]))
-        found = (energies[0] - energies[1]) / (2 * h) / volume
-        assert found == pytest.approx(float(stress[a, b]), rel=1e-5, abs=1e-7)
+            strain[a, b] += steps * h / 2
+            strain[b, a] += steps * h / 2
+            energies.append(float(model(make_batch([transformed(frame, np.eye(3) + strain)]))["energy"][0]))
+        found = derivative(energies, h) / volume
+        assert abs(found - float(stress[a, b])) < tolerance * float(stress.abs().max())
+
+
+def derivative(values, h):
+    """By the five-point rule, from values at -2 h, -h, h, 2 h."""
+    return (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+
+
+def test_forces_are_the_derivative_by_positions(exact):
+    """For positions that require gradients, to the second order."""
+    exact.train()
+    batch = make_batch([make_frame(5, box=3.5)])
+    positions = batch.positions.clone().requires_grad_()
+    out = exact(batch.replace(positions=positions))
+    (slope,) = torch.autograd.grad(out["energy"].sum(), positions, create_graph=True)
+    assert relative(-slope.detach(), out["forces"].detach()) < 1e-10
+    (row,) = torch.autograd.grad(out["forces"][1, 0], positions)
+    h, moved = 1e-4, []
+    for steps in (-2, -1, 1, 2):
+        at = batch.positions.clone()
+        at[2, 1] += steps * h
+        moved.append(float(exact(batch.replace(positions=at))["forces"][1, 0].detach()))
+    assert derivative(moved, h) == pytest.approx(float(row[2, 1]), rel=1e-5, abs=1e-8)
+    exact.eval()
 
 
 def test_isolated_atoms(model):
