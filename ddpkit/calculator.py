@@ -50,12 +50,16 @@ class Calculator(AseCalculator):  # type: ignore[misc]
         """Computes all properties at once.
 
         Raises:
-            InputError: the model does not know a species.
+            InputError: the model does not know a species, or the atoms cannot be computed.
             PropertyNotImplementedError: stress is asked for without a periodic cell.
         """
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
+        if not len(self.atoms):
+            raise InputError("There are no atoms to compute: give at least one.")
         periodic = bool(self.atoms.pbc.any())
+        if not np.linalg.norm(self.atoms.cell[self.atoms.pbc], axis=1).all():
+            raise InputError("A periodic direction has no lattice vector: set the cell, or pbc=False.")
         if "stress" in (properties or ()) and not periodic:
             raise PropertyNotImplementedError("stress needs a periodic cell")
         frame = Frame(
@@ -65,10 +69,15 @@ class Calculator(AseCalculator):  # type: ignore[misc]
             forces=np.full((len(self.atoms), 3), np.nan),
             cell=np.array(self.atoms.cell) if periodic else None,
             pbc=np.array(self.atoms.pbc),
+            name="the configuration",
         )
         batch = collate([frame], self._species, self._r_max, labels=False)
         output = self.model(batch.to(self.device))
         energy = float(output["energy"][0])
+        if not np.isfinite(energy):
+            raise InputError(
+                f"The energy is {energy}: atoms lie on top of one another, or the model's weights are not finite."
+            )
         self.results = {
             "energy": energy,
             "free_energy": energy,

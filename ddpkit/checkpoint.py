@@ -91,15 +91,26 @@ def load_model(path: Path) -> nn.Module:
     """
     path = checkpoint_of(path)
     state = load(path)
-    spec = dict(state["model_spec"])
-    home, _, name = spec.pop("_target_").rpartition(".")
-    kind = getattr(import_module(home), name, None)
+    target = str(state.get("model_spec", {}).get("_target_"))
+    home, _, name = target.rpartition(".")
+    try:
+        kind = getattr(import_module(home), name, None)
+    except (ImportError, ValueError):
+        kind = None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise InputError(
-            f"The model {home}.{name} of {path} is not a torch module here: install the package that it belongs to."
+            f"The model {target} of {path} is not a torch module here: install the package that it belongs to."
         )
-    model = kind(**spec)
-    model.load_state_dict(inference_weights(state))
+    try:
+        settings = {key: value for key, value in state["model_spec"].items() if key != "_target_"}
+        if not torch.cuda.is_available():  # a model trained on a GPU predicts anywhere
+            settings |= getattr(kind, "portable", {})
+        model = kind(**settings)
+        model.load_state_dict(inference_weights(state))
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise InputError(
+            f"The weights of {path} do not fit {target} here ({str(error).splitlines()[0]}): use the version that wrote it."
+        ) from error
     return model.eval()
 
 

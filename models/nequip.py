@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from e3nn.math import normalize2mom
@@ -648,7 +648,12 @@ class NequIP(Potential):
         kernels: what computes the convolution: "ddpkit", "e3nn" (the reference, slow), or "openequivariance" on NVIDIA GPUs
             (on a CPU, where such a model may be moved to, "ddpkit" computes).
         others: see `Potential`.
+
+    Attributes:
+        portable: settings that say how the same is computed, with values that need no GPU.
     """
+
+    portable: ClassVar[dict[str, Any]] = {"kernels": "ddpkit"}
 
     def __init__(
         self,

@@ -153,6 +153,14 @@ def test_calculator_says_what_it_cannot_do():
         water.get_stress()
     with pytest.raises(InputError, match="Au"):
         Atoms("Au", calculator=calculator).get_potential_energy()
+    for atoms, problem in (
+        (Atoms(), "no atoms"),
+        (Atoms("H", pbc=True), "no lattice vector"),
+        (Atoms("H2", positions=np.zeros((2, 3))), "on top of one another"),
+    ):
+        atoms.calc = calculator
+        with pytest.raises(InputError, match=problem):
+            atoms.get_potential_energy()
     with pytest.raises(InputError, match="species"):
         Calculator(torch.nn.Linear(2, 2))
 
