@@ -29,6 +29,7 @@ from ddpkit.step import Step
 
 LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
 SPLIT_COLUMNS = ("compute", "sync", "optimizer")
+POLL = 5e-5  # seconds between looks at a collective on the device
 
 
 @dataclass
@@ -123,8 +124,8 @@ class Heartbeat:
         if dist.is_initialized() and dist.get_world_size() > 1:
             everyone = values.new_empty((dist.get_world_size(), len(values)))
             work = dist.all_gather(list(everyone.unbind()), values, async_op=True)
-        arrive = self._arrive_on_host if self._side is None else self._arrive_from_gpu
-        self._pending = (arrive(values, everyone, work), note)
+        computed = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
+        self._pending = ((lambda: self._arrived(values, everyone, work, computed)), note)
 
     def receive(self) -> tuple[np.ndarray, Any] | None:
         """The gather under way, `[ranks, k]`, with its note; None where nothing was sent."""
@@ -134,32 +135,30 @@ class Heartbeat:
         self._pending = None
         return arrived(), note
 
-    @staticmethod
-    def _arrive_on_host(_: Tensor, everyone: Tensor, work: Any) -> Callable[[], np.ndarray]:
-        def arrived() -> np.ndarray:
+    def _arrived(self, values: Tensor, everyone: Tensor, work: Any, computed: Any) -> np.ndarray:
+        """Waits for a gather, and for nothing else on the device.
+
+        `work.wait()` gives the memory that NCCL works in back to the training stream, which has not waited for NCCL. So it comes
+        after the host has seen the end of the gather.
+
+        Args:
+            values: what was sent; held until now since NCCL reads it.
+            everyone: `[ranks, k]` what is received.
+            work: the gather; None where there is one rank.
+            computed: event on the training stream after `values`; None on a CPU.
+        """
+        del values
+        if self._side is None:
             if work is not None:
                 work.wait()
             return everyone.numpy()
-
-        return arrived
-
-    def _arrive_from_gpu(self, values: Tensor, everyone: Tensor, work: Any) -> Callable[[], np.ndarray]:
-        assert self._side is not None
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
-        host = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+        while work is not None and not work.is_completed():
+            time.sleep(POLL)
         with torch.cuda.stream(self._side):
+            self._side.wait_event(computed)
             if work is not None:
-                work.wait()  # has this stream wait, not the host
-            host.copy_(everyone, non_blocking=True)
-            copied = self._side.record_event()
-        used = [values, everyone]  # their memory must not be given to the training stream before they have been read
-
-        def arrived() -> np.ndarray:
-            copied.synchronize()
-            used.clear()
-            return host.numpy()
-
-        return arrived
+                work.wait()
+            return everyone.cpu().numpy()
 
 
 class Trainer:
