@@ -31,8 +31,9 @@ def from_nequip(module: torch.nn.Module) -> Potential:
     """Our model with the weights of an eager model of `nequip` 0.19 or `nequip-allegro` 0.8.
 
     Args:
-        module: what `nequip.model.NequIPGNNModel` or `allegro.model.AllegroModel` return. A model in float32 becomes one with
-            `precision="mixed"`, which is how those packages compute; one in float64 becomes `precision="float64"`.
+        module: what `nequip.model.NequIPGNNModel`, `allegro.model.AllegroModel` or, for trained models, `ModelFromCheckpoint`
+            return. A model in float32 becomes one with `precision="mixed"`, which is how those packages compute; one in float64
+            becomes `precision="float64"`.
 
     Returns:
         An `Allegro` or a `NequIP`, on the same device and in the same mode (training or evaluation).
@@ -61,8 +62,15 @@ def _refuse(what: str) -> InputError:
 def _energy_layers(module: torch.nn.Module) -> dict[str, Any]:
     """The named layers of the energy model inside its wrappers."""
     inner: Any = module
-    for wrapper in ("model", "func"):
-        inner = getattr(inner, wrapper, inner)
+    while True:
+        if isinstance(inner, torch.nn.ModuleDict) and len(inner) == 1:
+            (inner,) = inner.values()
+        elif isinstance(getattr(inner, "model", None), torch.nn.Module):
+            inner = inner.model
+        elif isinstance(getattr(inner, "func", None), torch.nn.Module):
+            inner = inner.func
+        else:
+            break
     layers = dict(inner.named_children())
     if not layers:
         raise _refuse(f"a {type(module).__name__}")

@@ -149,9 +149,19 @@ def test_nequip_in_float32(name, crystals):
     assert_same(nequip("float32", **NEQUIP[name]), crystals, TOLERANCE["float32"])
 
 
+def test_a_model_as_checkpoints_hold_it(crystals):
+    peer = nequip(l_max=1).eval()
+    ours = from_nequip(torch.nn.ModuleDict({"sole_model": peer}).eval())
+    assert not ours.training
+    assert (
+        relative(ours(crystals)["energy"], peer(peer_input(crystals))["total_energy"].squeeze(1)) < TOLERANCE["float64"]
+    )
+
+
 @pytest.mark.parametrize(
     "peer",
     [
+        lambda: torch.nn.ModuleDict({"one": nequip(), "other": nequip()}),
         lambda: nequip(convnet_resnet=True, num_layers=4, parity=False),
         lambda: nequip(learnable_shift=True),
         lambda: nequip(convnet_nonlinearity_type="norm"),
