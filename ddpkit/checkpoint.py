@@ -12,6 +12,7 @@ from torch import nn
 from ddpkit.errors import InputError
 
 FORMAT = 1
+_KEYS = {"model_spec", "model", "ema", "optimizer", "scheduler", "progress"}
 
 
 def snapshot(state: Any) -> Any:
@@ -61,7 +62,7 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}): it is truncated or no checkpoint; use another one."
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= _KEYS:
         raise InputError(f"{path} is not a ddpkit checkpoint of format {FORMAT}: use one that this version wrote.")
     return state
 
@@ -108,8 +109,9 @@ def load_model(path: Path) -> nn.Module:
         model = kind(**settings)
         model.load_state_dict(inference_weights(state))
     except (RuntimeError, TypeError, KeyError) as error:
+        why = " ".join(str(error).split())[:200]
         raise InputError(
-            f"The weights of {path} do not fit {target} here ({str(error).splitlines()[0]}): use the version that wrote it."
+            f"The weights of {path} do not fit {target} here ({why}): use the version that wrote it."
         ) from error
     return model.eval()
 

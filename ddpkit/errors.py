@@ -8,6 +8,15 @@ class InputError(ValueError):
     everywhere = False
 
 
+def unusable_path(error: BaseException) -> InputError | None:
+    """What to tell of a file or folder that cannot be read or written; None for other errors."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    return InputError(
+        f"{error.filename} cannot be used ({error.strerror}): check the path, its permissions and the disk."
+    )
+
+
 class RankDisagreementError(RuntimeError):
     """Ranks hold or do different things where they must agree. The message names rank and parameter."""
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ddpkit.errors import InputError
+from ddpkit.errors import InputError, unusable_path
 
 T = TypeVar("T")
 
@@ -220,14 +220,14 @@ def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[
     All ranks must come by. The ranks wait for one another through the store, so that one of them may take its time.
 
     Raises:
-        InputError: where a rank raised one; the message is that rank's.
+        InputError: where a rank raised one, or could not use a file; the message is that rank's.
         RuntimeError: where a rank failed otherwise; the message names rank and cause.
     """
     error: BaseException | None = None
     try:
         yield
     except Exception as raised:  # noqa: BLE001  (told to all ranks, then raised)
-        error = raised
+        error = unusable_path(raised) or raised
     if not dist.is_initialized() or dist.get_world_size() == 1:
         if error is not None:
             raise error

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ddpkit.errors import InputError, RankDisagreementError, RankLostError
+from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError, RankLostError, unusable_path
 from ddpkit.launch import Environment, share, store, within
 
 _ANSWER = 2.0  # seconds that the store may take, and that ranks get to sign
@@ -82,8 +82,13 @@ class Lifeline:
         Takes a few seconds at most.
         """
         alone = self._here.world_size == 1 or not isinstance(error, Exception)
-        if alone or getattr(error, "everywhere", False) or isinstance(error, FloatingPointError):
+        if alone or getattr(error, "everywhere", False):
             return error
+        if isinstance(error, NonFiniteGradientError):  # on every rank
+            return _everywhere(NonFiniteGradientError(f"During step {self.step()}: {error}"))
+        if isinstance(error, FloatingPointError):
+            return _everywhere(error)
+        error = unusable_path(error) or error
         if isinstance(error, InputError):
             self._tell("input", str(error))
             return error
@@ -166,6 +171,12 @@ def _is_communication(error: BaseException) -> bool:
     return any(
         word in text for word in ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "waited", "peer")
     )
+
+
+def _everywhere(error: Exception) -> Exception:
+    """Marks an error that every rank raises."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    return error
 
 
 def _said(error: Exception) -> Exception:

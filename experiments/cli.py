@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ddpkit import __version__
-from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError
+from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, unusable_path
 
 # verb -> (module, what it does, whether it takes Hydra overrides)
 VERBS = {
@@ -99,6 +99,8 @@ def _leave(work: Callable[[], None]) -> None:
     except BrokenPipeError as error:
         _abandon(1, "", error)
     except Exception as error:  # noqa: BLE001  (the last place where it can be told)
+        if refused := unusable_path(error):
+            _abandon(2, str(refused), error)
         if os.environ.get("DDPKIT_TRACEBACK") or not isinstance(error, RuntimeError):
             traceback.print_exc()
         _abandon(1, f"{type(error).__name__}: {error}", error)

@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -12,12 +13,40 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ddpkit.errors import InputError
 from ddpkit.train import TrainConfig
 
 PRECISIONS = ("mixed", "float32", "float64")
 SOURCES = ("generated", "generated_crystals", "files")
+
+# keys, what their values must fulfil, and how that is said
+_BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        (
+            "train.max_epochs",
+            "train.max_steps",
+            "train.batch_size",
+            "train.accumulate",
+            "train.log_every",
+            "data.frames",
+        ),
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (
+        ("seed", "data.seed", "train.checkpoint_every", "loss.energy", "loss.forces", "loss.stress"),
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    (
+        ("train.timeout", "train.max_seconds", "train.clip_norm", "train.plateau.factor"),
+        lambda value: value > 0,
+        "greater than 0",
+    ),
+    (("train.ema_decay",), lambda value: 0 <= value < 1, "0 or more and less than 1"),
+)
 
 
 @dataclass
@@ -89,6 +118,23 @@ def read(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
+def read_saved(folder: Path) -> DictConfig:
+    """The configuration that the run in a folder had.
+
+    Raises:
+        InputError: the folder has none, or one that cannot be read.
+    """
+    path = folder / "config.yaml"
+    try:
+        saved = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is no run folder (it has no config.yaml): give the folder of a run.") from error
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
+        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): repair it.") from error
+    assert isinstance(saved, DictConfig)
+    return saved
+
+
 def _check(config: DictConfig) -> None:
     """Values that the types alone do not rule out."""
     for key, allowed in {
@@ -102,10 +148,13 @@ def _check(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value not in allowed:
             raise InputError(f"{key}={value} is unknown: use one of {', '.join(allowed)}.")
-    for key in ("train.max_epochs", "train.max_steps", "train.batch_size", "train.accumulate", "train.log_every"):
-        value = OmegaConf.select(config, key)
-        if value is not None and value < 1:
-            raise InputError(f"{key}={value} is too small: it must be at least 1.")
+    for keys, fits, must in _BOUNDS:
+        for key in keys:
+            value = OmegaConf.select(config, key)
+            if value is not None and not fits(value):
+                raise InputError(f"{key}={value} is out of range: it must be {must}.")
+    if not any(config.loss.values()):
+        raise InputError("All weights of the loss are 0: set loss.energy or loss.forces.")
     if config.data.source == "files" and config.data.path is None:
         raise InputError("data.path must be set with data=files: give a prepared set or a file that ASE reads.")
     split = list(config.data.split)

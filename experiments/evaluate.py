@@ -17,7 +17,7 @@ from ddpkit.data import PreparedSet, collate
 from ddpkit.errors import InputError
 from ddpkit.evaluate import Evaluation, evaluate
 from ddpkit.experiments import setup, torsion
-from ddpkit.experiments.config import read
+from ddpkit.experiments.config import read, read_saved
 from ddpkit.launch import Environment, agree
 
 PARTS = ("train", "validation", "test", "all")
@@ -106,12 +106,8 @@ def main(args: argparse.Namespace) -> None:
 
 def _configuration(run: Path) -> DictConfig | None:
     """The configuration of the run that a path means or lies in."""
-    path = (run if run.is_dir() else run.parent.parent) / "config.yaml"
-    if not path.is_file():
-        return None
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return config
+    folder = run if run.is_dir() else run.parent.parent
+    return read_saved(folder) if (folder / "config.yaml").is_file() else None
 
 
 def _open(args: argparse.Namespace, saved: DictConfig | None, model: Any) -> Chosen:

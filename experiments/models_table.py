@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from ddpkit.data.crystals import ELEMENTS
@@ -82,9 +83,21 @@ def default_species(spec: dict[str, Any]) -> tuple[str, ...]:
 
 
 def build(spec: dict[str, Any], species: tuple[str, ...] | list[str], **settings: Any) -> torch.nn.Module:
-    """A model with its settings, and stand-ins for what is computed from data."""
+    """A model with its settings, and stand-ins for what is computed from data.
+
+    Raises:
+        InputError: it cannot be built so.
+    """
     settings = {"avg_num_neighbors": 30.0, **settings}
-    model: torch.nn.Module = instantiate(spec, species=list(species), **settings)
+    try:
+        model: torch.nn.Module = instantiate(spec, species=list(species), **settings)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(
+            f"The model cannot be built ({' '.join(str(cause).split())[:200]}): check its settings."
+        ) from error
     return model
 
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from ddpkit import checkpoint, launch
 from ddpkit.errors import InputError
 from ddpkit.experiments import setup
-from ddpkit.experiments.config import RunConfig, read
+from ddpkit.experiments.config import read, read_saved
 from ddpkit.launch import Environment, agree
 from ddpkit.lifeline import Lifeline
 from ddpkit.record import RunFolder, describe_environment, record_failure
@@ -67,6 +67,7 @@ def main(overrides: Sequence[str]) -> None:
                 with agree("reading the checkpoint"):
                     config = _resumed(config, overrides)
                     state = checkpoint.load(Path(config.run_dir) / "checkpoints" / "last.pt")
+                    setup.refuse_another_model(config, state["model_spec"])
             folder = _open_folder(config, here, state)
             run_dir = Path(config.run_dir)
             _train(config, here, folder, state, lifeline)
@@ -168,13 +169,7 @@ def _resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         InputError: there is no such run, or an override changes what the run is.
     """
     folder = Path(config.resume)
-    saved_path = folder / "config.yaml"
-    if not saved_path.is_file():
-        raise InputError(
-            f"resume={folder} is no run folder (it has no config.yaml): give the folder of an interrupted run."
-        )
-    saved = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(saved_path))
-    assert isinstance(saved, DictConfig)
+    saved = read_saved(folder)
     if any(_key(word) not in _MAY_CHANGE for word in overrides):
         before, now = _flat(saved), _flat(config)
         for key in sorted(before.keys() | now.keys()):

@@ -1,6 +1,7 @@
 """From a configuration to everything a run is made of."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -132,13 +133,32 @@ def build_model(spec: dict[str, Any], seed: int) -> nn.Module:
     try:
         model = instantiate(spec, _convert_="all")
     except (InstantiationException, TypeError) as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise InputError(
-            f"The model cannot be built: {str(error).splitlines()[0]}; check the model's configuration."
-        ) from error
+        cause = error.__cause__ or error
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(f"The model cannot be built ({_short(cause)}): check the model's configuration.") from error
     assert isinstance(model, nn.Module)
     return model
+
+
+def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the model's parameters.
+
+    Raises:
+        InputError: it cannot be built so.
+    """
+    try:
+        optimizer = instantiate(config.optimizer, _partial_=True)(model.parameters())
+    except (InstantiationException, TypeError, ValueError) as error:
+        cause = error.__cause__ or error
+        raise InputError(f"The optimizer cannot be built ({_short(cause)}): check the keys of optimizer.") from error
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
+def _short(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -167,12 +187,10 @@ def build_trainer(
     r_max = float(config.model.r_max)
     spec = state["model_spec"] if state else share(lambda: model_spec(config, data), "the statistics of the data")
     with agree("building the model"):
-        if state is not None:
-            _refuse_another_model(config, spec)
         model = build_model(spec, config.seed).to(here.device)
         if config.init_from is not None and state is None:
             model.load_state_dict(_weights(config.init_from, spec))
-        optimizer = instantiate(config.optimizer, _partial_=True)(model.parameters())
+        optimizer = build_optimizer(config, model)
         train = train_sampler(config, data, here)
         sweep = Sweep(
             data.validation, data.frames.atoms[data.validation], data.frames.edges(r_max)[data.validation],
@@ -210,9 +228,9 @@ def build_trainer(
             try:
                 trainer.load_state_dict(state)
             except (RuntimeError, ValueError, KeyError, TypeError) as error:
-                why = str(error).splitlines()[0]
                 raise InputError(
-                    f"The checkpoint of {config.run_dir} does not fit its model ({why}): use the one that this run wrote."
+                    f"The checkpoint of {config.run_dir} does not fit its model ({_short(error)}): use the one that this "
+                    "run wrote."
                 ) from error
     return trainer
 
@@ -230,11 +248,17 @@ def train_sampler(config: DictConfig, data: Data, here: Environment) -> Sampler:
     )  # fmt: skip
 
 
-def _refuse_another_model(config: DictConfig, spec: dict[str, Any]) -> None:
-    """Where a checkpoint holds another model than the run's configuration says."""
+def refuse_another_model(config: DictConfig, spec: dict[str, Any]) -> None:
+    """Looks whether a checkpoint's model is that of the run's configuration.
+
+    Raises:
+        InputError: it is another.
+    """
     wanted = OmegaConf.to_container(config.model, resolve=True)
     assert isinstance(wanted, dict)
     changed = sorted(str(key) for key in wanted if spec.get(key) != wanted[key])
+    # What else is in it are numbers of the data; a callable named there would be called.
+    changed += [key for key in spec if key not in wanted and "_target_" in json.dumps(spec[key])]
     if changed:
         raise InputError(
             f"The checkpoint of {config.run_dir} holds another model than its config.yaml says ({', '.join(changed)} differ): "

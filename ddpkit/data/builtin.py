@@ -55,8 +55,8 @@ def generate(
     """
     from tqdm import tqdm
 
-    if frames < 1:
-        raise InputError(f"frames={frames}: ask for at least one")
+    if frames < 1 or seed < 0:
+        raise InputError(f"frames={frames} and seed={seed}: ask for at least one frame, and a seed of 0 or more")
     facts: dict[str, object]
     make: Callable[[Callable[[int], object]], Iterator[Frame]]
     if source == "generated":

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from ddpkit.errors import InputError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -67,7 +69,12 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], processes: int) 
 
     Results come in the order of the tasks; a few tasks for each process are under way at a time, so that memory is bounded by
     what the tasks hold. With `processes=0` the work is done in this process.
+
+    Raises:
+        InputError: a negative number of processes.
     """
+    if processes < 0:
+        raise InputError(f"{processes} processes cannot work: give 0 (this one alone) or more")
     if processes == 0:
         yield from map(function, tasks)
         return

@@ -359,7 +359,8 @@ class PreparedSet:
             raise InputError(
                 f"{self.path} holds no prepared set (no readable manifest.json): make one with `ddpkit data prepare`"
             ) from error
-        if self.manifest.get("format") != "ddpkit prepared set" or self.manifest.get("version") != VERSION:
+        facts = self.manifest if isinstance(self.manifest, dict) else {}
+        if facts.get("format") != "ddpkit prepared set" or facts.get("version") != VERSION or "arrays" not in facts:
             raise InputError(
                 f"{self.path} is no prepared set of version {VERSION}: make it again with `ddpkit data prepare`"
             )

@@ -1,11 +1,14 @@
 """Bad input ends in one sentence and exit code 2, on every rank."""
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
@@ -39,6 +42,10 @@ def files(tmp_path_factory):
     return folder
 
 
+def save(path, state):
+    torch.save(state, path)
+
+
 TINY = ("model=allegro_tiny", "data=files", "device=cpu", "train.max_epochs=1", "train.batch_size=4")
 
 BAD = {
@@ -67,6 +74,17 @@ BAD = {
     "start from nothing": ("data.path={files}/good.xyz init_from={files}/no_run", "no checkpoint"),
     "in-graph without compile": ("data.path={files}/good.xyz strategy=ingraph", "compile=[Tt]rue"),
     "negative clip": ("data.path={files}/good.xyz train.clip_norm=-1", "clip_norm"),
+    "negative seed": ("data.path={files}/good.xyz data.seed=-1", "data.seed=-1"),
+    "negative rate": ("data.path={files}/good.xyz optimizer.lr=-1", "optimizer.*learning rate"),
+    "unknown optimizer": (
+        "data.path={files}/good.xyz optimizer._target_=torch.optim.Nope",
+        "optimizer.*torch.optim.Nope",
+    ),
+    "average of the weights": ("data.path={files}/good.xyz train.ema_decay=1.5", "train.ema_decay=1.5"),
+    "no loss": ("data.path={files}/good.xyz loss.energy=0 loss.forces=0", "loss.energy or loss.forces"),
+    "no walltime": ("data.path={files}/good.xyz train.max_seconds=0", "train.max_seconds=0"),
+    "no frames": ("data.path={files}/good.xyz data.frames=0", "data.frames=0"),
+    "nowhere to write": ("data.path={files}/good.xyz run_dir=/proc/nowhere", "/proc/nowhere could not be written"),
     "bad model option": ("data.path={files}/good.xyz model.polynomial_cutoff_p=0", "polynomial_cutoff_p"),
 }
 
@@ -82,6 +100,65 @@ def test_one_sentence_that_names_the_thing(case, files, tmp_path, monkeypatch):
     assert re.search(expected, message), message
     assert "\n" not in message
     assert len(message) < 400
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    _dispatch(["run", *TINY, f"data.path={files}/good.xyz", f"data.cache={folder}/cache", f"run_dir={folder}/run"])
+    return folder / "run"
+
+
+class Touch:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+DAMAGE = {
+    "truncated": (lambda _, path: path.write_bytes(path.read_bytes()[:5000]), "cannot be read"),
+    "of another model": (
+        lambda state, path: save(path, state | {"model_spec": state["model_spec"] | {"num_layers": 1}}),
+        "another model.*num_layers",
+    ),
+    "without a weight": (lambda state, path: save(path, state | {"model": {}}), "does not fit its model"),
+    "of something else": (lambda _, path: save(path, {"weights": torch.zeros(3)}), "not a ddpkit checkpoint"),
+    "with code": (lambda state, path: save(path, state | {"more": Touch(path.parent / "touched")}), "cannot be read"),
+    "with a callable": (
+        lambda state, path: save(
+            path, state | {"model_spec": state["model_spec"] | {"scales": {"_target_": "os.getcwd"}}}
+        ),
+        "another model.*scales",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_bad_checkpoint_is_refused_and_nothing_is_touched(damage, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    last = run / "checkpoints" / "last.pt"
+    change, expected = DAMAGE[damage]
+    change(torch.load(last, weights_only=True), last)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "environment.json"}
+    with pytest.raises(InputError, match=expected) as raised:
+        _dispatch(["run", f"resume={run}", "train.max_epochs=2"])
+    assert "\n" not in str(raised.value)
+    assert {path: path.read_bytes() for path in before if path.suffix in (".csv", ".pt")} == {
+        path: content for path, content in before.items() if path.suffix in (".csv", ".pt")
+    }
+    assert not (run / "checkpoints" / "touched").exists()
+
+
+def test_a_run_is_not_written_over(finished, files):
+    with pytest.raises(InputError, match=f"holds a run already: go on with resume={finished}"):
+        _dispatch(
+            ["run", *TINY, f"data.path={files}/good.xyz", f"data.cache={finished}/../cache", f"run_dir={finished}"]
+        )
 
 
 COMMANDS = {
@@ -100,6 +177,9 @@ COMMANDS = {
     "data prepare spice missing.h5 out": "missing.h5|out",
     "data info missing": "missing",
     "eval missing": "missing",
+    "data generate --seed -1": "seed=-1",
+    "data generate --frames 1 --processes -1 --cache cache": "-1 processes",
+    "models allegro_tiny model.l_max=-2": "model cannot be built",
 }
 
 
