@@ -516,7 +516,11 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """An exponential moving average of the weights; None for decay 0."""
     if not decay:
         return None
-    return AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=False)
+    average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=False)
+    # The weights as they are count as the first sample. Adam's first step moves each by the whole rate: a second stage would
+    # start its average from there, far from where the first one ended.
+    average.n_averaged.fill_(1)
+    return average
 
 
 def _plateau(
