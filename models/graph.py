@@ -17,7 +17,7 @@ class Table(NamedTuple):
     """For each row of one thing, rows of another, padded to a table."""
 
     rows: Tensor  # [n, most], padded with the number of the other's rows
-    index: Tensor  # the same, padded with 0
+    gather: Tensor  # the same, padded with 0: what there is to gather
     listed: Tensor  # [n, most] bool, where it is not padding
 
 
@@ -160,14 +160,14 @@ def gather_rows(x: Tensor, table: Tensor) -> Tensor:
 def sum_rows(x: Tensor, table: Table) -> Tensor:
     """For each row of `table` the sum of the rows of x `[n, ...]` that it lists, in a fixed order."""
     flat = x.flatten(1)
-    rows = flat.index_select(0, table.index.reshape(-1)).reshape(*table.index.shape, flat.shape[1])
+    rows = flat.index_select(0, table.gather.reshape(-1)).reshape(*table.gather.shape, flat.shape[1])
     if is_eager():
         # a product with ones and zeros: one pass over what is gathered
         total = torch.bmm(table.listed.to(x.dtype).unsqueeze(1), rows).squeeze(1)
     else:
         # a compiler does it while it gathers
         total = (rows * table.listed.to(x.dtype).unsqueeze(2)).sum(1)
-    return total.reshape(table.index.shape[0], *x.shape[1:])
+    return total.reshape(table.gather.shape[0], *x.shape[1:])
 
 
 def is_eager() -> bool:

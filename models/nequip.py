@@ -13,7 +13,7 @@ from ddpkit.errors import InputError
 from ddpkit.models.geometry import wigner_3j
 from ddpkit.models.graph import Blocks, Graph, blocks_of, is_eager, pad_rows, sum_rows, table_of, unpad_rows
 from ddpkit.models.irreps import Features, Irrep, Irreps, Paths, product_irreps
-from ddpkit.models.kernels import KERNELS, order_by_neighbour
+from ddpkit.models.kernels import KERNELS, FlatConvolution, order_by_neighbour
 from ddpkit.models.mlp import MLP, silu
 from ddpkit.models.potential import Edges, Potential, Precision
 
@@ -152,7 +152,7 @@ def places_of(graph: Graph, numbers_of_paths: Iterable[int]) -> Places:
     exact = _on_cpu(graph.centre)
     blocks = blocks_of(graph.outgoing, graph.centre, graph.slot, exact=exact)
     incoming = blocks_of(graph.incoming, graph.neighbour, graph.incoming_slot, exact=exact)
-    edge = blocks.rows.index
+    edge = blocks.rows.gather
     # what is padded stays padded: one past the last place
     places = edge.shape[0] * edge.shape[1]
     slot = torch.cat((blocks.slot, blocks.slot.new_full((1,), places)))
@@ -564,8 +564,10 @@ class Layer(torch.nn.Module):
         embed_dim: width of the species' embedding.
         radial_dims: widths of the radial MLP up to its last hidden layer.
         self_connection: whether there is one.
-        kernels: of the convolution.
         dtype: of the weights.
+
+    Attributes:
+        kernel: another package's convolution, which computes in place of our own where it is set.
     """
 
     def __init__(
@@ -577,7 +579,6 @@ class Layer(torch.nn.Module):
         radial_dims: Sequence[int],
         *,
         self_connection: bool,
-        kernels: Kernels,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -587,9 +588,7 @@ class Layer(torch.nn.Module):
         conv_out = self.gate.irreps_in
         self.linear_in = Linear(irreps_in, irreps_in, dtype)
         self.convolution = Convolution(irreps_in, l_max, conv_out)
-        self.kernel = None
-        if kernels != "ddpkit":
-            self.kernel = KERNELS[kernels](irreps_in, l_max, self.convolution.paths, self.convolution.irreps_out, dtype)
+        self.kernel: FlatConvolution | None = None
         self.radial = MLP([*radial_dims, sum(self.convolution.sizes)], "silu", dtype=dtype)
         self.linear_out = Linear(self.convolution.irreps_out, conv_out, dtype)
         self.self_connection = SelfConnection(irreps_in, embed_dim, conv_out, dtype) if self_connection else None
@@ -724,13 +723,20 @@ class NequIP(Potential):
                 type_embedding_dim,
                 [num_bessels, *[radial_width] * radial_depth],
                 self_connection=self_connection and n > 0,
-                kernels=kernels,
                 dtype=dtype,
             )
             self.layers.append(layer)
             irreps = layer.irreps_out
         self.kernels = kernels
         own = [cast("Layer", layer) for layer in self.layers]
+        if kernels != "ddpkit":
+            made: dict[Any, FlatConvolution] = {}
+            for layer in own:  # those alike share one, and its memory
+                parts = layer.convolution.irreps_in, layer.convolution.paths, layer.convolution.irreps_out
+                key = tuple(tuple(part.items()) for part in parts)
+                if key not in made:
+                    made[key] = KERNELS[kernels](parts[0], l_max, parts[1], parts[2], dtype)
+                layer.kernel = made[key]
         keys = sorted({key for layer in own for key in layer.convolution.paths.items()})
         self.coupling_keys = keys
         self.couplings = torch.nn.ModuleList([Coupling(ir, paths, l_max, dtype) for ir, paths in keys])
