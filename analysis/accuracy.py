@@ -5,6 +5,7 @@ Energies are in eV, forces in eV/Å where they come in, and in meV/atom and meV/
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -15,7 +16,12 @@ from matplotlib.figure import Figure
 from ddpkit.analysis.figures import BLUE, GREY, STYLE
 from ddpkit.analysis.runs import NDArray
 from ddpkit.analysis.tables import Table, number
+from ddpkit.errors import InputError
 
+SHOWN = (
+    "energy_mae_mev_per_atom", "energy_rmse_mev_per_atom", "forces_mae_mev_per_angstrom", "forces_rmse_mev_per_angstrom",
+)  # fmt: skip
+"""The columns that are read by people."""
 _MILLI = 1e3
 _POINTS = 4_000
 """More points than this are drawn as a density."""
@@ -124,14 +130,53 @@ def by_element(species: Sequence[str], sums: NDArray) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def subset_table(values: pd.DataFrame, notes: Sequence[str] = ()) -> Table:
-    """`by_subset` to be read."""
+def subset_table(values: pd.DataFrame, notes: Sequence[str] = (), beside: pd.DataFrame | None = None) -> Table:
+    """`by_subset` to be read.
+
+    Args:
+        values: of `by_subset`.
+        notes: sentences below.
+        beside: values of other models to stand in brackets: a column `subset`, and any of the columns of `values`. A subset
+            finds those whose name its own begins with, so that versions in names do not matter.
+    """
     rows = [
-        [str(row["subset"]), f"{row['frames']:,}", *(number(row[column]) for column in values.columns[3:7])]
+        [
+            str(row["subset"]),
+            f"{row['frames']:,}",
+            *(number(row[column]) + _beside(beside, str(row["subset"]), column) for column in SHOWN),
+        ]
         for _, row in values.iterrows()
     ]
     header = ("subset", "frames", "energy MAE", "energy RMSE", "forces MAE", "forces RMSE")
     return Table("Errors: energy in meV/atom, force components in meV/Å", header, rows, notes)
+
+
+def _beside(others: pd.DataFrame | None, subset: str, column: str) -> str:
+    """Another model's value in brackets; nothing where there is none."""
+    if others is None:
+        return ""
+    values = dict(zip(others["subset"], others.get(column, ()), strict=False))
+    names = [name for name in values if name == subset or (subset != "all" and subset.startswith(name))]
+    value = values[max(names, key=len)] if names else np.nan
+    return f" ({number(value)})" if np.isfinite(value) else ""
+
+
+def read_beside(path: Path) -> pd.DataFrame:
+    """Reads values that are to stand beside: an `accuracy.csv`, or published ones in its columns.
+
+    Raises:
+        InputError: it is no such table.
+    """
+    try:
+        others = pd.read_csv(path, dtype={"subset": str})
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read ({why}): give a CSV file such as accuracy.csv.") from error
+    if "subset" not in others or not set(SHOWN) & set(others.columns):
+        raise InputError(
+            f"{path} needs a column subset and some of {', '.join(SHOWN)}: give a CSV file such as accuracy.csv."
+        )
+    return others
 
 
 def element_table(values: pd.DataFrame) -> Table:

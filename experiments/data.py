@@ -10,7 +10,8 @@ import numpy as np
 from ddpkit.data.ase_files import AseFiles
 from ddpkit.data.builtin import RECIPES, generate, generated
 from ddpkit.data.mptrj import ENERGIES, MPtrj
-from ddpkit.data.prepared import Filters, PreparedSet
+from ddpkit.data.parts import SPLIT, split
+from ddpkit.data.prepared import TESTED, Filters, PreparedSet
 from ddpkit.data.preparing import Source, prepare
 from ddpkit.data.sampler import Sampler
 from ddpkit.data.spice import Spice
@@ -124,18 +125,20 @@ def _info(args: argparse.Namespace) -> None:
         f"work of the slowest of {args.ranks} ranks over the mean, global batch {batch_size}: "
         f"{before:.3f} in equal numbers of frames, {after:.3f} balanced by edges"
     )
+    if len(frames) >= len(SPLIT):
+        sizes = " / ".join(f"{len(part):,}" for part in split(len(frames), SPLIT))
+        print(f"split at random {':'.join(f'{100 * share:g}' for share in SPLIT)}: {sizes} to train, validate and test")
 
 
 def _described(frames: PreparedSet) -> str:
     """What a set holds and what was left out of it."""
     facts = frames.manifest
-    dropped = "".join(f"{count:,} dropped: {name}; " for name, count in facts["dropped"].items())
     sizes = f"{np.median(frames.atoms):g} in the median frame ({frames.atoms.min()} to {frames.atoms.max()})"
     periodic = "periodic" if frames.periodic else "not periodic"
     lines = [
         f"{frames.path}",
         f"labels: {facts.get('labels') or 'as in the files'}",
-        f"{facts['read']:,} frames read; {dropped}{len(frames):,} kept",
+        _selection(facts),
         f"{facts['atoms']:,} atoms, {sizes}; {facts['groups']:,} molecules or materials; {periodic}",
         f"{len(frames.species)} species: {' '.join(frames.species)}",
         f"{'subset':<50} {'frames':>10} {'atoms':>12}",
@@ -145,6 +148,16 @@ def _described(frames: PreparedSet) -> str:
     rows: list[tuple[Any, ...]] = sorted(zip(frames.subsets, counts, atoms, strict=True))
     lines += [f"{name or '(none)':<50} {count:>10,} {int(size):>12,}" for name, count, size in rows]
     return "\n".join(lines)
+
+
+def _selection(facts: dict[str, Any]) -> str:
+    """How many frames each filter left, in the order in which frames are tested."""
+    left = facts["read"]
+    parts = [f"{left:,} frames read"]
+    for name, count in sorted(facts["dropped"].items(), key=lambda item: TESTED.index(item[0])):
+        left -= count
+        parts.append(f"{count:,} dropped: {name}, {left:,} left")
+    return "; ".join(parts)
 
 
 def _cache() -> Path:

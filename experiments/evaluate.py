@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
@@ -55,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--torsion-reference", type=Path, metavar="FILE", help="reference energies for it (default: those of its own)"
     )
+    parser.add_argument(
+        "--beside", type=Path, metavar="FILE",
+        help="values to stand in brackets: another model's accuracy.csv, or published values in its columns",
+    )  # fmt: skip
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="frames to write out (default: %(default)s)")
     parser.add_argument(
         "--batch-size",
@@ -83,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
         config = _configuration(args.run)
         if config is None and args.data is None and args.torsion is None:
             raise InputError(f"{args.run} lies in no run folder, so its data are not known: give DATA too.")
+        beside = accuracy.read_beside(args.beside) if args.beside else None
         fragments = torsion.read_fragments(args.torsion, args.torsion_reference) if args.torsion else []
         model = load_model(args.run).to(here.device).requires_grad_(requires_grad=False)
     chosen = _open(args, config, model) if args.data is not None or config is not None else None
@@ -94,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
         found = evaluate(model, chosen.frames, chosen.indices, here, batch_size=args.batch_size, progress=True)
         with agree("writing the tables"):
             if here.is_first:
-                _tell_accuracy(chosen, found, out, _notes(args, chosen))
+                _tell_accuracy(chosen, found, out, _notes(args, chosen), beside)
                 _write_worst(chosen, found, model, here, out, args.worst)
     if fragments:
         _barriers(model, fragments, here, out, args)
@@ -158,10 +164,12 @@ def _notes(args: argparse.Namespace, chosen: Chosen) -> list[str]:
     dropped = chosen.frames.manifest["dropped"]
     left_out = "; ".join(f"{count:,} frames left out when it was prepared: {name}" for name, count in dropped.items())
     what = "all frames" if chosen.part == "all" else f"the {chosen.part} part"
+    brackets = [f"In brackets: {args.beside}."] if args.beside else []
     return [
         f"Weights: {checkpoint_of(args.run)}. Data: {what} of {args.data or chosen.frames.path}"
         + (f" ({left_out})" if left_out else "")
-        + "."
+        + ".",
+        *brackets,
     ]
 
 
@@ -173,10 +181,10 @@ def _errors(chosen: Chosen, found: Evaluation) -> accuracy.Frames:
     )  # fmt: skip
 
 
-def _tell_accuracy(chosen: Chosen, found: Evaluation, out: Path, notes: list[str]) -> None:
+def _tell_accuracy(chosen: Chosen, found: Evaluation, out: Path, notes: list[str], beside: pd.DataFrame | None) -> None:
     errors = _errors(chosen, found)
     values, elements = accuracy.by_subset(errors), accuracy.by_element(found.species, found.by_species)
-    shown = [accuracy.subset_table(values, notes), accuracy.element_table(elements)]
+    shown = [accuracy.subset_table(values, notes, beside), accuracy.element_table(elements)]
     tables.write(out, "accuracy", values, shown)
     tables.write_csv(out / "elements.csv", elements)
     reference = np.asarray(chosen.frames.array("energy")[found.indices])

@@ -114,7 +114,7 @@ def _train(
         folder.summarize(parameters=parameters, seconds_compile=trainer.step.seconds_compile)
         print(
             f"{setup.model_name(config)}: {parameters:,} parameters; "
-            f"{len(data.train)} frames to train on, {len(data.validation)} to validate; "
+            f"{len(data.train)} frames to train on, {len(data.validation)} to validate, {len(data.test)} to test; "
             f"{here.world_size} rank{'s' * (here.world_size > 1)} on {here.device.type}, "
             f"strategy {setup.strategy_name(config)}{', compiled' * config.compile}; "
             f"ready after {time.perf_counter() - started:.1f} s; {folder.path}",

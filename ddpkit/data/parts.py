@@ -7,10 +7,13 @@ from numpy.typing import NDArray
 
 from ddpkit.errors import InputError
 
+SPLIT = (0.9, 0.05, 0.05)
+"""Shares of the parts, as in the paper."""
+
 
 def split(
     frames: int,
-    fractions: Sequence[float] = (0.9, 0.05, 0.05),
+    fractions: Sequence[float] = SPLIT,
     seed: int = 0,
     groups: NDArray[np.int64] | None = None,
 ) -> list[NDArray[np.int64]]:

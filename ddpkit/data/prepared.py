@@ -48,6 +48,8 @@ _COLUMNS: dict[str, tuple[str, tuple[int, ...], bool]] = {
     "stress": ("<f8", (3, 3), False),
 }
 _PERIODIC = ("cell", "pbc", "stress")
+TESTED = ("charged", "unlabelled", "free atoms", "isolated atoms")
+"""Why frames are left out, in the order in which they are tested for it."""
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,21 @@ def test_tables_are_what_frames_predicted_one_by_one_give(folder, predictions, c
     assert (out / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_values_of_another_model_stand_beside(folder, capsys):
+    (folder / "published.csv").write_text("subset,energy_mae_mev_per_atom\na,1.25\nall,2.5\n")
+    ddpkit_eval(folder / "run", folder / "set.xyz", "--beside", folder / "published.csv", "--out", folder / "beside")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    beside = {
+        row[0]: [cell for cell in row if cell.startswith("(")] for row in rows if row and row[0] in ("a", "b", "all")
+    }
+    assert beside == {"a": ["(1.25)"], "b": [], "all": ["(2.50)"]}
+    (folder / "published.csv").write_text("set,mae\na,1.25\n")
+    with pytest.raises(InputError, match="needs a column subset"):
+        ddpkit_eval(
+            folder / "run", folder / "set.xyz", "--beside", folder / "published.csv", "--out", folder / "beside"
+        )
+
+
 def test_worst_frames_carry_labels_and_predictions(folder, predictions):
     ddpkit_eval(folder / "run", folder / "set.xyz", "--out", folder / "worst", "--worst", 3)
     forces_rmse = [np.sqrt(np.mean((f - frame.forces) ** 2)) for frame, _, f in predictions]
