@@ -136,7 +136,10 @@ def _train(
         "epochs": done.epoch,
         "bytes_per_step": trainer.step.sync.stats.bytes,
         "seconds_logging_per_row": trainer.seconds_logging,
+        "data_share": done.seconds_data / done.seconds_steps if done.seconds_steps else None,
     }
+    if done.seconds_steps:
+        print(f"waiting for data: {done.seconds_data / done.seconds_steps:.2%} of the step time", flush=True)
     if trainer.stopped_by is None:
         folder.summarize(status="finished", **facts)
     else:

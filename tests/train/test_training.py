@@ -52,6 +52,9 @@ def test_training_learns_and_leaves_a_whole_run_folder(ddpkit_run, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["steps"] == 360
+    assert 0 < summary["data_share"] < 0.5
+    assert summary["imbalance"] <= summary["imbalance_before"]
+    assert "waiting for data" in done.stdout
     environment = json.loads((run / "environment.json").read_text())
     assert environment["world_size"] == 2
     assert "parameters" in done.stdout
