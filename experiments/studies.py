@@ -11,6 +11,13 @@ class Arm:
     label: str
     overrides: tuple[str, ...]
 
+    def repeat(self, number: int) -> "Arm":
+        """Its first, second ... run: `new_seed`, `new_seed_2` ...; where it sets the seed, each has a seed of its own."""
+        if number == 1:
+            return self
+        own = [f"seed={int(word[5:]) + number - 1}" if word.startswith("seed=") else word for word in self.overrides]
+        return Arm(f"{self.label}_{number}", tuple(own))
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -33,7 +40,7 @@ class Scale:
         """Every run in order; repeats are labelled `standard_2`, `standard_3` ..."""
         runs = list(self.first)
         for repeat in range(1, (repeats or self.repeats) + 1):
-            runs += [Arm(a.label if repeat == 1 else f"{a.label}_{repeat}", a.overrides) for a in self.repeated]
+            runs += [arm.repeat(repeat) for arm in self.repeated]
         return runs
 
 

@@ -46,6 +46,15 @@ def test_the_new_seed_changes_the_seed_alone():
     assert changed == {"seed"}
 
 
+def test_each_run_with_a_new_seed_has_another_one():
+    scale = STUDIES["numerics"]["workstation"]
+    seeds = {arm.label: read([*scale.overrides, *arm.overrides]).seed for arm in scale.arms()}
+    new = [seed for label, seed in seeds.items() if label.startswith("new_seed")]
+    assert len(set(new)) == len(new) == scale.repeats
+    assert {seed for label, seed in seeds.items() if not label.startswith("new_seed")} == {seeds["baseline"]}
+    assert seeds["baseline"] not in new
+
+
 class Ended:
     """A process that is over."""
 
