@@ -63,6 +63,8 @@ def make_step(
     """
     if clip_norm is not None and not clip_norm > 0:
         raise InputError(f"clip_norm={clip_norm} is no bound for a norm: give a positive number or None.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("The model has no parameter to train: give one with requires_grad.")
     make = find_strategy(strategy)
     kind = make.func if isinstance(make, partial) else make
     gradients: Gradients
@@ -111,13 +113,14 @@ class Step:
     ) -> None:
         self.sync = sync
         self.module = sync.module
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = list(model.parameters())
         self._optimizer = optimizer
         self._gradients = gradients
         self._clip_norm = clip_norm
-        self._clock = Clock(self._parameters[0].device)
-        self.grad_norm = torch.zeros((), device=self._parameters[0].device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self._parameters[0].device)
+        device = self._parameters[0].device
+        self._clock = Clock(device)
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(self, batch: Any) -> Any:
         """Trains on a batch, or on a list of micro-batches with one communication.
@@ -188,12 +191,13 @@ class Step:
 
     def _update(self) -> None:
         """Clips and applies the gradient, unless it is not finite."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        trained = [p for p in self._parameters if p.requires_grad and p.grad is not None]
+        gradients = [p.grad for p in trained if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         not_finite = ~torch.isfinite(self.grad_norm)
         self.skipped += not_finite
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, self.grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, self._clip_norm, self.grad_norm)
         step_unless(self._optimizer, not_finite)
 
 

@@ -59,6 +59,11 @@ def main(overrides: Sequence[str]) -> None:
     launch.shutdown()
     if failure is not None:
         raise failure
+    if not step.differences:
+        raise ParityError(
+            "Nothing was compared: the compiled code holds for none of the batches tried, and training would run eagerly; use "
+            "compile=false, or larger frames."
+        )
 
 
 def table(differences: Sequence[Difference]) -> str:

@@ -1,5 +1,6 @@
 """Who is missing when a rank waits in vain."""
 
+import atexit
 import sys
 import threading
 import time
@@ -14,6 +15,18 @@ from ddpkit.errors import RankDisagreementError
 from ddpkit.launch import store, within
 
 TICK = 0.5  # seconds
+
+_threads: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Ends the threads while Python still runs: one that is inside the store when Python goes would abort the process."""
+    threads = dict(_threads)
+    for ended in threads.values():
+        ended.set()
+    for thread in threads:
+        thread.join(2.0)
 
 
 class Watch:
@@ -38,7 +51,9 @@ class Watch:
         self._call = 0
         self._told = ""
         self._ended = threading.Event()
-        threading.Thread(target=_look_after, args=(weakref.ref(self), self._ended), daemon=True).start()
+        thread = threading.Thread(target=_look_after, args=(weakref.ref(self), self._ended), daemon=True)
+        thread.start()
+        _threads[thread] = self._ended
 
     def close(self) -> None:
         """Ends the thread."""

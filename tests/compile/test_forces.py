@@ -99,3 +99,38 @@ def test_a_sabotaged_graph_is_refused(monkeypatch):
     monkeypatch.setattr(compiled_forces, "trace", sabotage)
     with pytest.raises(ParityError, match="'shift'"):
         ddpkit.compile_forces(Toy(), random_batch([4, 5]))
+
+
+class Cut(torch.nn.Module):
+    """Slices what it has computed, so that the compiler stores the slices otherwise in memory than eager code does."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first = torch.nn.Parameter(torch.randn(3, 24, generator=generator, dtype=torch.float64))
+        self.mix = torch.nn.Parameter(torch.randn(8, 24, generator=generator, dtype=torch.float64))
+
+    def forward(self, data):
+        positions = data["pos"].detach().requires_grad_()
+        a, b = (self.mix * 0.3).split([8, 16], 1)
+        x, y = (positions @ self.first).split([8, 16], 1)
+        energy = (torch.tanh(x @ a.t()) @ a).square().sum(1) + torch.tanh(y @ b.t()).sum(1)
+        (slope,) = torch.autograd.grad(energy.sum(), positions, create_graph=self.training)
+        return {"y": energy, "neg_dy": -slope}
+
+
+def test_what_is_kept_for_the_backward_code_may_lie_otherwise_than_in_the_trace(monkeypatch):
+    moved = []
+    honest = compiled_forces.strides_of
+
+    def strides_of(kernel, symbols):
+        found = honest(kernel, symbols)
+        moved.append((1, 8) in found)  # (1, 24) in the trace
+        return found
+
+    monkeypatch.setattr(compiled_forces, "strides_of", strides_of)
+    one, two = ({"pos": random_batch(sizes).positions} for sizes in ([6, 5], [4, 5]))
+    compiled = ddpkit.compile_forces(Cut(), one, examples=[two])
+    assert moved == [True]
+    assert compiled.differences
+    assert all(d.is_fine for d in compiled.differences)

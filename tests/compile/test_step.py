@@ -105,6 +105,8 @@ def test_parameters_unfrozen_later_are_trained(toy):
     step(batch)
     assert expected["frozen"].norm() > 0
     assert_gradients(model, expected)
+    trained = [expected[name] for name, p in model.named_parameters() if p.requires_grad and p.grad is not None]
+    torch.testing.assert_close(step.grad_norm, torch.nn.utils.get_total_norm(trained))
 
 
 @pytest.mark.parametrize("strategy", ["custom", "none", "ingraph", "standard", "overlap"])
@@ -217,6 +219,12 @@ def test_ingraph_refuses_what_it_cannot_do():
         ddpkit.make_sync("ingraph", model)
     with pytest.raises(InputError, match="buckets=0"):
         ddpkit.make_step(model, criterion, still(model), strategy="ingraph", compile=True, buckets=0)
+
+
+def test_a_model_without_anything_to_train_is_refused():
+    model = Toy().requires_grad_(requires_grad=False)
+    with pytest.raises(InputError, match="no parameter to train"):
+        ddpkit.make_step(model, criterion, None, strategy="custom")
 
 
 def test_the_loss_must_be_a_scalar():
