@@ -49,18 +49,25 @@ class Lifeline:
     def listening(self) -> Iterator[None]:
         """Inside, signals that announce an end are heeded at once, even while the main thread computes.
 
-        `mpirun` leaves the other ranks a quarter of a second when one has died; what is to be kept must be written by then.
+        SIGTERM and SIGUSR1 raise KeyboardInterrupt, where nobody else handles them as the trainer does. `mpirun` leaves the
+        other ranks a quarter of a second when one has died; what is to be kept must be written by then.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        before = signal.signal(signal.SIGCONT, lambda *_: None)  # only what is handled wakes the thread
+
+        def interrupt(number: int, _: object) -> None:
+            raise KeyboardInterrupt(f"{signal.Signals(number).name} came {self._when()}.")
+
+        handlers = {signal.SIGTERM: interrupt, signal.SIGUSR1: interrupt, signal.SIGCONT: lambda *_: None}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         try:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGCONT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             writer.close()
 
     def _listen(self, reader: socket.socket) -> None:

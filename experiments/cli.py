@@ -95,7 +95,7 @@ def _leave(work: Callable[[], None]) -> None:
             traceback.print_exc()
         _abandon(1, str(error), error)
     except KeyboardInterrupt as interrupt:
-        _abandon(130, "interrupted.", interrupt)
+        _abandon(130, str(interrupt) or "interrupted.", interrupt)
     except BrokenPipeError as error:
         _abandon(1, "", error)
     except Exception as error:  # noqa: BLE001  (the last place where it can be told)

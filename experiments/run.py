@@ -16,6 +16,7 @@ environment.json, steps.csv, epochs.csv, summary.json and checkpoints/.
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def main(overrides: Sequence[str]) -> None:
         None if config.device == "auto" else config.device, timeout=timedelta(seconds=config.train.timeout)
     )
     run_dir: Path | None = None  # once it is this run's
+    folder: RunFolder | None = None
     lifeline = Lifeline(here, lambda sentence: None if run_dir is None else record_failure(run_dir, sentence))
     try:
         with lifeline.listening():
@@ -73,8 +75,12 @@ def main(overrides: Sequence[str]) -> None:
             _train(config, here, folder, state, lifeline)
     except BaseException as error:
         failure = lifeline.explain(error)
+        why = str(failure) or type(failure).__name__
+        if folder is not None:
+            with suppress(InputError):  # a full disk, say
+                folder.summarize(status="failed", error=why)
         if run_dir is not None:
-            record_failure(run_dir, str(failure) or type(failure).__name__)
+            record_failure(run_dir, why)
         if failure is error:
             raise
         raise failure from error
