@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,8 @@ def build_model(spec: dict[str, Any], seed: int) -> nn.Module:
         InputError: it cannot be built so.
     """
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (for models that draw from it)
     try:
         model = instantiate(spec, _convert_="all")
     except (InstantiationException, TypeError) as error:
