@@ -33,7 +33,8 @@ class SphericalHarmonics(torch.nn.Module):
         with torch.device("cpu"):
             direction = torch.tensor([0.36, 0.48, 0.8], dtype=torch.float64)
             last = math.sqrt(3) * direction
-            slopes[0, :, 1:4] = math.sqrt(3) * torch.eye(3, dtype=torch.float64)
+            if l_max > 0:
+                slopes[0, :, 1:4] = math.sqrt(3) * torch.eye(3, dtype=torch.float64)
             for l in range(2, l_max + 1):
                 coupling = wigner_3j(l - 1, 1, l).reshape(-1, 2 * l + 1)
                 value = (last[:, None] * direction).reshape(-1) @ coupling

@@ -109,6 +109,7 @@ ALLEGRO = {
         f"l{l}-{'o3' if parity else 'so3'}-{layers}": {"l_max": l, "parity": parity, "num_layers": layers}
         for l, parity, layers in [(1, True, 1), (1, False, 3), (2, True, 2), (2, False, 2), (3, True, 3), (3, False, 2)]
     },
+    "l0": {"l_max": 0},
     "zbl": {"pair_potential": ZBL},
     "uncoupled": {"tp_path_channel_coupling": False, "readout_mlp_nonlinearity": "silu"},
     "backward-normalised": {"forward_normalize": False, "allegro_mlp_nonlinearity": "mish"},
@@ -121,6 +122,7 @@ NEQUIP = {
         f"l{l}-{'o3' if parity else 'so3'}-{layers}": {"l_max": l, "parity": parity, "num_layers": layers}
         for l, parity, layers in [(1, True, 1), (1, False, 4), (2, True, 3), (2, False, 2), (3, True, 2), (3, False, 3)]
     },
+    "l0": {"l_max": 0},
     "zbl": {"pair_potential": ZBL, "num_features": [8, 6, 4], "type_embed_num_features": 5},
     "readout": {"readout_mlp_hidden_layers_depth": 2, "readout_mlp_hidden_layers_width": 7, "radial_mlp_depth": 2},
     "pairs": {"per_edge_type_cutoff": PAIRS, "avg_num_neighbors": NEIGHBORS, "per_type_energy_shifts_trainable": True},
