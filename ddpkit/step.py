@@ -6,6 +6,7 @@
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from ddpkit.compile.objective import Criterion, loss_of, total
 from ddpkit.errors import InputError
 from ddpkit.sync import GradientSync, Strategy, find_strategy, make_sync
 from ddpkit.sync.ingraph import InGraphSync
+from ddpkit.sync.standard import StandardSync
 
 if TYPE_CHECKING:
     from ddpkit.compile.forces import CompiledForces
@@ -139,7 +141,8 @@ class Step:
                 output = self._gradients(batches)
             self._clock.mark("compute")
         else:
-            output = self._gradients(batches)
+            with self.sync.backward() if isinstance(self.sync, StandardSync) else nullcontext():
+                output = self._gradients(batches)
             self._clock.mark("compute")
             self.sync.synchronize()
         self._clock.mark("sync")

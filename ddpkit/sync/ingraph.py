@@ -121,7 +121,7 @@ class InGraphSync(GradientSync):
     def step(self) -> Iterator[None]:
         """Around each compiled step: what `synchronize()` is for other strategies."""
         self._calls += 1
-        with nullcontext() if self._watch is None else self._watch.waiting(self._calls):
+        with nullcontext() if self._watch is None else self._watch.waiting(self._calls, computes=True):
             yield
             if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
                 agreement.compare_parameters(self._module, self._calls)

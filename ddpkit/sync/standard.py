@@ -1,5 +1,7 @@
 """torch's own DistributedDataParallel."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,6 +83,12 @@ class StandardSync(GradientSync):
         logged = self._wrapper._get_ddp_logging_data()  # type: ignore[no-untyped-call]  # noqa: SLF001  (DDP tells of its buckets nowhere else)
         sizes = logged.get("rebuilt_bucket_sizes") or logged.get("bucket_sizes") or ""
         return len([size for size in str(sizes).split(",") if size.strip()])
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around forward and backward pass, where the wrapper communicates: if that fails, says which ranks are missing."""
+        with nullcontext() if self._watch is None else self._watch.waiting(self._calls + 1, computes=True):
+            yield
 
     def no_sync(self) -> Any:
         """Inside, gradients add up on each rank and nothing is communicated. The forward pass belongs inside as well."""

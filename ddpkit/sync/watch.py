@@ -60,8 +60,13 @@ class Watch:
         self._ended.set()
 
     @contextmanager
-    def waiting(self, call: int) -> Iterator[None]:
-        """Around what may wait for other ranks; turns a failure of the collective into one that says who is missing."""
+    def waiting(self, call: int, *, computes: bool = False) -> Iterator[None]:
+        """Around what may wait for other ranks; turns a failure of the collective into one that says who is missing.
+
+        Args:
+            call: number of the `synchronize()`.
+            computes: whether the model runs inside as well, whose own errors are left as they are.
+        """
         self._call = call
         self._since = time.monotonic()
         try:
@@ -69,6 +74,8 @@ class Watch:
         except (RankDisagreementError, FloatingPointError):
             raise
         except RuntimeError as error:
+            if computes and not _is_of_communication(error):
+                raise
             # Where rank 0, which holds the store, is stopped, asking takes for ever.
             if (sentence := within(10 * TICK, self.missing)) is None:
                 raise
@@ -124,6 +131,11 @@ class Watch:
         from mpi4py import MPI
 
         MPI.COMM_WORLD.Abort(2)
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo's errors are plain ones that name its source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _look_after(reference: "weakref.ref[Watch]", ended: threading.Event) -> None:

@@ -52,6 +52,42 @@ def test_a_rank_that_died_is_named_at_once():
     assert "number 3 for rank 1 (last heard of after" in str(raised.value)
 
 
+def leave_a_wrapped_step():
+    here = environment()
+    model = nn.Linear(4, 4)
+    step = ddpkit.make_step(
+        model, lambda y, _: y.square().mean(), torch.optim.SGD(model.parameters()), strategy="standard"
+    )
+    for number in range(3):
+        if here.rank == 1 and number == 2:
+            import os
+
+            os._exit(0)
+        step(torch.randn(2, 4))
+
+
+def test_a_rank_that_left_is_named_where_torchs_wrapper_communicates():
+    with pytest.raises(RankFailure) as raised:
+        run_ranks(leave_a_wrapped_step, 2, timeout=60)
+    assert "number 3 for rank 1 (last heard of after" in str(raised.value)
+
+
+def break_the_model():
+    model = nn.Linear(4, 4)
+    step = ddpkit.make_step(
+        model, lambda y, _: y.square().mean(), torch.optim.SGD(model.parameters()), strategy="standard"
+    )
+    try:
+        step(torch.randn(2, 5))
+    except RuntimeError as error:
+        return type(error) is RuntimeError and "shapes" in str(error)
+    return False
+
+
+def test_an_error_of_the_model_stays_what_it_is():
+    assert run_ranks(break_the_model, 2, timeout=60) == [True, True]
+
+
 MPI_PROGRAM = """
 import time, torch, ddpkit
 here = ddpkit.init_process_group()
@@ -73,7 +109,7 @@ def test_a_wait_inside_mpi_ends_too(tmp_path):
         env=variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 2, done.stderr
