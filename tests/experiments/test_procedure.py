@@ -26,6 +26,7 @@ def test_mptrj():
     config = read(["experiment=mptrj", *DATA])
     assert config.model.num_features == read(["model=nequip_xl", *DATA]).model.num_features
     assert (config.train.batch_size, config.loss.stress, config.tf32) == (640, 1.0, True)
+    assert config.data.split_by == "group"
 
 
 def test_what_is_said_wins_over_an_experiment():

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -118,3 +119,51 @@ def test_a_signal_to_one_rank_has_all_save_and_leave(overrides, tmp_path):
     assert "stopped by SIGTERM" in summary["error"]
     assert checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["step"] == summary["steps"]
     assert len(pd.read_csv(run / "steps.csv")) == summary["steps"]
+
+
+PROGRAM = """
+    import os, sys, time
+    from datetime import timedelta
+    import ddpkit, torch, torch.distributed as dist
+    from ddpkit.lifeline import Lifeline
+    here = ddpkit.init_process_group(device="cpu", timeout=timedelta(seconds=3))
+    lifeline = Lifeline(here, print)
+    lifeline.step = lambda: 5
+    try:
+        if here.rank == 1 and sys.argv[1] == "fails":
+            raise MemoryError("no room")
+        if here.rank == 1:
+            time.sleep(9)
+        else:
+            dist.all_reduce(torch.ones(1))
+    except Exception as error:
+        reason = lifeline.explain(error)
+        print(f"told {here.rank} {type(reason).__name__}: {reason}\\n", end="", flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "sentences"),
+    [
+        ("fails", ["RankLostError: Rank 1 failed at step 5: MemoryError: no room"] * 2),
+        ("hangs", ["RankLostError: At step 5 rank 1 (process"]),
+    ],
+)
+def test_all_ranks_learn_what_happened_to_one(what, sentences, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM))
+    command, variables = mpirun(2)
+    done = subprocess.run(
+        [*command, sys.executable, program, what],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("told"))
+    assert len(told) == len(sentences), done.stdout + done.stderr
+    for rank, (line, sentence) in enumerate(zip(told, sentences, strict=True)):
+        assert line.startswith(f"told {rank} {sentence}")
+    assert what == "fails" or "did not come to the others" in told[0]
