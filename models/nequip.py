@@ -145,9 +145,10 @@ class Places(NamedTuple):
     incoming: Blocks  # places in the flattened `blocks`, by neighbour
     weight: dict[int, Tensor]  # by number of paths, [blocks, paths, BLOCK]: rows of weights [edges * paths, channels]
     edge: dict[int, Tensor]  # by number of paths, [edges * paths]: the transpose
+    apart: bool  # whether nobody can ask for second derivatives by the harmonics
 
 
-def places_of(graph: Graph, numbers_of_paths: Iterable[int]) -> Places:
+def places_of(graph: Graph, numbers_of_paths: Iterable[int], *, apart: bool) -> Places:
     """Index tables of the convolution."""
     exact = _on_cpu(graph.centre)
     blocks = blocks_of(graph.outgoing, graph.centre, graph.slot, exact=exact)
@@ -173,6 +174,7 @@ def places_of(graph: Graph, numbers_of_paths: Iterable[int]) -> Places:
         by_neighbour,
         weight,
         back,
+        apart,
     )
 
 
@@ -202,7 +204,11 @@ class _Messages(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, None, *_MessagesGradient.apply(ctx.terms, ctx.places, grad, *ctx.saved_tensors)
+        x, *wz = ctx.saved_tensors
+        if ctx.places.apart:
+            first = len(ctx.terms)
+            wz = [*wz[:first], *(z.detach() for z in wz[first:])]
+        return None, None, *_MessagesGradient.apply(ctx.terms, ctx.places, grad, x, *wz)
 
 
 class _MessagesGradient(torch.autograd.Function):
@@ -211,7 +217,7 @@ class _MessagesGradient(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, terms: tuple[Term, ...], places: Places, grad: Tensor, x: Tensor, *wz: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.terms, ctx.places = terms, places
         ctx.save_for_backward(grad, x, *wz)
         ctx.set_materialize_grads(False)
@@ -236,6 +242,7 @@ class _MessagesGradient(torch.autograd.Function):
         by_x = torch.zeros_like(x) if by_x is None else by_x
         full = [torch.zeros_like(v) if by is None else by for v, by in zip(wz, by_wz, strict=True)]
         w, z, by_w, by_z = wz[: len(terms)], wz[len(terms) :], full[: len(terms)], full[len(terms) :]
+        wants_z = any(ctx.needs_input_grad[-len(terms) :])
         runs, for_grad = [], []
         for run in _runs(terms, places):
             parts, pieces = [], []
@@ -246,7 +253,9 @@ class _MessagesGradient(torch.autograd.Function):
                 product = _rows(torch.addcmul(wide * near_1, wide_1, near))
                 piece = torch.bmm(matrix, product)
                 pieces.append(_columns(terms[n], torch.baddbmm(piece, matrix_1, _rows(wide * near))))
-                for_z = torch.bmm(flat, product.transpose(1, 2)).reshape(z[n][run.blocks].shape)
+                for_z = None
+                if wants_z:
+                    for_z = torch.bmm(flat, product.transpose(1, 2)).reshape(z[n][run.blocks].shape)
                 shape = (*wide.shape[:3], *near.shape[3:])
                 pulled = torch.bmm(matrix.transpose(1, 2), flat).reshape(shape)
                 pulled_1 = torch.bmm(matrix_1.transpose(1, 2), flat).reshape(shape)
@@ -333,9 +342,9 @@ def _of_terms(terms: tuple[Term, ...], grad: Tensor, run: _Run) -> list[Tensor]:
     return [piece.reshape(-1, t.widest, t.channels) for t, piece in zip(terms, pieces, strict=True)]
 
 
-def _collect(terms: tuple[Term, ...], places: Places, runs: Sequence[Any]) -> tuple[Tensor, ...]:
+def _collect(terms: tuple[Term, ...], places: Places, runs: Sequence[Any]) -> tuple[Tensor | None, ...]:
     """The derivatives by x, w and z from those of runs: for each term `[blocks, BLOCK, width, channels]`,
-    `[blocks, paths, BLOCK, channels]`, and as z.
+    `[blocks, paths, BLOCK, channels]`, and as z or None.
     """
     for_x = _join([torch.cat([part[0].flatten(2) for part in parts], 2).flatten(0, 1) for parts in runs])
     for_x = sum_rows(sum_rows(for_x, places.incoming.rows), places.incoming.of_atom)
@@ -343,7 +352,8 @@ def _collect(terms: tuple[Term, ...], places: Places, runs: Sequence[Any]) -> tu
     for n, term in enumerate(terms):
         rows = _join([parts[n][1] for parts in runs]).flatten(0, 2).index_select(0, places.edge[term.paths])
         for_w.append(rows.reshape(-1, term.paths * term.channels))
-    return for_x, *for_w, *(_join([parts[n][2] for parts in runs]) for n in range(len(terms)))
+    for_z = [[parts[n][2] for parts in runs] for n in range(len(terms))]
+    return for_x, *for_w, *(None if parts[0] is None else _join(parts) for parts in for_z)
 
 
 def _over_paths(x: Tensor, wide: Tensor, total: Tensor | None = None) -> Tensor:
@@ -765,7 +775,8 @@ class NequIP(Potential):
         return self.readout(x[0, 1].squeeze(1)).squeeze(1)
 
     def _surroundings(self, edges: Edges) -> Surroundings:
-        places = places_of(edges.graph, sorted({len(paths) for _, paths in self.coupling_keys}))
+        numbers = sorted({len(paths) for _, paths in self.coupling_keys})
+        places = places_of(edges.graph, numbers, apart=edges.apart)
         harmonics = pad_rows(edges.harmonics, places.blocks.slot, places.blocks.rows.rows)
         coupled = {key: coupling(harmonics) for key, coupling in zip(self.coupling_keys, self.couplings, strict=True)}
         return Surroundings(coupled, places)

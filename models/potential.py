@@ -30,6 +30,7 @@ class Edges(NamedTuple):
     species: Tensor  # [atoms, species] one-hot
     radial: Tensor  # [edges, bessels], zero from the cutoff on
     harmonics: Tensor  # [edges, (l_max + 1)^2]
+    apart: bool  # whether nobody can ask for second derivatives by edge vectors
 
 
 class Potential(torch.nn.Module):
@@ -158,7 +159,7 @@ class Potential(torch.nn.Module):
             if apart:
                 vectors.requires_grad_()
             lengths = self._lengths(vectors, graph, batch.species)
-            atomic = self._energies(lengths, graph, batch.species)
+            atomic = self._energies(lengths, graph, batch.species, apart=apart)
             (slope,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
             if self.zbl:
                 # depends on no parameter: its slope is written down, not differentiated
@@ -191,13 +192,13 @@ class Potential(torch.nn.Module):
             inverse_cutoff = self.inverse_cutoffs[centre, neighbour].unsqueeze(1)
         return Lengths(length, vectors / length, length * inverse_cutoff, inverse_cutoff)
 
-    def _energies(self, lengths: "Lengths", graph: Graph, species: Tensor) -> Tensor:
+    def _energies(self, lengths: "Lengths", graph: Graph, species: Tensor, *, apart: bool) -> Tensor:
         """`[atoms]` float64, eV, without the repulsion of nuclei."""
         one_hot = (species.unsqueeze(1) == torch.arange(len(self.species), device=species.device)).to(self.dtype)
         envelope = polynomial_cutoff(lengths.scaled, self.polynomial_cutoff_p).to(self.dtype)
         radial = self.radial_basis(lengths.scaled).to(self.dtype) * envelope
         harmonics = self.spherical_harmonics(lengths.unit).to(self.dtype)
-        atomic = self.atomic_energies(Edges(graph, one_hot, radial, harmonics)).double()
+        atomic = self.atomic_energies(Edges(graph, one_hot, radial, harmonics, apart)).double()
         one_hot = one_hot.double()
         return one_hot @ self.shifts + (one_hot @ self.scales) * atomic
 
