@@ -172,12 +172,11 @@ def study(runs: Sequence[Run], warmup: int | None = None) -> Study:
         )
     repeats = [len({repeat for repeat, _ in keys}) for keys in times.values()]
     unit = "repeat" if min(repeats) >= FEWEST_REPEATS else "epoch"
-    late = _slow_start(times)
-    if late:
-        notes.append(late)
     ordered = sorted(times, key=_order)
     together = {(run.repeat, run.turns) for run in usable}
     in_turns = all(turns for _, turns in together) and len(together) == len({repeat for repeat, _ in together})
+    if not in_turns and (late := _slow_start(times)):
+        notes.append(late)
     return Study(
         {c: times[c] for c in ordered}, {c: members[c] for c in ordered}, used, unit, in_turns, steps, tuple(notes)
     )

@@ -232,8 +232,9 @@ def _side_by_side(numbered: Sequence[tuple[int, StudyRun]], total: int, epochs: 
                 turns.give(label, done)
                 turns.await_ready(label, done + 1, process)
             seconds = time.monotonic() - started
-        for label, process in processes.items():
+        for label in labels:
             turns.give(label, epochs)
+        for process in processes.values():
             process.wait()
     return [run for _, run in numbered if not run.has_finished()]
 
