@@ -227,7 +227,8 @@ def _effects(data: speed.Study) -> list[Table]:
     explained = (
         "Exposed communication: epoch time beyond strategy none, which computes the same and sends nothing. Interaction: "
         "compiled over eager, divided by the same of standard, less one. Growth: in percent of the smaller model's epoch. "
-        "Not resolved: the interval covers zero, so this hardware and these runs cannot tell."
+        "Not resolved: the interval covers zero, so this hardware and these runs cannot tell. One interval in twenty misses its "
+        "value by chance: among many, a single yes proves little."
     )
     return [
         Table(
