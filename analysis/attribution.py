@@ -26,8 +26,11 @@ _SOURCES = {
     ("deterministic",): "determinism",
     ("comm",): "reduction order",
 }
-_ORDER = ("none (rerun)", "scatter order", "reduction order", "compiler", "determinism", "new seed")
+_OTHER_GRAPH = "reduction order and compiler"
+_ORDER = ("none (rerun)", "scatter order", "reduction order", _OTHER_GRAPH, "compiler", "determinism", "new seed")
 _LOSSLESS = frozenset({"standard", "custom", "overlap"})
+# These act during the backward pass: compiled, they run a graph of the forces, the others one of the whole step.
+_DURING_BACKWARD = frozenset({"standard", "overlap"})
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,19 @@ def table(study: Study) -> pd.DataFrame:
         new_seed: list[tuple[int, int]] = []
         for pair in pairs:
             (same_seed if study.runs[pair[0]].seed == study.runs[pair[1]].seed else new_seed).append(pair)
-        rows.append(_row(study, _SOURCES[differing], differing, one, other, same_seed))
+        rows.append(_row(study, _source(differing, one, other), differing, one, other, same_seed))
         if one is other:
             rows.append(_row(study, "new seed", ("seed",), one, other, new_seed))
     found = sorted((row for row in rows if row), key=_order)
     return pd.DataFrame(found, columns=list(COLUMNS))
+
+
+def _source(differing: tuple[str, ...], one: _Settings, other: _Settings) -> str:
+    if differing == ("strategy",) and one.compiled:
+        during = {one.strategy in _DURING_BACKWARD, other.strategy in _DURING_BACKWARD}
+        if len(during) > 1 or "ingraph" in (one.strategy, other.strategy):
+            return _OTHER_GRAPH
+    return _SOURCES[differing]
 
 
 def _order(row: dict[str, Any]) -> tuple[int, bool]:
@@ -129,7 +140,7 @@ def _expected_zero(source: str, one: _Settings, other: _Settings, run: Run) -> b
         return False
     if source == "rerun":
         return True
-    # `none` averages nothing, so its ranks part ways; in `ingraph` the compiler sees another graph.
+    # `none` averages nothing, so its ranks part ways.
     lossless = {one.strategy, other.strategy} <= _LOSSLESS
     two_ranks = run.world_size is not None and run.world_size <= 2
     return source == "reduction order" and two_ranks and lossless

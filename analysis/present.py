@@ -108,7 +108,8 @@ def attribution(values: pd.DataFrame) -> Table:
         rows.append([row["source"], row["compared"], row["held"], str(row["pairs"]), *sizes, row["outcome"]])
     explained = (
         "MAE: mean over the pairs. Det.: under deterministic=true, which must make reruns agree to the last bit, and "
-        "lossless strategies too on at most two ranks, where a sum of gradients has one order."
+        "lossless strategies too on at most two ranks, where a sum of gradients has one order. Compiled, strategies that act "
+        "during the backward pass (standard, overlap), after it, or within the graph (ingraph) run different code."
     )
     return Table(
         "Attribution: pairs of runs that differ in one thing alone",

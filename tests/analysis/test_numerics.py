@@ -202,8 +202,21 @@ def test_attribution_pairs_runs_that_differ_in_one_thing(tmp_path):
     assert seed["mae"] == pytest.approx(1.0)
     assert rows.loc[("determinism", "on, off", "custom eager"), "pairs"] == 6
     # 9.0 stands apart in the compiled standard run alone: it pairs with one thing changed at a time.
-    assert rows.loc[("reduction order", "custom, standard", "compiled det."), "max_abs"] == pytest.approx(9.0)
+    compiled = rows.loc[("reduction order and compiler", "custom, standard", "compiled det.")]
+    assert compiled["max_abs"] == pytest.approx(9.0)
+    assert (compiled["expected_zero"], compiled["outcome"]) == (False, "differs")  # another graph, so no zero is due
     assert len(rows) == 8
+
+
+def test_compiled_strategies_of_one_graph_must_agree(tmp_path):
+    base = np.full(10, 0.5)
+    write_run(tmp_path, "baseline", base)
+    for strategy, added in (("standard", 0.0), ("overlap", 1e-9), ("ingraph", 1e-9)):
+        write_run(tmp_path, strategy, base + added, compile=True, deterministic=True, **{"strategy.name": strategy})
+    rows = _sources(tmp_path)
+    assert rows.loc[("reduction order", "standard, overlap", "compiled det."), "outcome"] == "NOT ZERO"
+    others = rows.loc["reduction order and compiler"]
+    assert sorted(others["outcome"]) == ["differs", "zero"]
 
 
 def test_attribution_cries_out_where_zero_is_due(tmp_path):
