@@ -91,6 +91,8 @@ def blocks_of(table: Table, ends: Tensor, slot: Tensor, *, exact: bool) -> Block
     first = torch.cat((last.new_zeros(1), last[:-1]))
     slot = slot + (first * BLOCK - torch.arange(atoms, device=slot.device) * most).index_select(0, ends)
     number = int(last[-1]) if exact else (edges + (BLOCK - 1) * atoms) // BLOCK
+    if isinstance(number, int):  # and not the size of a trace, in which there are edges
+        number = min(number, edges)
     rows = slot.new_full((number * BLOCK,), edges).scatter(0, slot, torch.arange(edges, device=slot.device))
     block = first.unsqueeze(1) + torch.arange((most + BLOCK - 1) // BLOCK, device=slot.device)
     of_atom = block.masked_fill(block >= last.unsqueeze(1), number)

@@ -47,6 +47,15 @@ def test_own_convolution_is_that_of_e3nn(batch, l_max, parity, on_cpu, monkeypat
         assert relative(a, b) < 1e-9
 
 
+def test_atoms_without_edges_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("ddpkit.models.nequip._on_cpu", lambda _: False)
+    model = make_model("nequip")
+    out = model(make_batch([make_frame(1), make_frame(1, seed=4)]))
+    assert out["forces"].abs().max() == 0
+    (out["energy"].sum() + out["forces"].square().sum()).backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_parts_do_not_matter(batch, monkeypatch):
     model = make_model("nequip")
     whole = model(batch)["forces"]
