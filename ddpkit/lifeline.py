@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError, RankLostError, unusable_path
 from ddpkit.launch import Environment, share, store, within
+from ddpkit.sync.watch import before_abort
 
 _ANSWER = 2.0  # seconds that the store may take, and that ranks get to sign
 
@@ -62,9 +63,11 @@ class Lifeline:
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        before_abort.append(self._keep)
         try:
             yield
         finally:
+            before_abort.remove(self._keep)
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)

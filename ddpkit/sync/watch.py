@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -15,6 +15,8 @@ from ddpkit.errors import RankDisagreementError
 from ddpkit.launch import store, within
 
 TICK = 0.5  # seconds
+before_abort: list[Callable[[str], None]] = []
+"""Called with the sentence, by a thread, before a watch ends the process."""
 
 _threads: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
@@ -43,7 +45,7 @@ class Watch:
     _made: ClassVar[int] = 0  # ranks make their strategies in the same order
 
     def __init__(self, timeout: float, *, aborts: bool) -> None:
-        self.timeout, self._aborts = timeout, aborts
+        self.timeout = timeout
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._store = dist.PrefixStore(f"watch/{Watch._made}", store())  # type: ignore[attr-defined]
         Watch._made += 1
@@ -51,9 +53,11 @@ class Watch:
         self._call = 0
         self._told = ""
         self._ended = threading.Event()
-        thread = threading.Thread(target=_look_after, args=(weakref.ref(self), self._ended), daemon=True)
-        thread.start()
-        _threads[thread] = self._ended
+        # Apart, because telling takes for ever where rank 0, which holds the store, is stopped.
+        for look in (Watch._tell, Watch._abort_when_due) if aborts else (Watch._tell,):
+            thread = threading.Thread(target=_look_after, args=(weakref.ref(self), self._ended, look), daemon=True)
+            thread.start()
+            _threads[thread] = self._ended
 
     def close(self) -> None:
         """Ends the thread."""
@@ -118,14 +122,15 @@ class Watch:
             return 0, "gone"
         return int(call), state
 
-    def _tick(self) -> None:
-        self._tell()
+    def _abort_when_due(self) -> None:
         since = self._since
-        if not self._aborts or since is None or time.monotonic() - since < self.timeout:
+        if since is None or time.monotonic() - since < self.timeout:
             return
-        sentence = (
-            self.missing() or f"Rank {self._rank} waited {self.timeout:.0f} s in synchronize() number {self._call}."
-        )
+        waited = f"Rank {self._rank} waited {self.timeout:.0f} s in synchronize() number {self._call}"
+        sentence = within(10 * TICK, lambda: self.missing() or f"{waited}.")
+        sentence = sentence or f"{waited}: rank 0, which holds the store, does not answer."
+        for tell in before_abort:
+            tell(sentence)
         sys.stderr.write(f"ddpkit: {sentence}\n")
         sys.stderr.flush()
         from mpi4py import MPI
@@ -138,13 +143,13 @@ def _is_of_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _look_after(reference: "weakref.ref[Watch]", ended: threading.Event) -> None:
+def _look_after(reference: "weakref.ref[Watch]", ended: threading.Event, look: Callable[[Watch], None]) -> None:
     while not ended.wait(TICK):
         watch = reference()
         if watch is None:
             return
         try:
-            watch._tick()  # noqa: SLF001  (its own thread)
+            look(watch)
         except RuntimeError:  # the store is gone: the run is ending
             return
         del watch
