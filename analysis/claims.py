@@ -17,8 +17,8 @@ from ddpkit.analysis.tables import number, span
 HOLDS = "holds"
 FAILS = "does not hold"
 OPEN = "cannot be told from these runs"
-_HERE = "here, where reruns agree to the last bit"
-_ELSEWHERE = "where reruns differ, the question is another one, and runs there must answer it"
+_NO_SPREAD = f"{OPEN}, in which reruns agree to the last bit"
+_ELSEWHERE = "there is no spread of reruns to hold this against: runs where reruns differ must answer it"
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,7 @@ def _equivalent(data: Trajectories, arm: str, claim: str, published: str) -> Cla
         reason = f"{arm} and all reruns agree to the last bit, so nothing is tested"
         return Claim(claim, published, f"{HOLDS}: identical", reason)
     if test.identical:
-        return Claim(
-            claim, published, f"{FAILS} {_HERE}", f"{arm} differs from them by {_size(data, test)}; {_ELSEWHERE}"
-        )
+        return Claim(claim, published, _NO_SPREAD, f"{arm} differs from them by {_size(data, test)}; {_ELSEWHERE}")
     reason = _measured(test, MARGIN) + _power_said(test) + _robustly(data, arm)
     verdict = HOLDS if test.below() else FAILS if test.above() else needed(test.more_runs())
     return Claim(claim, published, verdict, reason)
@@ -242,9 +240,7 @@ def _deviates(data: Trajectories) -> Claim:
         reason = "compiled and all reruns agree to the last bit, so nothing is tested"
         return Claim(claim, published, f"{FAILS}: identical", reason)
     if test.identical:
-        return Claim(
-            claim, published, f"{HOLDS} {_HERE}", f"compiled differs from them by {_size(data, test)}; {_ELSEWHERE}"
-        )
+        return Claim(claim, published, _NO_SPREAD, f"compiled differs from them by {_size(data, test)}; {_ELSEWHERE}")
     reason = _measured(test, MARGIN) + _robustly(data, "compiled")
     verdict = HOLDS if test.above() else FAILS if test.below() else needed(test.more_runs())
     return Claim(claim, published, verdict, reason)
