@@ -5,6 +5,7 @@
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -102,7 +103,8 @@ class Step:
         sync: the gradient synchronisation.
         module: what computes the forward pass (the strategy's wrapper where it has one).
         grad_norm: `[]`, norm of the global gradient of the last step, before clipping, on the model's device.
-        skipped: `[]` int64, how many updates were not applied because the gradient was not finite, on the model's device.
+        skipped: `[]` int64, how many updates were not applied because the gradient was not finite, on the model's device. On a
+            CPU each is a warning too; on a GPU the host would have to wait for that: look at this number now and then.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class Step:
     ) -> None:
         self.sync = sync
         self.module = sync.module
-        self._parameters = list(model.parameters())
+        self._names, self._parameters = zip(*model.named_parameters(), strict=True)
         self._optimizer = optimizer
         self._gradients = gradients
         self._clip_norm = clip_norm
@@ -202,6 +204,18 @@ class Step:
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, self._clip_norm, self.grad_norm)
         step_unless(self._optimizer, not_finite)
+        if not_finite.device.type == "cpu" and not_finite:
+            self._warn_of_skipped()
+
+    def _warn_of_skipped(self) -> None:
+        bad = [
+            name
+            for name, p in zip(self._names, self._parameters, strict=True)
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        what = f"The gradient of {bad[0]!r}{others}" if bad else "The norm of the gradient"
+        warnings.warn(f"{what} is NaN or infinite: the update was not applied.", stacklevel=4)
 
 
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:

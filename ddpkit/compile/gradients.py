@@ -72,6 +72,7 @@ class CompiledGradients:
         self._kind: tuple[bool, ...] = ()
         # whether the graph averages over ranks as well
         self._variants = {reduces: self._make_variants(examples, reduces) for reduces in (False, True)}
+        self._used: dict[bool, list[bool]] = {}  # which parameters have a gradient on any rank
         self._note_kind()
 
     def _make_variants(self, examples: Sequence[Any], reduces: bool) -> Variants[StepCode]:
@@ -109,6 +110,8 @@ class CompiledGradients:
         variants = self._variants[self._reduces(accumulates)]
         if not variants.codes:
             variants.prepare(batch)
+            if isinstance(self._sync, InGraphSync):
+                self._used[self._reduces(accumulates)] = self._sync.used_anywhere(variants.codes[-1].used)
 
     def _reduces(self, accumulates: bool) -> bool:
         return isinstance(self._sync, InGraphSync) and not accumulates
@@ -136,7 +139,7 @@ class CompiledGradients:
         if isinstance(self._sync, InGraphSync):
             if not reduces:
                 self._sync.average()
-            used = self._variants[reduces].codes[-1].used  # alike on all ranks, whichever of them ran eagerly
+            used = self._used[reduces]  # alike on all ranks, lest their optimizers do different things
         for parameter, view, there in zip(self._trained(), landing, used, strict=True):
             parameter.grad = view if there else None
         return total(results)

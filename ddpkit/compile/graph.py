@@ -7,7 +7,7 @@ compiler as it is: `torch.compile` would trace it twice again, by Dynamo and by 
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,15 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    SYMPY_INTERP,
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+)
 from torch.utils._sympy.printers import PythonPrinter
 
 from ddpkit.compile.layout import Layout, TensorLeaf
@@ -157,12 +162,25 @@ def trace(
         present[:] = [x is not None for x in results]
         return [x for x in results if x is not None]
 
-    with size_oblivious(), symbols.fake, enable_python_dispatcher():
+    with size_oblivious(), symbols.fake, enable_python_dispatcher(), _saying_what_cannot_be_traced():
         graph = make_fx(flat, decomposition_table=select_decomp_table(), tracing_mode="real")(primals, fake_tangents)
     graph = fx.GraphModule(graph, fx_graph_cse(graph.graph))
     graph.graph.eliminate_dead_code()
     values = iter([node.meta["val"] for node in output_of(graph).args[0]])  # type: ignore[union-attr]
     return Traced(graph, symbols, [*primals, *fake_tangents], [next(values) if there else None for there in present])
+
+
+@contextlib.contextmanager
+def _saying_what_cannot_be_traced() -> Iterator[None]:
+    """Turns a question about values, which a trace cannot answer, into one sentence."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+        asked = getattr(error, "func", None) or str(error).split("\n", 1)[0]
+        raise InputError(
+            f"The model cannot be compiled: what it does depends on the values of tensors ({asked}): leave out .item(), "
+            "comparisons that Python looks at, boolean indexing and TorchScript, or train with compile=False."
+        ) from error
 
 
 def _functional(x: Any) -> Any:
@@ -293,11 +311,18 @@ class Conditions:
         self._test = eval(source, dict(SYMPY_INTERP))  # noqa: S307  (printed by sympy from our own symbols)
         self._names = list(names.values())
 
-    def hold(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the graph may be used for these sizes."""
+    def hold(self, sizes: Mapping[str, int], ones: Collection[str] = ()) -> bool:
+        """Whether the graph may be used for these sizes.
+
+        Args:
+            sizes: by name.
+            ones: names for which 1 is taken to be right, besides those found so.
+        """
         values = [sizes[name] for name in self._names]
         small = [name for name, size in zip(self._names, values, strict=True) if size < 2]
-        if any(sizes[name] == 0 or (name in self.not_one and name not in self.ones) for name in small):
+        if any(
+            sizes[name] == 0 or (name in self.not_one and name not in self.ones and name not in ones) for name in small
+        ):
             return False
         return bool(self._test(*values))
 

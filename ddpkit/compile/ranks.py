@@ -48,3 +48,12 @@ def of_first_rank(sizes: Mapping[str, int]) -> dict[str, int]:
     shared.wait([key], PATIENT_TIMEOUT)
     theirs = json.loads(shared.get(key))
     return {name: theirs.get(name, size) for name, size in sizes.items()}
+
+
+def least_on_ranks(count: int) -> int:
+    """The smallest of the ranks' counts (one collective)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return count
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, count)
+    return min(counts)

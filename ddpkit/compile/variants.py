@@ -12,7 +12,8 @@ from ddpkit.batch import Batch
 from ddpkit.compile import parity
 from ddpkit.compile.graph import Conditions
 from ddpkit.compile.layout import Layout, describe, sizes_of
-from ddpkit.compile.ranks import in_turn, of_first_rank
+from ddpkit.compile.ranks import in_turn, least_on_ranks, of_first_rank
+from ddpkit.launch import agree
 
 _MOST = 8  # forms of batches; any further ones run eagerly
 
@@ -81,7 +82,8 @@ class Variants(Generic[C]):
         examples = [batch, *self._examples]
         sizes = of_first_rank(_tuned_for(examples))
         code = in_turn(lambda: self._trace(examples, sizes), self._lower)
-        self._check(code, examples)
+        with agree("comparing compiled with eager code"):
+            self._check(code, examples)
         self.codes = [code]
         self.seconds += time.perf_counter() - began
 
@@ -124,17 +126,19 @@ class Variants(Generic[C]):
 
     def _check(self, code: C, examples: Sequence[Any]) -> None:
         """Compares code with eager code; a size of 1 for which they differ is left to eager code."""
-        found: list[parity.Difference] = []
+        ready = []
         for batch in [sample for example in examples for sample in parity.samples(example)]:
             leaves, structure = pytree.tree_flatten(batch)
             sizes = code.layout.sizes(leaves, structure)
-            if sizes is None:
-                continue
+            ones = {name for name, size in (sizes or {}).items() if size == 1}
+            if sizes is not None and code.conditions.hold(sizes, ones):
+                ready.append((batch, leaves, sizes, ones))
+        if not self._grows:
+            ready = ready[: least_on_ranks(len(ready))]  # what averages over ranks is run equally often by all
+        found: list[parity.Difference] = []
+        for batch, leaves, sizes, ones in ready:
             before = code.conditions.ones
-            code.conditions.ones = before | {name for name, size in sizes.items() if size == 1}
-            if not code.conditions.hold(sizes):
-                code.conditions.ones = before
-                continue
+            code.conditions.ones = before | ones
             differences = self._compare(code, batch, leaves, sizes)
             if code.conditions.ones & code.conditions.not_one - before and not all(d.is_fine for d in differences):
                 code.conditions.ones = before

@@ -1,5 +1,6 @@
 """All-reduces as nodes of the compiled step."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import ClassVar
@@ -100,6 +101,22 @@ class InGraphSync(GradientSync):
         if end < body.numel():
             parts.append(body.new_zeros(body.numel() - end))
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def used_anywhere(self, used: Sequence[bool]) -> list[bool]:
+        """Which trained parameters have a gradient on any rank (one collective); warns of those that have none on this one."""
+        if self.world_size == 1:
+            return list(used)
+        flags = torch.tensor(used, dtype=torch.int32, device=self.flat[0].device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        anywhere = [bool(flag) for flag in flags.tolist()]
+        for (name, _), here, elsewhere in zip(self._named, used, anywhere, strict=True):
+            if elsewhere and not here:
+                warnings.warn(
+                    f"Parameter {name!r} has no gradient on rank {self.rank} but has one elsewhere: it counts as zero here.",
+                    stacklevel=4,
+                )
+        return anywhere
 
     @torch.no_grad()
     def average(self) -> None:

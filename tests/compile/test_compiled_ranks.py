@@ -1,10 +1,13 @@
 """Compiled steps on several ranks, each a process of its own."""
 
+import warnings
+
 import pytest
 import torch
 from toy import Toy, random_batch
 
 import ddpkit
+from ddpkit.errors import ParityError
 from ddpkit.testing import run_ranks
 
 SIZES = [[[6, 5], [4]], [[3, 7, 5], [9, 2]], [[5], [8, 4]]]  # frames by step and rank
@@ -135,6 +138,30 @@ def test_one_rank_compiles_and_the_others_read_its_cache(tmp_path):
     assert run_ranks(compile_and_count, 2, timeout=300, environment=cache) == [{"hit": 1, "miss": 0}] * 2
 
 
+def differ_on_one_rank():
+    from ddpkit.compile import gradients as module
+    from ddpkit.compile.parity import Difference
+
+    model = torch.nn.Linear(6, 1)
+    step = ddpkit.make_step(
+        model, lambda y, _: y.square().mean(), torch.optim.SGD(model.parameters()), strategy="ingraph", compile=True
+    )
+    if torch.distributed.get_rank() == 1:
+        module.parity.differences = lambda *_: [Difference("weight", 1.0, 1e-4, "6 rows")]
+    try:
+        step.prepare(torch.randn(6, 6))
+    except (RuntimeError, ParityError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_difference_on_one_rank_stops_all():
+    first, second = run_ranks(differ_on_one_rank, 2, timeout=300)
+    assert "Rank 1 failed in comparing compiled with eager code: ParityError" in first
+    for said in (first, second):
+        assert "'weight' by 1 relative" in said
+
+
 def break_one_rank():
     from ddpkit.compile import gradients as module
 
@@ -157,3 +184,38 @@ def test_a_rank_that_cannot_compile_stops_all():
     first, second = run_ranks(break_one_rank, 2, timeout=300)
     assert "Rank 1 failed in compiling the model: ValueError: no compiler here" in first
     assert "no compiler here" in second
+
+
+class Lopsided(torch.nn.Module):
+    """Has a layer that one rank alone uses."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+        self.a, self.b = torch.nn.Linear(6, 1), torch.nn.Linear(6, 1)
+
+    def forward(self, batch):
+        return self.a(batch["x"]) + (self.b(batch["x"]) if self.rank == 0 else 0)
+
+
+def train_lopsided():
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    model = Lopsided(rank)
+    step = ddpkit.make_step(
+        model, lambda y, _: y.square().mean(), torch.optim.AdamW(model.parameters()), strategy="ingraph", compile=True
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(10 * seed + rank)
+            step({"x": torch.randn(7 + rank, 6, generator=generator)})
+    told = [str(w.message) for w in said]
+    return [p.detach().numpy().tobytes() for p in model.parameters()], told
+
+
+def test_a_parameter_that_one_rank_uses_is_updated_on_all():
+    (one, told_one), (two, told_two) = run_ranks(train_lopsided, 2, timeout=300)
+    assert one == two
+    assert not any("b.weight" in said for said in told_one)
+    assert any("'b.weight' has no gradient on rank 1" in said for said in told_two)

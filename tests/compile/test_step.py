@@ -161,7 +161,8 @@ def test_a_bad_gradient_is_not_applied(compile_, fused):
     before = [p.detach().clone() for p in model.parameters()]
     batch = random_batch([4, 5])
     batch.energy[0] = torch.inf
-    step(batch)
+    with pytest.warns(UserWarning, match="'embedding'.*is NaN or infinite: the update was not applied"):
+        step(batch)
     assert step.skipped == 1
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, old)
@@ -232,6 +233,22 @@ def test_the_loss_must_be_a_scalar():
     step = ddpkit.make_step(model, lambda output, batch: output["energy"] - batch.energy, still(model), strategy="none")
     with pytest.raises(InputError, match="0-d"):
         step(random_batch([4, 5]))
+
+
+class Asking(Toy):
+    """Lets Python look at a value."""
+
+    def forward(self, batch):
+        assert batch.positions.sum().item() < 1e9
+        return super().forward(batch)
+
+
+def test_a_model_that_asks_for_values_is_refused_in_a_sentence():
+    model = Asking()
+    step = ddpkit.make_step(model, criterion, still(model), strategy="none", compile=True)
+    with pytest.raises(InputError, match=r"depends on the values.*compile=False") as raised:
+        step(random_batch([4, 5]))
+    assert "\n" not in str(raised.value)
 
 
 def train_once():
