@@ -1,4 +1,5 @@
 import pytest
+import torch
 import torch.distributed as dist
 
 
@@ -9,3 +10,11 @@ def no_process_group_is_left_behind():
         from ddpkit import launch
 
         launch.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def the_default_dtype_is_put_back():
+    """nequip makes float64 the default of the whole process."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float32)
