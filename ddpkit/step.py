@@ -7,7 +7,6 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,8 +18,6 @@ from torch.utils import _pytree as pytree
 from ddpkit.compile.objective import Criterion, loss_of, total
 from ddpkit.errors import InputError
 from ddpkit.sync import GradientSync, Strategy, find_strategy, make_sync
-from ddpkit.sync.ingraph import InGraphSync
-from ddpkit.sync.standard import StandardSync
 
 if TYPE_CHECKING:
     from ddpkit.compile.forces import CompiledForces
@@ -138,14 +135,10 @@ class Step:
         batches = batch if isinstance(batch, list) else [batch]
         self.prepare(batches)
         self._clock.start()
-        if isinstance(self.sync, InGraphSync):
-            with self.sync.step():
-                output = self._gradients(batches)
-            self._clock.mark("compute")
-        else:
-            with self.sync.backward() if isinstance(self.sync, StandardSync) else nullcontext():
-                output = self._gradients(batches)
-            self._clock.mark("compute")
+        with self.sync.around_backward():
+            output = self._gradients(batches)
+        self._clock.mark("compute")
+        if self.sync.plain_loop:
             self.sync.synchronize()
         self._clock.mark("sync")
         self._update()
@@ -266,6 +259,7 @@ class EagerGradients:
         self, sync: GradientSync, criterion: Criterion, optimizer: Optimizer, core: "CompiledForces | None" = None
     ) -> None:
         self._sync, self._criterion, self._optimizer, self._core = sync, criterion, optimizer, core
+        self._parameters = list(sync.module.parameters())
 
     @property
     def seconds(self) -> float:
@@ -302,8 +296,7 @@ class EagerGradients:
     def _trained(self) -> list[Tensor]:
         """Everything that may be trained: the module's parameters, and others that the optimizer has."""
         groups = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
-        both = itertools.chain(self._sync.module.parameters(), groups)
-        return [p for p in dict.fromkeys(both) if p.requires_grad]
+        return [p for p in dict.fromkeys(itertools.chain(self._parameters, groups)) if p.requires_grad]
 
 
 class Clock:

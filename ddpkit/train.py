@@ -115,7 +115,7 @@ class Heartbeat:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending: tuple[Callable[[], np.ndarray], Any] | None = None
+        self._pending: tuple[Tensor, Tensor, Any, Any, Any] | None = None
 
     def send(self, values: Tensor, note: Any) -> None:
         """Starts gathering `values` `[k]` float64; `note` comes back with the result."""
@@ -125,40 +125,28 @@ class Heartbeat:
             everyone = values.new_empty((dist.get_world_size(), len(values)))
             work = dist.all_gather(list(everyone.unbind()), values, async_op=True)
         computed = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
-        self._pending = ((lambda: self._arrived(values, everyone, work, computed)), note)
+        self._pending = values, everyone, work, computed, note
 
     def receive(self) -> tuple[np.ndarray, Any] | None:
         """The gather under way, `[ranks, k]`, with its note; None where nothing was sent."""
         if self._pending is None:
             return None
-        arrived, note = self._pending
+        values, everyone, work, computed, note = self._pending
         self._pending = None
-        return arrived(), note
-
-    def _arrived(self, values: Tensor, everyone: Tensor, work: Any, computed: Any) -> np.ndarray:
-        """Waits for a gather, and for nothing else on the device.
-
-        `work.wait()` gives the memory that NCCL works in back to the training stream, which has not waited for NCCL. So it comes
-        after the host has seen the end of the gather.
-
-        Args:
-            values: what was sent; held until now since NCCL reads it.
-            everyone: `[ranks, k]` what is received.
-            work: the gather; None where there is one rank.
-            computed: event on the training stream after `values`; None on a CPU.
-        """
-        del values
         if self._side is None:
             if work is not None:
                 work.wait()
-            return everyone.numpy()
+            return everyone.numpy(), note
+        # `work.wait()` gives the memory that NCCL works in back to the training stream, which has not waited for NCCL: so it
+        # comes after the host has seen the end of the gather.
         while work is not None and not work.is_completed():
             time.sleep(POLL)
+        del values  # which NCCL has read
         with torch.cuda.stream(self._side):
             self._side.wait_event(computed)
             if work is not None:
                 work.wait()
-            return everyone.cpu().numpy()
+            return everyone.cpu().numpy(), note
 
 
 class Trainer:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import ClassVar
@@ -66,6 +66,7 @@ class GradientSync:
 
     comms: ClassVar[tuple[str, ...]] = ("torch",)
     separable: ClassVar[bool] = True  # whether compute and communication can be told apart by a clock
+    plain_loop: ClassVar[bool] = True  # whether `synchronize()` averages; if not, the compiled step does
 
     def __init__(self, module: nn.Module, *, comm: str = "torch", timeout: float = 600.0, check_every: int = 0) -> None:
         if comm not in self.comms:
@@ -117,6 +118,10 @@ class GradientSync:
         work = self.comm.all_reduce(tensor)
         if work is not None:
             work.wait()
+
+    def around_backward(self) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a step, for strategies that communicate meanwhile."""
+        return nullcontext()
 
     def synchronize(self) -> None:
         """Makes every `.grad` the mean over ranks; does nothing inside `no_sync()`.

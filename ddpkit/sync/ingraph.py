@@ -135,7 +135,7 @@ class InGraphSync(GradientSync):
         return filled
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def around_backward(self) -> Iterator[None]:
         """Around each compiled step: what `synchronize()` is for other strategies."""
         self._calls += 1
         with nullcontext() if self._watch is None else self._watch.waiting(self._calls, computes=True):

@@ -85,8 +85,8 @@ class StandardSync(GradientSync):
         return len([size for size in str(sizes).split(",") if size.strip()])
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Around forward and backward pass, where the wrapper communicates: if that fails, says which ranks are missing."""
+    def around_backward(self) -> Iterator[None]:
+        """Where the wrapper communicates: if that fails, says which ranks are missing."""
         with nullcontext() if self._watch is None else self._watch.waiting(self._calls + 1, computes=True):
             yield
 
