@@ -210,6 +210,11 @@ def within(seconds: float, ask: Callable[[], T]) -> T | None:
     return answers[0] if answers else None
 
 
+def is_of_communication(error: BaseException) -> bool:
+    """Whether a collective or the store failed; gloo's errors are plain ones that name its source file."""
+    return isinstance(error, (dist.DistError, ConnectionError)) or "gloo" in str(error)
+
+
 _agreements = 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError, RankLostError, unusable_path
-from ddpkit.launch import Environment, share, store, within
+from ddpkit.launch import Environment, is_of_communication, share, store, within
 from ddpkit.sync.watch import before_abort
 
 _ANSWER = 2.0  # seconds that the store may take, and that ranks get to sign
@@ -126,7 +126,7 @@ class Lifeline:
         deadline = time.monotonic() + 0.2  # a process that has just been killed may not be gone yet
         while not (gone := self._gone()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        if not gone and _is_communication(error):
+        if not gone and (is_of_communication(error) or isinstance(error, RankDisagreementError)):
             gone = self._unsigned() if told is not None else "rank 0, which holds the store, does not answer"
         if not gone:
             return None
@@ -173,14 +173,6 @@ class Lifeline:
     def _sentence(self, gone: str) -> str:
         when = self._when()
         return f"{when[0].upper()}{when[1:]} {gone}; resume goes on from the last checkpoint."
-
-
-def _is_communication(error: BaseException) -> bool:
-    """Whether an error may come from other ranks being away."""
-    text = str(error).lower()
-    return any(
-        word in text for word in ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "waited", "peer")
-    )
 
 
 def _everywhere(error: Exception) -> Exception:

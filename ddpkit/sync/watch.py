@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.distributed as dist
 
 from ddpkit.errors import RankDisagreementError
-from ddpkit.launch import store, within
+from ddpkit.launch import is_of_communication, store, within
 
 TICK = 0.5  # seconds
 before_abort: list[Callable[[str], None]] = []
@@ -78,7 +78,7 @@ class Watch:
         except (RankDisagreementError, FloatingPointError):
             raise
         except RuntimeError as error:
-            if computes and not _is_of_communication(error):
+            if computes and not is_of_communication(error):
                 raise
             # Where rank 0, which holds the store, is stopped, asking takes for ever.
             if (sentence := within(10 * TICK, self.missing)) is None:
@@ -136,11 +136,6 @@ class Watch:
         from mpi4py import MPI
 
         MPI.COMM_WORLD.Abort(2)
-
-
-def _is_of_communication(error: RuntimeError) -> bool:
-    """Whether a collective failed; gloo's errors are plain ones that name its source file."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _look_after(reference: "weakref.ref[Watch]", ended: threading.Event, look: Callable[[Watch], None]) -> None:
