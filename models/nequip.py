@@ -19,7 +19,7 @@ from ddpkit.models.potential import Edges, Potential, Precision
 
 Kernels = Literal["ddpkit", "e3nn", "openequivariance"]
 
-BLOCK = 16  # atoms of one species that are multiplied at once
+GROUP = 16  # atoms of one species that are multiplied at once
 
 
 class Linear(torch.nn.Module):
@@ -49,7 +49,7 @@ class Linear(torch.nn.Module):
 class Groups(NamedTuple):
     """Atoms in blocks of one species each."""
 
-    atoms: Tensor  # [blocks, BLOCK] atoms, padded with the number of atoms
+    atoms: Tensor  # [blocks, GROUP] atoms, padded with the number of atoms
     slot: Tensor  # [atoms] where in the flattened `atoms` an atom stands
     present: Tensor  # [present] species that there are blocks of
     species: Tensor  # [blocks] place in `present`
@@ -71,14 +71,14 @@ def groups_of(one_hot: Tensor) -> Groups:
     member = one_hot.index_select(1, present).to(torch.int64)
     atoms, species = member.shape
     seen = member.cumsum(0)
-    last = ((member.sum(0) + BLOCK - 1) // BLOCK).cumsum(0)
+    last = ((member.sum(0) + GROUP - 1) // GROUP).cumsum(0)
     first = torch.cat((last.new_zeros(1), last[:-1]))
-    slot = ((first * BLOCK + seen - 1) * member).sum(1)
-    blocks = int(last[-1]) if exact else (atoms + BLOCK - 1) // BLOCK + species
-    table = slot.new_full((blocks * BLOCK,), atoms).scatter(0, slot, torch.arange(atoms, device=slot.device))
+    slot = ((first * GROUP + seen - 1) * member).sum(1)
+    blocks = int(last[-1]) if exact else (atoms + GROUP - 1) // GROUP + species
+    table = slot.new_full((blocks * GROUP,), atoms).scatter(0, slot, torch.arange(atoms, device=slot.device))
     number = torch.arange(blocks, device=slot.device)
     of_block = (number.unsqueeze(1) >= last).sum(1).clamp(max=species - 1)
-    return Groups(table.reshape(blocks, BLOCK), slot, present, of_block)
+    return Groups(table.reshape(blocks, GROUP), slot, present, of_block)
 
 
 class SelfConnection(torch.nn.Module):
@@ -117,7 +117,7 @@ class SelfConnection(torch.nn.Module):
         flat = torch.cat([x[ir].flatten(1) for ir in self.irreps], 1) * self.scale
         rows = pad_rows(flat, groups.slot, groups.atoms).split(sizes_in, 2)
         products = [
-            torch.bmm(part.reshape(-1, BLOCK * width, a), matrix.reshape(-1, a, b)).reshape(-1, BLOCK, width * b)
+            torch.bmm(part.reshape(-1, GROUP * width, a), matrix.reshape(-1, a, b)).reshape(-1, GROUP, width * b)
             for part, matrix, width, (a, b) in zip(rows, matrices, widths, self.shapes, strict=True)
         ]
         out = unpad_rows(torch.cat(products, 2), groups.slot, groups.atoms).split(sizes_out, 1)
