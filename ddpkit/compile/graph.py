@@ -15,6 +15,7 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 import torch._inductor.config as inductor_config
+import torch.compiler.config as compiler_config
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -23,8 +24,10 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.dependencies import StarDep, WeakDep
 from torch._inductor.exc import InductorError
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.scheduler import SchedulerNode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -34,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
 )
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.printers import PythonPrinter
 
 from ddpkit.compile.layout import Layout, TensorLeaf
@@ -228,7 +232,7 @@ def lower(
     """
     on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
     patched = inductor_config.patch(_ON_GPU if on_gpu else _ON_CPU)
-    with size_oblivious(), tracing(TracingContext(symbols.fake)), patched:
+    with size_oblivious(), tracing(TracingContext(symbols.fake)), patched, _order_kept():
         if inference:
             joint_graph_passes(graph)
         output = output_of(graph)
@@ -247,6 +251,29 @@ def lower(
                 if not (left and _removed_torn_library(error)):
                     raise
         raise AssertionError
+
+
+@contextlib.contextmanager
+def _order_kept() -> Iterator[None]:
+    """While compiling, a loop that is rewritten to fit another one still waits for what changes its inputs in place.
+
+    Torch up to 2.13 forgets that, and a sum of scattered values (`nn.Embedding`'s gradient) was read before anything had been
+    added to it (pytorch issues 185509 and 177631).
+    """
+    rewrite = SchedulerNode.recompute_size_and_body
+
+    def rewrite_in_order(node: SchedulerNode, *arguments: Any, **options: Any) -> None:
+        after = [dep for dep in node.read_writes.reads if isinstance(dep, StarDep | WeakDep)]
+        rewrite(node, *arguments, **options)
+        node.set_read_writes(node.read_writes.with_read(OrderedSet(after)).rename(node.mutation_renames))
+
+    tag = compiler_config.cache_key_tag + " in order"  # apart from what was compiled without
+    SchedulerNode.recompute_size_and_body = rewrite_in_order  # type: ignore[assignment, method-assign]
+    try:
+        with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            yield
+    finally:
+        SchedulerNode.recompute_size_and_body = rewrite  # type: ignore[method-assign]
 
 
 def strides_of(kernel: Kernel, symbols: Symbols) -> list[tuple[Any, ...] | None]:
