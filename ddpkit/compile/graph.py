@@ -41,6 +41,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.printers import PythonPrinter
 
 from ddpkit.compile.layout import Layout, TensorLeaf
+from ddpkit.compile.script import as_python, remedy
 from ddpkit.errors import InputError
 
 # On a CPU, Inductor would compute what is gathered anew at every place it is gathered to, one number at a time: NequIP's
@@ -146,7 +147,6 @@ def trace(
     symbols = Symbols(layout, sizes, {size for tensor in fixed for size in tensor.shape})
     fake_fixed = symbols.like(fixed)
     primals = [*symbols.sizes.values(), *symbols.leaves, *fake_fixed]
-    fake_tangents = [] if tangents is None else list(tangents(symbols))
     first_leaf, first_fixed = len(symbols.sizes), len(symbols.sizes) + len(symbols.leaves)
     present: list[bool] = []
 
@@ -166,8 +166,11 @@ def trace(
         present[:] = [x is not None for x in results]
         return [x for x in results if x is not None]
 
-    with size_oblivious(), symbols.fake, enable_python_dispatcher(), _saying_what_cannot_be_traced():
-        graph = make_fx(flat, decomposition_table=select_decomp_table(), tracing_mode="real")(primals, fake_tangents)
+    with _saying_what_cannot_be_traced(symbols):
+        fake_tangents = [] if tangents is None else list(tangents(symbols))
+        through = make_fx(flat, decomposition_table=select_decomp_table(), tracing_mode="real")
+        with size_oblivious(), symbols.fake, enable_python_dispatcher():
+            graph = through(primals, fake_tangents)
     graph = fx.GraphModule(graph, fx_graph_cse(graph.graph))
     graph.graph.eliminate_dead_code()
     values = iter([node.meta["val"] for node in output_of(graph).args[0]])  # type: ignore[union-attr]
@@ -175,16 +178,26 @@ def trace(
 
 
 @contextlib.contextmanager
-def _saying_what_cannot_be_traced() -> Iterator[None]:
-    """Turns a question about values, which a trace cannot answer, into one sentence."""
-    try:
-        yield
-    except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
-        asked = getattr(error, "func", None) or str(error).split("\n", 1)[0]
-        raise InputError(
-            f"The model cannot be compiled: what it does depends on the values of tensors ({asked}): leave out .item(), "
-            "comparisons that Python looks at, boolean indexing and TorchScript, or train with compile=False."
-        ) from error
+def _saying_what_cannot_be_traced(symbols: Symbols) -> Iterator[None]:
+    """Turns a question about values, and TorchScript that takes sizes for fixed ones, into one sentence."""
+    with as_python() as scripts:
+        try:
+            yield
+        except (
+            DataDependentOutputException,
+            DynamicOutputShapeException,
+            GuardOnDataDependentSymNode,
+            torch.jit.Error,
+        ) as error:
+            if scripts:
+                raise InputError(f"The model cannot be compiled: {remedy(scripts)}.") from error
+            asked = getattr(error, "func", None) or str(error).split("\n", 1)[0]
+            raise InputError(
+                f"The model cannot be compiled: what it does depends on the values of tensors ({asked}): leave out .item(), "
+                "comparisons that Python looks at and boolean indexing, or train with compile=False."
+            ) from error
+    if scripts and any(size.is_number for size in symbols.env.replacements.values()):
+        raise InputError(f"The model cannot be compiled for batches of other sizes than the first: {remedy(scripts)}.")
 
 
 def _functional(x: Any) -> Any:

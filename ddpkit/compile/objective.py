@@ -47,7 +47,8 @@ class Objective(nn.Module):
     def forward(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
         """What the criterion returned, and what the model did."""
         output = self.model(batch)
-        shown = {name: output[name] for name in _SHOWN if name in output} if isinstance(output, Mapping) else {}
+        named = output if isinstance(output, Mapping) else {}
+        shown = {name: named[name] for name in _SHOWN if isinstance(named.get(name), Tensor)}
         return self.criterion(output, batch), shown
 
 
