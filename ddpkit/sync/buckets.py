@@ -21,10 +21,22 @@ class Bucket:
         body: all slices, `[floats]`.
         wire: what is all-reduced: body and tail, `[floats + tail]`, in the dtype on the wire.
         tail: the end of `wire`.
+        scale: what gradients are multiplied by on their way to the wire.
+        one_by_one: whether each gradient is best brought there as it comes, while it is in the processor's cache.
+        awaited: places in `numbers` of gradients that have not arrived.
+        sums: of gradients on the wire that together are finite only if each of them is; where asked for.
+        launched: whether it travels.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], numbers: Sequence[int], tail: int, wire_dtype: torch.dtype | None
+        self,
+        parameters: Sequence[Tensor],
+        numbers: Sequence[int],
+        tail: int,
+        wire_dtype: torch.dtype | None,
+        *,
+        scale: float = 1.0,
+        check_finite: bool = False,
     ) -> None:
         mine = [parameters[n] for n in numbers]
         first = mine[0]
@@ -46,37 +58,61 @@ class Bucket:
         self.wire_body = self.wire[: starts[-1]]
         self.tail = self.wire[starts[-1] :]
         self.compressed = self.wire is not flat
-        self._large = not self.wire.is_cuda and starts[-1] > LARGE * len(mine)
+        self.scale = scale
+        self._factor = torch.tensor(scale, dtype=torch.float64)
+        self._check_finite = check_finite
+        self._sum_dtype = torch.float32 if self.wire.element_size() < 4 else None
+        self.one_by_one = not self.wire.is_cuda and starts[-1] > LARGE * len(mine)
+        self.begin()
+
+    def begin(self) -> None:
+        """Expects the gradients of a step."""
         self.launched = False
+        self.awaited = set(range(len(self.numbers)))
+        self.sums: list[Tensor] = []
+
+    def place(self, slot: int, gradient: Tensor | None) -> None:
+        """Brings one gradient, times `scale`, into `wire`; None counts as zero."""
+        wire = self.wire_views[slot]
+        self.awaited.discard(slot)
+        if gradient is None:
+            wire.zero_()
+            return
+        if gradient is not wire or self.scale != 1:
+            # one pass over memory where copying and scaling would be two
+            torch.mul(gradient.detach(), self._factor, out=wire)
+        if self._check_finite:
+            self._add_up(wire)
 
     @torch.no_grad()
-    def fill(self, gradients: Sequence[Tensor | None], scale: float) -> None:
-        """Brings this rank's gradients, times `scale`, into `wire`. A gradient that is its slice already needs no copy.
+    def fill(self, gradients: Sequence[Tensor | None]) -> None:
+        """Brings this rank's gradients, times `scale`, into `wire`, but for those that are there.
 
         Args:
             gradients: of the parameters `numbers`; None counts as zero.
-            scale: 1 over the number of ranks, or 1 where the collective averages.
         """
+        if self.one_by_one:
+            for slot in sorted(self.awaited):
+                self.place(slot, gradients[slot])
+            return
         from_elsewhere: list[Tensor] = []
         there: list[Tensor] = []
-        at_home = False
-        for gradient, view, wire in zip(gradients, self.views, self.wire_views, strict=True):
+        for gradient, wire in zip(gradients, self.wire_views, strict=True):
             if gradient is None:
                 wire.zero_()
-            elif gradient is view and wire is view:
-                at_home = True
-            else:
+            elif gradient is not wire:
                 from_elsewhere.append(gradient)
                 there.append(wire)
-        if not at_home and self._large and scale != 1:
-            factor = torch.tensor(scale, dtype=torch.float64)
-            for gradient, wire in zip(from_elsewhere, there, strict=True):
-                torch.mul(gradient, factor, out=wire)  # one pass over memory where copying and scaling would be two
-            return
         if there:
             torch._foreach_copy_(there, from_elsewhere)
-        if scale != 1:
-            self.wire_body.mul_(scale)
+        if self.scale != 1:
+            self.wire_body.mul_(self.scale)
+        if self._check_finite:
+            self._add_up(self.wire_body)
+
+    def _add_up(self, numbers: Tensor) -> None:
+        real = torch.view_as_real(numbers) if numbers.is_complex() else numbers
+        self.sums.append(real.sum(dtype=self._sum_dtype))
 
     @torch.no_grad()
     def unpack(self) -> None:

@@ -101,15 +101,23 @@ class FlatSync(GradientSync):
         self._unseen: tuple[Tensor, torch.cuda.Event | None, int] | None = None
         plan = self._plan(numbers)
         tail = len(numbers) + ROW * self.world_size
+        self._on_device = bool(plan) and self._all[plan[-1][0]].is_cuda
         self._buckets = [
-            Bucket(self._all, mine, tail if i == len(plan) - 1 else 0, self._wire_dtype) for i, mine in enumerate(plan)
+            Bucket(
+                self._all,
+                mine,
+                tail if i == len(plan) - 1 else 0,
+                self._wire_dtype,
+                scale=1.0 if self.comm.averages(self._all[mine[0]].device) else 1 / self.world_size,
+                check_finite=self._check_finite and not self._on_device,
+            )
+            for i, mine in enumerate(plan)
         ]
         self._works: list[Work | None] = []
         self._order = numbers
         if not self._buckets:
             return
         last = self._buckets[-1].wire
-        self._on_device = last.is_cuda
         self._template = torch.ones(tail, dtype=last.dtype, device=last.device)
         self._template[len(numbers) :] = 0
         self._missing: list[int] = []
@@ -129,7 +137,6 @@ class FlatSync(GradientSync):
             return self.reduce()
         if not self._buckets:
             return None
-        kept = [None if p.grad is None else p.grad.clone() for p in self._all] if stale else []
         gradients = self._gradients()
         for number, bucket in enumerate(self._buckets):
             if not bucket.launched:
@@ -140,14 +147,12 @@ class FlatSync(GradientSync):
         self._works = []
         for bucket in self._buckets:
             bucket.unpack()
-            bucket.launched = False
+            bucket.begin()
         self._deliver(gradients, stale=stale)
         if not stale:
             return None
-        for parameter, gradient in zip(self._all, kept, strict=True):
-            parameter.grad = gradient
         self._lay_out_anew()
-        return self.reduce()
+        return self.reduce()  # what is an average by now stays as it is
 
     def _stale(self) -> bool:
         """Whether other parameters are trained than at the last layout."""
@@ -165,40 +170,35 @@ class FlatSync(GradientSync):
         for n in self._order:
             gradient = gradients[n] = self._all[n].grad
             if gradient is not None and gradient.is_sparse:
-                raise InputError(
-                    f"Parameter {self._names[n]!r} has a sparse gradient: make its embedding with sparse=False."
-                )
+                self._refuse_sparse(n)
         return gradients
+
+    def _refuse_sparse(self, n: int) -> None:
+        raise InputError(f"Parameter {self._names[n]!r} has a sparse gradient: make its embedding with sparse=False.")
 
     def _launch(self, number: int, gradients: dict[int, Tensor | None], *, stale: bool = False) -> None:
         """Fills a bucket and starts its all-reduce."""
         bucket = self._buckets[number]
-        scale = 1.0 if self.comm.averages(bucket.wire.device) else 1 / self.world_size
-        bucket.fill([gradients[n] for n in bucket.numbers], scale)
-        if self._check_finite:
-            self._note_norms(number)
+        bucket.fill([gradients[n] for n in bucket.numbers])
+        if self._check_finite and self._on_device:
+            self._note_norms(bucket)
         if number == len(self._buckets) - 1:
-            self._fill_tail(gradients, scale, stale=stale)
+            self._fill_tail(gradients, stale=stale)
         bucket.launched = True
         self._works.append(self.comm.all_reduce(bucket.wire, overlapped=self.overlapped))
 
-    def _note_norms(self, number: int) -> None:
-        """Takes sums that are not finite if a gradient is not.
+    def _note_norms(self, bucket: Bucket) -> None:
+        """Takes a sum for each parameter that is not finite if its gradient is not.
 
-        On the CPU the host looks right after the collective and finds the parameter in the average, so one sum does. On a GPU it
-        looks when the average may be gone, so each parameter gets its own.
+        On the CPU the host looks right after the collective and finds the parameter in the average, so any sums do, such as the
+        buckets' own. On a GPU it looks when the average may be gone.
         """
-        bucket = self._buckets[number]
-        if self._on_device:
-            norms = torch._foreach_norm(bucket.wire_views, 1)  # noqa: SLF001  (as torch's own clipping does)
-            self._norms.update(zip(bucket.numbers, norms, strict=True))
-        else:
-            dtype = torch.float32 if bucket.wire.element_size() < 4 else None
-            self._norms[bucket.numbers[0]] = bucket.wire_body.sum(dtype=dtype) * 0
+        norms = torch._foreach_norm(bucket.wire_views, 1)  # noqa: SLF001  (as torch's own clipping does)
+        self._norms.update(zip(bucket.numbers, norms, strict=True))
 
-    def _fill_tail(self, gradients: dict[int, Tensor | None], scale: float, *, stale: bool) -> None:
+    def _fill_tail(self, gradients: dict[int, Tensor | None], *, stale: bool) -> None:
         """Writes which parameters have a gradient here, and what this rank says of itself."""
-        tail = self._buckets[-1].tail
+        tail, scale = self._buckets[-1].tail, self._buckets[-1].scale
         count = len(self._order)
         missing = [i for i, n in enumerate(self._order) if gradients[n] is None]
         if missing != self._missing:
@@ -218,7 +218,9 @@ class FlatSync(GradientSync):
             tail[:count].add_(flags)
             tail[start + BAD].copy_(flags.sum())
         else:
-            tail[start + BAD].copy_(torch.stack([n.to(device, torch.float32) for n in self._norms.values()]).sum())
+            sums = [x.to(device, torch.float32) for bucket in self._buckets for x in bucket.sums]
+            if sums:
+                tail[start + BAD].copy_(torch.stack(sums).sum().mul_(0))
 
     def _deliver(self, gradients: dict[int, Tensor | None], *, stale: bool) -> None:
         """Puts the slices in place, and looks at the flags: now where that is free or needed, else later."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpkit.errors import InputError, RankDisagreementError
-from ddpkit.sync.buckets import by_size
+from ddpkit.sync.buckets import Bucket, by_size
 from ddpkit.sync.flat import FlatSync
 
 MIB = 2**20
@@ -21,12 +21,14 @@ class OverlapSync(FlatSync):
     arrived in the first step on rank 0, and all ranks launch them in that order; what the backward pass leaves (unused
     parameters) `synchronize()` launches.
 
-    A gradient is read when it arrives: changing `.grad` between `backward()` and `synchronize()` has no effect on the average.
+    A gradient is taken when it arrives. Between `backward()` and `synchronize()` a `.grad` may already be on its way to the
+    average: leave it alone there.
 
     Args:
         module: any module.
         bucket_mb: size of a bucket, MiB.
-        first_bucket_mb: size of the first one, MiB: a small one begins to travel early.
+        first_bucket_mb: size of the first one, MiB: a small one begins to travel early. Where all gradients together are at most
+            twice as large, another collective would cost more than that saves, and they travel in one bucket.
         comm: `"torch"` or `"mpi"`.
         timeout: as in `GradientSync`.
         check_every: as in `GradientSync`.
@@ -73,35 +75,38 @@ class OverlapSync(FlatSync):
     def reduce(self) -> None:
         """Launches what has not been launched, waits, and puts the slices in place."""
         layout = self._buckets
-        super().reduce()
-        if self._arrivals is None and self._arrived and self._buckets is layout:
-            self._agree_on_order()
-        self._begin()
+        try:
+            super().reduce()
+            if self._arrivals is None and self._arrived and self._buckets is layout:
+                self._agree_on_order()
+        finally:
+            self._begin()
 
     def _plan(self, numbers: Sequence[int]) -> list[list[int]]:
         known = {n: i for i, n in enumerate(self._arrivals or [])}
         order = sorted(numbers, key=lambda n: (n not in known, known.get(n, -n)))  # until known: the last comes first
-        return by_size(self._all, order, *self._bytes)
+        first, others = self._bytes
+        whole = sum(self._all[n].nbytes for n in order)
+        return by_size(self._all, order, others if whole <= 2 * first else first, others)
 
     def _lay_out(self) -> None:
         super()._lay_out()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for number, bucket in enumerate(self._buckets):
-            for n in bucket.numbers:
-                hook = self._all[n].register_post_accumulate_grad_hook(self._hook(n, number))  # type: ignore[no-untyped-call]
+        for bucket in self._buckets:
+            for slot, n in enumerate(bucket.numbers):
+                hook = self._all[n].register_post_accumulate_grad_hook(self._hook(n, bucket, slot))  # type: ignore[no-untyped-call]
                 self._hooks.append(hook)
         self._begin()
 
     def _begin(self) -> None:
         """Expects the gradients of a step."""
-        self._expected = [set(bucket.numbers) for bucket in self._buckets]
         self._next = 0
         self._held: bool | None = None
 
-    def _hook(self, n: int, number: int) -> Callable[[Tensor], None]:
-        def arrived(_: Tensor) -> None:
+    def _hook(self, n: int, bucket: Bucket, slot: int) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
             if self._paused:
                 return
             if self._held is None:
@@ -109,22 +114,31 @@ class OverlapSync(FlatSync):
                 self._held = self._stale()
             if self._held:
                 return
-            if self._buckets[number].launched:
+            if slot not in bucket.awaited:
                 raise RankDisagreementError(
                     f"Parameter {self._names[n]!r} received a second gradient before synchronize(): do all backward passes but "
                     "the last inside no_sync()."
                 )
+            bucket.awaited.remove(slot)
             if self._arrivals is None:
                 self._arrived.append(n)
-            self._expected[number].discard(n)
-            self._launch_ready()
+            gradient = parameter.grad
+            assert gradient is not None
+            if gradient.is_sparse:
+                self._refuse_sparse(n)
+            if bucket.one_by_one:
+                bucket.place(slot, gradient)
+                if not bucket.compressed:
+                    parameter.grad = bucket.views[slot]  # the next gradient takes the memory of this one
+            if not bucket.awaited:
+                self._launch_ready()
             self.comm.progress()
 
         return arrived
 
     def _launch_ready(self) -> None:
         """Launches complete buckets in order; a complete one behind an incomplete one waits, as on the other ranks."""
-        while self._next < len(self._buckets) and not self._expected[self._next]:
+        while self._next < len(self._buckets) and not self._buckets[self._next].awaited:
             last = self._next == len(self._buckets) - 1
             numbers = self._order if last else self._buckets[self._next].numbers
             self._launch(self._next, {n: self._all[n].grad for n in numbers})
