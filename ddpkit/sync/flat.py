@@ -80,7 +80,7 @@ class FlatSync(GradientSync):
     @property
     def views(self) -> dict[str, Tensor]:
         """The slice of each trainable parameter, by name. A compiled step may write gradients there."""
-        return {self._names[n]: view for b in self._buckets for n, view in zip(b.numbers, b.views, strict=True)}
+        return {self._names[n]: view for n, view in self._slices.items()}
 
     def close(self) -> None:
         """Lets go of the module and of the optimizers."""
@@ -97,7 +97,6 @@ class FlatSync(GradientSync):
         """Makes the buffers for the parameters that are trained now."""
         self._trained = [p.requires_grad for p in self._all]
         numbers = [n for n, trained in enumerate(self._trained) if trained]
-        self._position = {n: i for i, n in enumerate(numbers)}
         self._unseen: tuple[Tensor, torch.cuda.Event | None, int] | None = None
         plan = self._plan(numbers)
         tail = len(numbers) + ROW * self.world_size
@@ -113,6 +112,7 @@ class FlatSync(GradientSync):
             )
             for i, mine in enumerate(plan)
         ]
+        self._slices = {n: view for b in self._buckets for n, view in zip(b.numbers, b.views, strict=True)}
         self._works: list[Work | None] = []
         self._order = numbers
         if not self._buckets:
@@ -141,6 +141,8 @@ class FlatSync(GradientSync):
         for number, bucket in enumerate(self._buckets):
             if not bucket.launched:
                 self._launch(number, gradients, stale=stale)
+        self._hand_over(gradients)
+        del gradients
         for work in self._works:
             if work is not None:
                 work.wait()
@@ -148,7 +150,7 @@ class FlatSync(GradientSync):
         for bucket in self._buckets:
             bucket.unpack()
             bucket.begin()
-        self._deliver(gradients, stale=stale)
+        self._deliver(stale=stale)
         if not stale:
             return None
         self._lay_out_anew()
@@ -222,10 +224,16 @@ class FlatSync(GradientSync):
             if sums:
                 tail[start + BAD].copy_(torch.stack(sums).sum().mul_(0))
 
-    def _deliver(self, gradients: dict[int, Tensor | None], *, stale: bool) -> None:
-        """Puts the slices in place, and looks at the flags: now where that is free or needed, else later."""
+    def _hand_over(self, gradients: dict[int, Tensor | None]) -> None:
+        """Puts the slices in place while they travel."""
+        missing = {self._order[i] for i in self._missing}
+        for n, view in self._slices.items():
+            if gradients[n] is not view and n not in missing:
+                self._all[n].grad = view
+
+    def _deliver(self, *, stale: bool) -> None:
+        """Looks at the flags, now where that is free or needed, else later; puts in place what only other ranks have."""
         tail = self._buckets[-1].tail
-        present: list[bool] | None = None
         if self._on_device and self._guard.device_decides and not self._missing and not stale:
             self._flag_on_device(tail)
         else:
@@ -240,12 +248,9 @@ class FlatSync(GradientSync):
                 )
             if self._missing:
                 self._warn(present)
-        for bucket in self._buckets:
-            for n, view in zip(bucket.numbers, bucket.views, strict=True):
-                if present is not None and not present[self._position[n]]:
-                    self._all[n].grad = None
-                elif gradients[n] is not view:
-                    self._all[n].grad = view
+            for i in self._missing:
+                n = self._order[i]
+                self._all[n].grad = self._slices[n] if present[i] else None
 
     def _warn(self, present: list[bool]) -> None:
         """Tells once of each parameter that has a gradient on other ranks only."""
@@ -318,8 +323,7 @@ class FlatSync(GradientSync):
             return
         names = [self._names[n] for n, value in zip(self._order, values[:count], strict=True) if math.isnan(value)]
         if not self._on_device:
-            found = [(n, v) for b in self._buckets for n, v in zip(b.numbers, b.views, strict=True)]
-            names = [self._names[n] for n, v in found if not torch.isfinite(v).all()]
+            names = [name for name, view in self.views.items() if not torch.isfinite(view).all()]
         if not names:  # the sum overflowed, no gradient did
             return
         others = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
