@@ -27,6 +27,10 @@ def global_mean(local_sum: Tensor, global_count: Tensor | float) -> Tensor:
 class EnergyForcesLoss:
     """Weighted sum of mean squared errors of energy per atom, force components and stress components.
 
+    With `huber_delta`, an error e beyond it costs `huber_delta * (2 |e| - huber_delta)` in place of `e^2` (twice the function of
+    Huber, Ann. Math. Statist. 35, 73 (1964)): its gradient stays that of an error of `huber_delta`, so that a few frames with
+    forces a thousand times the usual ones cannot carry the whole step.
+
     Called with a model's output and its batch, returns this rank's share (`global_mean`) of `loss` and of its terms
     `loss_energy` [eV^2], `loss_forces` [eV^2/Å^2] and, with a stress weight, `loss_stress` [eV^2/Å^6], each 0-d. A frame whose
     stress is NaN has no such label and adds nothing.
@@ -35,6 +39,7 @@ class EnergyForcesLoss:
     energy: float = 1.0
     forces: float = 1.0
     stress: float = 0.0
+    huber_delta: float | None = None  # in the unit of each error: eV, eV/Å, eV/Å^3
 
     def __call__(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The loss and its unweighted terms."""
@@ -46,16 +51,22 @@ class EnergyForcesLoss:
         per_atom = (output["energy"] - batch.energy) / atoms.clamp(min=1)
         force_error = (output["forces"] - batch.forces) * real[:, None]
         terms = {
-            "loss_energy": global_mean(per_atom.square().sum(), frames_total),
-            "loss_forces": global_mean(force_error.square().sum(), 3 * _count(batch.atoms_total, real.sum())),
+            "loss_energy": global_mean(self._cost(per_atom).sum(), frames_total),
+            "loss_forces": global_mean(self._cost(force_error).sum(), 3 * _count(batch.atoms_total, real.sum())),
         }
         loss = self.energy * terms["loss_energy"] + self.forces * terms["loss_forces"]
         if self.stress and "stress" in output and batch.stress is not None:
             unlabelled = batch.stress.isnan()
             stress_error = torch.where(unlabelled, 0.0, output["stress"] - torch.where(unlabelled, 0.0, batch.stress))
-            terms["loss_stress"] = global_mean(stress_error.square().sum(), 9 * frames_total)
+            terms["loss_stress"] = global_mean(self._cost(stress_error).sum(), 9 * frames_total)
             loss = loss + self.stress * terms["loss_stress"]
         return {"loss": loss, **terms}
+
+    def _cost(self, error: Tensor) -> Tensor:
+        if self.huber_delta is None:
+            return error.square()
+        inside = error.clamp(-self.huber_delta, self.huber_delta)
+        return inside * (2 * error - inside)
 
 
 def _count(total: Tensor | None, local: Tensor) -> Tensor:

@@ -86,8 +86,10 @@ def make_step(
         sync = make_sync(strategy, model, comm=comm, **options)
     if compile:
         from ddpkit.compile.gradients import CompiledGradients
+        from ddpkit.compile.update import GraphUpdate
 
-        gradients = CompiledGradients(model, criterion, sync, tolerance, examples)
+        update = GraphUpdate(optimizer, clip_norm) if getattr(sync, "optimizer_in_graph", False) else None
+        gradients = CompiledGradients(model, criterion, sync, tolerance, examples, update)
     else:
         gradients = EagerGradients(sync, criterion, optimizer)
     return Step(model, optimizer, sync, gradients, clip_norm)
@@ -141,7 +143,10 @@ class Step:
         if self.sync.plain_loop:
             self.sync.synchronize()
         self._clock.mark("sync")
-        self._update()
+        if self._gradients.applied is None:
+            self._update()
+        else:
+            self._note(self._gradients.applied)
         self._clock.mark("optimizer")
         return output
 
@@ -191,24 +196,29 @@ class Step:
         """Clips and applies the gradient, unless it is not finite."""
         trained = [p for p in self._parameters if p.requires_grad and p.grad is not None]
         gradients = [p.grad for p in trained if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        not_finite = ~torch.isfinite(self.grad_norm)
-        self.skipped += not_finite
+        not_finite = self._note(torch.nn.utils.get_total_norm(gradients))
         if self._clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, self._clip_norm, self.grad_norm)
         step_unless(self._optimizer, not_finite)
+
+    def _note(self, norm: Tensor) -> Tensor:
+        """Takes down the norm of the gradient; returns whether it is not finite."""
+        self.grad_norm = norm
+        not_finite = ~torch.isfinite(norm)
+        self.skipped += not_finite
         if not_finite.device.type == "cpu" and not_finite:
             self._warn_of_skipped()
+        return not_finite
 
     def _warn_of_skipped(self) -> None:
         bad = [
             name
             for name, p in zip(self._names, self._parameters, strict=True)
-            if p.grad is not None and not torch.isfinite(p.grad).all()
+            if p.requires_grad and p.grad is not None and not torch.isfinite(p.grad).all()
         ]
         others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
         what = f"The gradient of {bad[0]!r}{others}" if bad else "The norm of the gradient"
-        warnings.warn(f"{what} is NaN or infinite: the update was not applied.", stacklevel=4)
+        warnings.warn(f"{what} is NaN or infinite: the update was not applied.", stacklevel=5)
 
 
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
@@ -238,6 +248,10 @@ class Gradients(Protocol):
     def differences(self) -> "list[Difference]":
         """What the checks of compiled against eager code have found."""
 
+    @property
+    def applied(self) -> Tensor | None:
+        """The norm of a gradient that has been applied already; None where that is still to do."""
+
     def prepare(self, batch: Any, *, accumulates: bool = False) -> None:
         """Does what has to be done once."""
 
@@ -259,6 +273,7 @@ class EagerGradients:
         self, sync: GradientSync, criterion: Criterion, optimizer: Optimizer, core: "CompiledForces | None" = None
     ) -> None:
         self._sync, self._criterion, self._optimizer, self._core = sync, criterion, optimizer, core
+        self.applied = None
         self._parameters = list(sync.module.parameters())
 
     @property

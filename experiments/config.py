@@ -41,7 +41,7 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "0 or more",
     ),
     (
-        ("train.timeout", "train.max_seconds", "train.clip_norm", "train.plateau.factor"),
+        ("train.timeout", "train.max_seconds", "train.clip_norm", "train.plateau.factor", "loss.huber_delta"),
         lambda value: value > 0,
         "greater than 0",
     ),
@@ -66,11 +66,12 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the mean squared errors."""
+    """Weights of the mean squared errors, and from which error on they grow linearly."""
 
     energy: float = 1.0
     forces: float = 1.0
     stress: float = 0.0
+    huber_delta: float | None = None
 
 
 @dataclass
@@ -153,7 +154,7 @@ def _check(config: DictConfig) -> None:
             value = OmegaConf.select(config, key)
             if value is not None and not fits(value):
                 raise InputError(f"{key}={value} is out of range: it must be {must}.")
-    if not any(config.loss.values()):
+    if not (config.loss.energy or config.loss.forces or config.loss.stress):
         raise InputError("All weights of the loss are 0: set loss.energy or loss.forces.")
     if config.data.source == "files" and config.data.path is None:
         raise InputError("data.path must be set with data=files: give a prepared set or a file that ASE reads.")

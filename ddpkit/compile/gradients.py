@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 
 from ddpkit.compile import parity
 from ddpkit.compile.graph import Conditions, Kernel, Traced, lower, trace
-from ddpkit.compile.layout import Layout, describe
+from ddpkit.compile.layout import Layout, describe, sizes_of
 from ddpkit.compile.objective import Criterion, Objective, State, loss_of, total, undisturbed
 from ddpkit.compile.parity import Difference
+from ddpkit.compile.update import GraphUpdate, compare_updates
 from ddpkit.compile.variants import Code, Variants
 from ddpkit.errors import InputError
 from ddpkit.sync.base import GradientSync
@@ -26,12 +27,13 @@ class StepCode(Code):
     """A compiled step.
 
     Attributes:
-        kernel: `sizes, leaves, state, targets -> leaves of the result, shown`.
+        kernel: `sizes, leaves, state, targets -> leaves of the result, shown, norm where the graph updates`.
         result: how the criterion's output is put together.
         is_tensor: which leaves of that are tensors.
         constants: those that are not.
         shown: names of the model's outputs that follow.
         used: which trained parameters have a gradient.
+        updates: whether the optimizer's step is part of it.
     """
 
     kernel: Kernel
@@ -40,6 +42,7 @@ class StepCode(Code):
     constants: list[Any]
     shown: list[str]
     used: list[bool]
+    updates: bool
 
 
 class CompiledGradients:
@@ -54,6 +57,10 @@ class CompiledGradients:
         sync: a strategy that acts after the backward pass, or `ingraph`.
         tolerance: of the parity gate; None for one that suits the dtypes.
         examples: batches of other shapes, to tell what varies in them and to check with.
+        update: the optimizer's step, where it is part of the graph that averages.
+
+    Attributes:
+        applied: `[]`, the norm of the last gradient before clipping, if the graph has applied it; else None.
     """
 
     def __init__(
@@ -63,7 +70,11 @@ class CompiledGradients:
         sync: GradientSync,
         tolerance: float | None = None,
         examples: Sequence[Any] = (),
+        update: GraphUpdate | None = None,
     ) -> None:
+        self._update = update
+        self._present = torch.ones(0, dtype=torch.bool)
+        self.applied: Tensor | None = None
         self._objective = Objective(model, criterion)
         self._modules = list(self._objective.modules())[1:]
         self._sync = sync
@@ -112,6 +123,14 @@ class CompiledGradients:
             variants.prepare(batch)
             if isinstance(self._sync, InGraphSync):
                 self._used[self._reduces(accumulates)] = self._sync.used_anywhere(variants.codes[-1].used)
+                self._set_present(self._used[self._reduces(accumulates)])
+
+    def _set_present(self, used: Sequence[bool]) -> None:
+        self._present = torch.tensor(used, device=self._trained()[0].device)
+
+    def _updates(self, reduces: bool) -> GraphUpdate | None:
+        """The optimizer's step, if it is part of the graph."""
+        return self._update if reduces else None
 
     def _reduces(self, accumulates: bool) -> bool:
         return isinstance(self._sync, InGraphSync) and not accumulates
@@ -119,6 +138,7 @@ class CompiledGradients:
     def __call__(self, batches: Sequence[Any]) -> Any:
         """Returns the criterion's output, detached and summed over the batches."""
         self.prepare(batches[0], accumulates=len(batches) > 1)
+        self.applied = None
         reduces = self._reduces(len(batches) > 1)
         landing = self._landing()
         used = [False] * len(landing)
@@ -140,6 +160,8 @@ class CompiledGradients:
             if not reduces:
                 self._sync.average()
             used = self._used[reduces]  # alike on all ranks, lest their optimizers do different things
+        if self._update is not None and self.applied is not None:
+            self._update.note()
         for parameter, view, there in zip(self._trained(), landing, used, strict=True):
             parameter.grad = view if there else None
         return total(results)
@@ -151,6 +173,11 @@ class CompiledGradients:
         if found is not None:
             code, sizes = found
             return self._compiled(code, leaves, sizes, self._targets(landing, reduces))
+        if self._updates(reduces):
+            raise InputError(
+                f"The compiled step does not hold for a batch of {describe(sizes_of(Layout.of([batch]), batch))}, and with "
+                "optimizer_in_graph there is no eager code to fall back on: leave that option out."
+            )
         result, shown, gradients = self._eager(batch)
         with torch.no_grad():
             for view, gradient in zip(landing, gradients, strict=True):
@@ -175,6 +202,8 @@ class CompiledGradients:
         ]
         with torch.no_grad():
             outputs = list(code.kernel(inputs))
+        if code.updates:
+            self.applied = outputs.pop()
         constants, values = iter(code.constants), iter(outputs)
         result = pytree.tree_unflatten(
             [next(values) if tensor else next(constants) for tensor in code.is_tensor], code.result
@@ -198,6 +227,9 @@ class CompiledGradients:
         for variants in self._variants.values():
             variants.clear()
         self._state = State(self._objective, [p for p in self._parameters if p.requires_grad])
+        if self._update is not None:
+            self._update.adopt(self._trained())
+            self._set_present([True] * self._state.trained)
         if not isinstance(self._sync, FlatSync | InGraphSync):
             self._own = [torch.empty_like(p) for p in self._trained()]
 
@@ -222,8 +254,11 @@ class CompiledGradients:
         return [views[name] for name in names]
 
     def _targets(self, landing: list[Tensor], reduces: bool) -> list[Tensor]:
-        """What the graph writes into."""
-        return self._sync.flat if reduces and isinstance(self._sync, InGraphSync) else landing
+        """What the graph writes into, besides the state."""
+        if not (reduces and isinstance(self._sync, InGraphSync)):
+            return landing
+        update = self._updates(reduces)
+        return [*self._sync.flat, *(update.tensors(self._present) if update else [])]
 
     # --- tracing, compiling, checking -----------------------------------------------------------------------------
 
@@ -245,15 +280,23 @@ class CompiledGradients:
             found["shown"] = list(shown)
             found["used"] = [gradient is not None for gradient in gradients]
             targets = fixed[len(state.names) :]
+            update = self._updates(reduces)
+            found["updates"] = update is not None
+            norm: list[Tensor] = []
             with torch.no_grad():
                 if reduces:
                     assert isinstance(self._sync, InGraphSync)
-                    self._sync.reduce_in_graph(gradients, targets)
+                    flat = targets[: len(self._sync.flat)]
+                    self._sync.reduce_in_graph(gradients, flat)
+                    if update is not None:
+                        slices = self._sync.slices(flat)
+                        averages = [slices[name] for name in self._names()]
+                        norm = [update(fixed[: state.trained], averages, flat, targets[len(flat) :])]
                 else:
                     for target, gradient in zip(targets, gradients, strict=True):
                         if gradient is not None:
                             target.copy_(gradient)
-            return [leaf.detach() for leaf in (*leaves, *shown.values()) if isinstance(leaf, Tensor)]
+            return [leaf.detach() for leaf in (*leaves, *shown.values(), *norm) if isinstance(leaf, Tensor)]
 
         fixed = [*state.tensors(), *self._targets(self._landing(), reduces)]
         return trace(function, layout, sizes, fixed), found
@@ -275,12 +318,24 @@ class CompiledGradients:
         with undisturbed(buffers) as before:
             eager = self._by_name(*self._eager(batch), names, reduces=reduces)
             eager |= self._state.moved(before)
-        with undisturbed([*buffers, *landing]) as before:
+        update = self._updates(reduces)
+        if update is not None:
+            assert isinstance(self._sync, InGraphSync)
+            self._set_present(self._sync.used_anywhere(code.used))
+        changed = [] if update is None else [*self._trained(), *update.tensors(self._present)]
+        with undisturbed([*buffers, *landing, *changed]) as before:
             result, shown, used = self._compiled(code, leaves, sizes, self._targets(landing, reduces))
             views = [view.clone() if there or reduces else None for view, there in zip(landing, used, strict=True)]
             mine = self._by_name(result, shown, views, names, reduces=False)
             mine |= self._state.moved(before[: len(buffers)])
-        return parity.differences(mine, eager, names, tolerance, describe(sizes))
+            updated = [p.detach().clone() for p in self._trained()] if update else []
+            averages = [view.clone() for view in landing] if update else []
+        more = []
+        if update is not None:
+            expected = update.expected(averages, self._present)
+            old = [p.detach() for p in self._trained()]
+            more = compare_updates(names, old, updated, expected, tolerance, describe(sizes))
+        return more + parity.differences(mine, eager, names, tolerance, describe(sizes))
 
     def _by_name(
         self,

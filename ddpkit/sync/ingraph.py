@@ -24,6 +24,9 @@ class InGraphSync(GradientSync):
     Args:
         module: any module.
         buckets: how many buckets, for each device and dtype.
+        optimizer_in_graph: trace the optimizer's update (Adam, AdamW or SGD) into the step as well. A batch that the compiled
+            code does not hold for is then an error, since a rank that updated by other code would drift away from the others.
+            `.grad` holds the average before clipping. Accumulated micro-batches are averaged and applied outside the graph.
         timeout: as in `GradientSync`.
         check_every: as in `GradientSync`.
     """
@@ -32,11 +35,19 @@ class InGraphSync(GradientSync):
     separable: ClassVar[bool] = False
 
     def __init__(
-        self, module: nn.Module, *, buckets: int = 1, comm: str = "torch", timeout: float = 600.0, check_every: int = 0
+        self,
+        module: nn.Module,
+        *,
+        buckets: int = 1,
+        optimizer_in_graph: bool = False,
+        comm: str = "torch",
+        timeout: float = 600.0,
+        check_every: int = 0,
     ) -> None:
         if buckets < 1:
             raise InputError(f"buckets={buckets}: give at least one.")
         self._count = buckets
+        self.optimizer_in_graph = optimizer_in_graph
         super().__init__(module, comm=comm, timeout=timeout, check_every=check_every)
 
     def attach(self) -> None:
@@ -67,6 +78,17 @@ class InGraphSync(GradientSync):
         found = {n: view for bucket in self._buckets for n, view in zip(bucket.numbers, bucket.views, strict=True)}
         return {name: found[n] for n, (name, _) in enumerate(self._named)}
 
+    def slices(self, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The slice of each trained parameter in tensors like the buckets, by operations that can be traced."""
+        found = {}
+        for bucket, body in zip(self._buckets, flat, strict=True):
+            for n, view in zip(bucket.numbers, bucket.views, strict=True):
+                start = int(view.storage_offset() - bucket.body.storage_offset())
+                order = _by_memory(view)
+                part = body[start : start + view.numel()].view([view.shape[d] for d in order])
+                found[self._named[n][0]] = part.permute([order.index(d) for d in range(view.dim())])
+        return found
+
     def reduce_in_graph(self, gradients: Sequence[Tensor | None], flat: Sequence[Tensor]) -> None:
         """Writes averaged gradients into the buckets, by operations that can be traced.
 
@@ -94,9 +116,9 @@ class InGraphSync(GradientSync):
             if start > end:
                 parts.append(body.new_zeros(start - end))
             gradient = gradients[n]
-            strides = view.stride()
-            by_memory = sorted(range(view.dim()), key=lambda d: -strides[d])
-            parts.append(body.new_zeros(view.numel()) if gradient is None else gradient.permute(by_memory).reshape(-1))
+            parts.append(
+                body.new_zeros(view.numel()) if gradient is None else gradient.permute(_by_memory(view)).reshape(-1)
+            )
             end = start + view.numel()
         if end < body.numel():
             parts.append(body.new_zeros(body.numel() - end))
@@ -144,6 +166,12 @@ class InGraphSync(GradientSync):
                 agreement.compare_parameters(self._module, self._calls)
         if self.world_size > 1:
             self._sent = sum(body.nbytes for body in self.flat), len(self._buckets)
+
+
+def _by_memory(view: Tensor) -> list[int]:
+    """The dimensions in the order in which they lie in memory."""
+    strides = view.stride()
+    return sorted(range(view.dim()), key=lambda d: -strides[d])
 
 
 def _cut(parameters: Sequence[Tensor], numbers: Sequence[int], parts: int) -> list[list[int]]:

@@ -122,13 +122,12 @@ class OverlapSync(FlatSync):
             bucket.awaited.remove(slot)
             if self._arrivals is None:
                 self._arrived.append(n)
-            gradient = parameter.grad
-            assert gradient is not None
-            if gradient.is_sparse:
+            gradient = parameter.grad  # None where compiled code has none for an unused parameter
+            if gradient is not None and gradient.is_sparse:
                 self._refuse_sparse(n)
             if bucket.one_by_one:
                 bucket.place(slot, gradient)
-                if not bucket.compressed:
+                if gradient is not None and not bucket.compressed:
                     parameter.grad = bucket.views[slot]  # the next gradient takes the memory of this one
             if not bucket.awaited:
                 self._launch_ready()

@@ -15,6 +15,7 @@ ARMS = {
     "custom": {},
     "ingraph": {},
     "ingraph_3": {"strategy": "ingraph", "buckets": 3},
+    "ingraph_optimizer": {"strategy": "ingraph", "optimizer_in_graph": True},
     "standard": {"find_unused_parameters": True},
     "overlap": {"bucket_mb": 1e-4, "first_bucket_mb": 1e-4},
 }
@@ -45,7 +46,13 @@ def train(here, arm, options, compile_):
         found.append({"loss": loss, "norm": step.grad_norm, **gradients(model)})
     two = [random_batch([4, 3], seed=5 + here, totals=(8, 26)), random_batch([6], seed=7 + here, totals=(8, 26))]
     step([*two, random_batch([4 - here, 3 + here][:1], seed=9 + here, totals=(8, 26))])
-    found.append({"norm": step.grad_norm, **gradients(model)})
+    found.append(
+        {
+            "norm": step.grad_norm,
+            **gradients(model),
+            **{f"{n}'": p.detach().clone() for n, p in model.named_parameters()},
+        }
+    )
     stats = step.sync.stats
     step.sync.close()
     return found, (stats.calls, stats.collectives)
@@ -108,7 +115,7 @@ def test_ranks_agree_to_the_bit(results, arm):
 
 def test_averages_in_the_graph_are_those_of_custom_to_the_bit(results):
     """What the graph computes locally is the same code; at two ranks a sum has one order."""
-    for arm in ("ingraph", "ingraph_3"):
+    for arm in ("ingraph", "ingraph_3", "ingraph_optimizer"):
         for one, two in zip(results[0]["custom"][0][:3], results[0][arm][0][:3], strict=True):
             for name in set(one) - {"norm", "unused"}:
                 if one[name] is not None:
