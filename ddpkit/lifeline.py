@@ -78,10 +78,13 @@ class Lifeline:
             if self._gone():
                 time.sleep(0.05)  # a process that was stopped with this one needs a moment to go on too
             if gone := self._gone():
-                sentence = self._sentence(gone)
+                told = self._told(0.1)  # by a rank that failed while this one was busy, and has said so itself
+                sentence = told[-1] if told else self._sentence(gone)
                 self._keep(sentence)
                 if not self._said:
                     self._said = True
+                    if told:
+                        continue
                     print(f"\nddpkit: {sentence}", file=sys.stderr, flush=True)  # after a progress bar
             elif signal.SIGTERM in numbers and self._here.is_first:
                 self._keep(f"SIGTERM came {self._when()}, and the run was ended before it could leave by itself.")
@@ -100,28 +103,28 @@ class Lifeline:
             return _everywhere(error)
         error = unusable_path(error) or error
         if isinstance(error, InputError):
-            self._tell("input", str(error))
-            return error
+            return self._tell("input", error)
         if cause := self._cause(error):
             return cause
         if isinstance(error, RankDisagreementError):
             return error
         text = f"Rank {self._here.rank} failed {self._when()}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        self._tell("failure", text)
-        return RankLostError(text)
+        return self._tell("failure", RankLostError(text))
 
-    def _tell(self, kind: str, text: str) -> None:
-        """Leaves word of this rank's error, and lets the others notice."""
-        within(_ANSWER, lambda: self._store.compare_set("failed", "", f"{kind}\n{text}"))
+    def _tell(self, kind: str, error: Exception) -> Exception:
+        """Leaves word of this rank's error, and lets the others notice. Whoever is first has to print it."""
+        word = f"{kind}\n{self._here.rank}\n{error}"
+        first = within(_ANSWER, lambda: self._store.compare_set("failed", "", word).decode())
         within(_ANSWER, dist.destroy_process_group)  # breaks what the others wait in
         if self._here.is_first:
             time.sleep(1.0)  # the store lives in this process
+        return _own(error) if first in (None, word) else _said(error)
 
     def _cause(self, error: BaseException) -> Exception | None:
         """What another rank said, or what happened to it."""
-        told = within(_ANSWER, lambda: self._store.get("failed").decode() if self._store.check(["failed"]) else "")
+        told = self._told(_ANSWER)
         if told:
-            kind, text = told.split("\n", 1)
+            kind, _, text = told
             return _said(InputError(text) if kind == "input" else RankLostError(text))
         deadline = time.monotonic() + 0.2  # a process that has just been killed may not be gone yet
         while not (gone := self._gone()) and time.monotonic() < deadline:
@@ -135,6 +138,14 @@ class Lifeline:
             return _said(lost)
         self._said = True
         return lost
+
+    def _told(self, seconds: float) -> tuple[str, ...] | None:
+        """Kind, rank and text of what another rank said before it left; empty if nothing, None where the store does not answer."""
+
+        def ask() -> tuple[str, ...]:
+            return tuple(self._store.get("failed").decode().split("\n", 2)) if self._store.check(["failed"]) else ()
+
+        return within(seconds, ask)
 
     def _gone(self) -> str:
         """The ranks of this host whose processes have ended or are stopped; empty where all are well."""
@@ -178,6 +189,12 @@ class Lifeline:
 def _everywhere(error: Exception) -> Exception:
     """Marks an error that every rank raises."""
     error.everywhere = True  # type: ignore[attr-defined]
+    return error
+
+
+def _own(error: Exception) -> Exception:
+    """Marks an error of this rank alone, which it has to print."""
+    error.own = True  # type: ignore[attr-defined]
     return error
 
 

@@ -109,12 +109,14 @@ def _leave(work: Callable[[], None]) -> None:
 def _abandon(code: int, sentence: str, error: BaseException) -> None:
     """Says why and leaves at once: an orderly end would wait in MPI for ranks that may wait for this one.
 
-    What every rank knows is said by rank 0 alone; the others give it the time to. `said` marks what has been said already.
+    What every rank knows is said by rank 0 alone; the others give it the time to. `said` marks what has been said already, `own`
+    what this rank alone knows.
     """
     rank = _rank()
     if getattr(error, "said", False):
         sentence = ""
-    if rank == 0 or (_is_running_with_others() and not getattr(error, "everywhere", False)):
+    own = getattr(error, "own", False)
+    if rank == 0 or own or (_is_running_with_others() and not getattr(error, "everywhere", False)):
         if sentence:
             print(f"ddpkit: {sentence}", file=sys.stderr)
     else:

@@ -167,3 +167,41 @@ def test_all_ranks_learn_what_happened_to_one(what, sentences, tmp_path):
     for rank, (line, sentence) in enumerate(zip(told, sentences, strict=True)):
         assert line.startswith(f"told {rank} {sentence}")
     assert what == "fails" or "did not come to the others" in told[0]
+
+
+FAILING = """
+    import os, sys, time
+    import ddpkit.loss
+    from ddpkit.experiments.cli import main
+
+    busy = float(sys.argv.pop(1))
+
+    class Loss(ddpkit.loss.EnergyForcesLoss):
+        calls = 0
+
+        def __call__(self, *arguments):
+            Loss.calls += 1
+            rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+            if Loss.calls == 3 and rank == 1:
+                raise MemoryError("no room")
+            if Loss.calls == 3:
+                time.sleep(busy)  # as a host does that waits for its GPU
+            return super().__call__(*arguments)
+
+    import ddpkit.experiments.setup
+    ddpkit.experiments.setup.EnergyForcesLoss = Loss
+    main()
+"""
+
+
+@pytest.mark.parametrize("busy", ["0", "3"])
+def test_the_error_of_one_rank_is_printed_once(busy, overrides, tmp_path):
+    program, run = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(textwrap.dedent(FAILING))
+    command, variables = mpirun(2)
+    words = [sys.executable, program, busy, "run", *overrides, f"run_dir={run}"]
+    done = subprocess.run([*command, *words], env=variables, capture_output=True, text=True, timeout=120, check=False)
+    said = [line for line in done.stderr.splitlines() if "ddpkit: " in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].endswith("ddpkit: Rank 1 failed at step 3: MemoryError: no room")
+    assert "Rank 1 failed at step 3" in json.loads((run / "summary.json").read_text())["error"]
