@@ -140,7 +140,7 @@ class Lifeline:
         return lost
 
     def _told(self, seconds: float) -> tuple[str, ...] | None:
-        """Kind, rank and text of what another rank said before it left; empty if nothing, None where the store does not answer."""
+        """Kind, rank and text of what another rank said; empty if nothing, None where the store does not answer."""
 
         def ask() -> tuple[str, ...]:
             return tuple(self._store.get("failed").decode().split("\n", 2)) if self._store.check(["failed"]) else ()
