@@ -81,11 +81,9 @@ class Lifeline:
                 told = self._told(0.1)  # by a rank that failed while this one was busy, and has said so itself
                 sentence = told[-1] if told else self._sentence(gone)
                 self._keep(sentence)
-                if not self._said:
-                    self._said = True
-                    if told:
-                        continue
+                if not (told or self._said):
                     print(f"\nddpkit: {sentence}", file=sys.stderr, flush=True)  # after a progress bar
+                self._said = True
             elif signal.SIGTERM in numbers and self._here.is_first:
                 self._keep(f"SIGTERM came {self._when()}, and the run was ended before it could leave by itself.")
 

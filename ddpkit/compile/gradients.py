@@ -14,7 +14,7 @@ from ddpkit.compile.graph import Conditions, Kernel, Traced, lower, trace
 from ddpkit.compile.layout import Layout, describe, sizes_of
 from ddpkit.compile.objective import Criterion, Objective, State, loss_of, total, undisturbed
 from ddpkit.compile.parity import Difference
-from ddpkit.compile.update import GraphUpdate, compare_updates
+from ddpkit.compile.update import GraphUpdate
 from ddpkit.compile.variants import Code, Variants
 from ddpkit.errors import InputError
 from ddpkit.sync.base import GradientSync
@@ -73,7 +73,6 @@ class CompiledGradients:
         update: GraphUpdate | None = None,
     ) -> None:
         self._update = update
-        self._present = torch.ones(0, dtype=torch.bool)
         self.applied: Tensor | None = None
         self._objective = Objective(model, criterion)
         self._modules = list(self._objective.modules())[1:]
@@ -84,6 +83,7 @@ class CompiledGradients:
         # whether the graph averages over ranks as well
         self._variants = {reduces: self._make_variants(examples, reduces) for reduces in (False, True)}
         self._used: dict[bool, list[bool]] = {}  # which parameters have a gradient on any rank
+        self._present = torch.empty(0)  # the same for the graph that averages, on the device
         self._note_kind()
 
     def _make_variants(self, examples: Sequence[Any], reduces: bool) -> Variants[StepCode]:
@@ -121,12 +121,15 @@ class CompiledGradients:
         variants = self._variants[self._reduces(accumulates)]
         if not variants.codes:
             variants.prepare(batch)
-            if isinstance(self._sync, InGraphSync):
-                self._used[self._reduces(accumulates)] = self._sync.used_anywhere(variants.codes[-1].used)
-                self._set_present(self._used[self._reduces(accumulates)])
+            self._note_used(variants.codes[-1].used, self._reduces(accumulates))
 
-    def _set_present(self, used: Sequence[bool]) -> None:
-        self._present = torch.tensor(used, device=self._trained()[0].device)
+    def _note_used(self, used: Sequence[bool], reduces: bool) -> None:
+        """Asks once which parameters have a gradient on any rank, where that is to be alike on all."""
+        if not isinstance(self._sync, InGraphSync) or reduces in self._used:
+            return
+        self._used[reduces] = self._sync.used_anywhere(used)
+        if reduces:
+            self._present = torch.tensor(self._used[reduces], device=self._trained()[0].device)
 
     def _updates(self, reduces: bool) -> GraphUpdate | None:
         """The optimizer's step, if it is part of the graph."""
@@ -226,10 +229,11 @@ class CompiledGradients:
         self._kind = kind
         for variants in self._variants.values():
             variants.clear()
+        self._used.clear()
         self._state = State(self._objective, [p for p in self._parameters if p.requires_grad])
+        self._present = torch.ones(self._state.trained, dtype=torch.bool, device=self._parameters[0].device)
         if self._update is not None:
             self._update.adopt(self._trained())
-            self._set_present([True] * self._state.trained)
         if not isinstance(self._sync, FlatSync | InGraphSync):
             self._own = [torch.empty_like(p) for p in self._trained()]
 
@@ -319,9 +323,7 @@ class CompiledGradients:
             eager = self._by_name(*self._eager(batch), names, reduces=reduces)
             eager |= self._state.moved(before)
         update = self._updates(reduces)
-        if update is not None:
-            assert isinstance(self._sync, InGraphSync)
-            self._set_present(self._sync.used_anywhere(code.used))
+        self._note_used(code.used, reduces)
         changed = [] if update is None else [*self._trained(), *update.tensors(self._present)]
         with undisturbed([*buffers, *landing, *changed]) as before:
             result, shown, used = self._compiled(code, leaves, sizes, self._targets(landing, reduces))
@@ -330,12 +332,11 @@ class CompiledGradients:
             mine |= self._state.moved(before[: len(buffers)])
             updated = [p.detach().clone() for p in self._trained()] if update else []
             averages = [view.clone() for view in landing] if update else []
-        more = []
+        shape = describe(sizes)
+        found = parity.differences(mine, eager, names, tolerance, shape)
         if update is not None:
-            expected = update.expected(averages, self._present)
-            old = [p.detach() for p in self._trained()]
-            more = compare_updates(names, old, updated, expected, tolerance, describe(sizes))
-        return more + parity.differences(mine, eager, names, tolerance, describe(sizes))
+            found += update.differences(names, updated, averages, self._present, tolerance, shape)
+        return found
 
     def _by_name(
         self,

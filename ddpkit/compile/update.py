@@ -48,7 +48,7 @@ class GraphUpdate:
         self._hyper = torch.empty(0)
 
     def adopt(self, parameters: Sequence[Tensor]) -> None:
-        """Takes over what is trained, and makes the state that the optimizer would make at its first step."""
+        """Takes over what is trained."""
         group_of = {p: n for n, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         if missing := sum(p not in group_of for p in parameters):
             raise InputError(
@@ -60,13 +60,20 @@ class GraphUpdate:
             )
         self._parameters = list(parameters)
         self._groups = [group_of[p] for p in parameters]
-        for p in parameters:
-            state = self._optimizer.state[p]
-            for key in self._keys:
-                if key == "step":
-                    state[key] = torch.as_tensor(state.get(key, 0.0), dtype=torch.float32, device=p.device)
-                elif state.get(key) is None:
-                    state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if self._is_adam:
+            for p in parameters:
+                settings = self._optimizer.param_groups[group_of[p]]
+                if p.is_cuda and not (settings["fused"] or settings["capturable"]):
+                    raise InputError("optimizer_in_graph counts steps on the GPU: make the optimizer with fused=True.")
+
+    def _state(self, p: Tensor) -> list[Tensor]:
+        """The optimizer's state of a parameter; what it would make at its first step where there is none."""
+        state = self._optimizer.state[p]
+        for key in self._keys:
+            if state.get(key) is None:
+                is_count = key == "step"
+                state[key] = torch.zeros((), device=p.device) if is_count else torch.zeros_like(p, requires_grad=False)
+        return [state[key] for key in self._keys]
 
     def tensors(self, present: Tensor) -> list[Tensor]:
         """What the graph reads and writes besides parameters and gradients.
@@ -79,8 +86,7 @@ class GraphUpdate:
         if numbers != self._numbers:
             self._numbers = numbers
             self._hyper = torch.tensor(numbers, dtype=torch.float64, device=present.device)
-        state = [self._optimizer.state[p][key] for p in self._parameters for key in self._keys]
-        return [present, self._hyper, *state]
+        return [present, self._hyper, *(tensor for p in self._parameters for tensor in self._state(p))]
 
     def __call__(
         self,
@@ -117,8 +123,36 @@ class GraphUpdate:
         return norm
 
     @torch.no_grad()
-    def expected(self, gradients: Sequence[Tensor], present: Tensor) -> list[Tensor]:
-        """What the optimizer itself would make of the parameters; nothing changes."""
+    def differences(
+        self,
+        names: Sequence[str],
+        updated: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        present: Tensor,
+        tolerance: float,
+        shape: str,
+    ) -> list[Difference]:
+        """How far the graph's update is from the optimizer's own, beyond the rounding of the parameters; nothing changes.
+
+        Args:
+            names: of the parameters adopted, which are as before the update.
+            updated: what the graph made of them.
+            gradients: averaged.
+            present: as in `tensors()`.
+            tolerance: allowed.
+            shape: the sizes of the batch, in words.
+        """
+        found = []
+        theirs = self._expected(gradients, present)
+        for name, before, one, two in zip(names, self._parameters, updated, theirs, strict=True):
+            rounding = 8 * torch.finfo(before.dtype).eps * float(before.double().norm()) / tolerance
+            scale = float((two.double() - before.double()).norm()) + rounding
+            gap = float((one.double() - two.double()).norm())
+            found.append(Difference(f"{name} after the update", gap / scale if scale else gap, tolerance, shape))
+        return found
+
+    def _expected(self, gradients: Sequence[Tensor], present: Tensor) -> list[Tensor]:
+        """What a copy of the optimizer makes of copies of the parameters."""
         twin = copy.deepcopy(self._optimizer)
         pairs = zip(self._optimizer.param_groups, twin.param_groups, strict=True)
         copies = {p: q for old, new in pairs for p, q in zip(old["params"], new["params"], strict=True)}
@@ -128,7 +162,7 @@ class GraphUpdate:
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(mine, self._clip_norm)
         twin.step()
-        return [q.detach() for q in mine]
+        return mine
 
     def note(self) -> None:
         """Lets schedulers know that a step was taken."""
@@ -169,21 +203,3 @@ def _sgd(
     momentum = momentum * settings["momentum"] + g
     g = g + momentum * settings["momentum"] if settings["nesterov"] else momentum
     return p - lr.to(p.dtype) * g, momentum
-
-
-def compare_updates(
-    names: Sequence[str],
-    old: Sequence[Tensor],
-    mine: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    tolerance: float,
-    shape: str,
-) -> list[Difference]:
-    """How far updates differ, beyond the rounding of the parameters that they are added to."""
-    found = []
-    for name, before, one, two in zip(names, old, mine, expected, strict=True):
-        rounding = 8 * torch.finfo(before.dtype).eps * float(before.double().norm()) / tolerance
-        scale = float((two.double() - before.double()).norm()) + rounding
-        gap = float((one.double() - two.double()).norm())
-        found.append(Difference(f"{name} after the update", gap / scale if scale else gap, tolerance, shape))
-    return found

@@ -69,17 +69,17 @@ def test_trains_as_torch_does(name):
 def test_state_goes_on_from_where_the_optimizer_was():
     """A checkpoint of the one is continued by the other."""
     found = []
-    for first, second in ((False, False), (True, False), (False, True)):
+    for first, second in ((False, False), (True, False), (False, True), (True, True)):
         model = Toy()
         state = None
         for compiled in (first, second):
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            if state is not None:
-                optimizer.load_state_dict(state)
             if compiled:
                 step = make(optimizer, model)
             else:
                 step = ddpkit.make_step(model, ddpkit.EnergyForcesLoss(), optimizer, strategy="none")
+            if state is not None:
+                optimizer.load_state_dict(state)
             for seed in range(3):
                 step(random_batch([4, 5, 3], seed=seed))
             state = copy.deepcopy(optimizer.state_dict())

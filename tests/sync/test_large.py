@@ -36,6 +36,12 @@ def attach(strategy, model, **options):
     return sync
 
 
+def begin(strategy, **options):
+    """This rank's number, and a model of its own with the strategy attached."""
+    model = Chain()
+    return torch.distributed.get_rank(), model, attach(strategy, model, **options)
+
+
 def batches(step, count=2):
     """One for each rank."""
     return torch.randn(count, 3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
@@ -55,9 +61,7 @@ def assert_average(model, first, second):
 
 
 def averages(strategy):
-    rank = torch.distributed.get_rank()
-    model = Chain()
-    sync = attach(strategy, model)
+    rank, model, sync = begin(strategy)
     for step in range(6):
         batch = batches(step)
         model(batch[rank]).backward()
@@ -74,9 +78,7 @@ def test_averages_after_either_zero_grad(strategy):
 
 
 def accumulates(strategy):
-    rank = torch.distributed.get_rank()
-    model = Chain()
-    sync = attach(strategy, model)
+    rank, model, sync = begin(strategy)
     for step in range(4):
         one, two = batches(step), batches(100 + step)
         with sync.no_sync():
@@ -93,9 +95,7 @@ def test_accumulation(strategy):
 
 
 def uses_less(strategy):
-    rank = torch.distributed.get_rank()
-    model = Chain()
-    sync = attach(strategy, model)
+    rank, model, sync = begin(strategy)
     left_out = [(1, 3), (3,)]
     for step in range(4):
         batch = batches(step)
@@ -115,9 +115,7 @@ def test_what_is_not_used_counts_as_zero(strategy):
 
 def freezes(strategy):
     """Between the backward pass and `synchronize()`, when `overlap` has sent some gradients already."""
-    rank = torch.distributed.get_rank()
-    model = Chain()
-    sync = attach(strategy, model)
+    rank, model, sync = begin(strategy)
     for step in range(6):
         batch = batches(step)
         model(batch[rank]).backward()
@@ -135,9 +133,7 @@ def test_freezing_after_the_backward_pass(strategy):
 
 
 def spoils(strategy, options):
-    rank = torch.distributed.get_rank()
-    model = Chain()
-    sync = attach(strategy, model, **options)
+    rank, model, sync = begin(strategy, **options)
     said = []
     for step in range(4):
         batch = batches(step)
