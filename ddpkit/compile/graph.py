@@ -40,6 +40,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.printers import PythonPrinter
 
+from ddpkit.compile.kernels import compiled_together, look_at_the_processor
 from ddpkit.compile.layout import Layout, TensorLeaf
 from ddpkit.compile.script import as_python, remedy
 from ddpkit.errors import InputError
@@ -166,6 +167,8 @@ def trace(
         present[:] = [x is not None for x in results]
         return [x for x in results if x is not None]
 
+    if not any(tensor.is_cuda for tensor in fixed):
+        look_at_the_processor()
     with _saying_what_cannot_be_traced(symbols):
         fake_tangents = [] if tangents is None else list(tangents(symbols))
         through = make_fx(flat, decomposition_table=select_decomp_table(), tracing_mode="real")
@@ -245,7 +248,7 @@ def lower(
     """
     on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
     patched = inductor_config.patch(_ON_GPU if on_gpu else _ON_CPU)
-    with size_oblivious(), tracing(TracingContext(symbols.fake)), patched, _order_kept():
+    with size_oblivious(), tracing(TracingContext(symbols.fake)), patched, _order_kept(), compiled_together():
         if inference:
             joint_graph_passes(graph)
         output = output_of(graph)

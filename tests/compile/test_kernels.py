@@ -1,0 +1,57 @@
+"""C++ kernels that share a file do what they do each alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+from ddpkit.compile.kernels import compiled_together, shared_out
+
+_SCALE = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C"  void  kernel(const double* in, double* out, const int64_t n, const float factor)
+{
+    if (n < 0) throw std::runtime_error("a negative count");
+    for (int64_t i = 0; i < n; i++) out[i] = in[i] * factor%s;
+}
+"""
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text(max_size=50), min_size=1), st.integers(1, 5))
+def test_every_kernel_is_in_one_file_and_files_are_about_equally_long(sources: dict[str, str], count: int) -> None:
+    shares = shared_out(sources, count)
+    assert sorted(name for share in shares for name in share) == sorted(sources)
+    assert len(shares) == min(count, len(sources))
+    lengths = [sum(len(sources[name]) for name in share) for share in shares]
+    assert max(lengths) - min(lengths) <= max(map(len, sources.values()))
+
+
+def test_kernels_of_one_name_and_one_with_a_macro_are_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    types = ["const double*", "double*", "const int64_t", "const float"]
+    sources = {f"plus_{n}": _SCALE % f" + {n}" for n in range(5)}
+    macro = (_SCALE % "").replace("const float factor", "const float").replace("extern", "#define factor 7\nextern")
+    sources["macro"] = macro
+    with compiled_together():
+        compiler = AsyncCompile()
+        scope = {name: compiler.cpp_pybinding(types, source) for name, source in sources.items()}
+        compiler.wait(scope)
+    files = [path for path in tmp_path.rglob("*.main.cpp") if "plus_" in path.read_text()]
+    assert len(files) == min(get_compile_threads(), 5)
+    values, out = torch.arange(4, dtype=torch.float64), torch.empty(4, dtype=torch.float64)
+    for n in range(5):
+        scope[f"plus_{n}"](values, out, 4, 2.5)
+        torch.testing.assert_close(out, values * 2.5 + n, rtol=0, atol=0)
+    scope["macro"](values, out, 4, 2.5)
+    torch.testing.assert_close(out, values * 7.0, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="a negative count"):
+        scope["plus_0"](values, out, -1, 2.5)
+    with pytest.raises(TypeError, match="takes 4 arguments, not 3"):
+        scope["plus_0"](values, out, 4)
+    with pytest.raises(TypeError):
+        scope["plus_0"](values, out, "four", 2.5)
