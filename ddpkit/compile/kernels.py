@@ -28,24 +28,31 @@ _BINDINGS = r"""
 #include <Python.h>
 #include <cstdlib>
 #include <exception>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
 static void* (*memory_of)(PyObject*);
 
-template <typename T> static T argument(PyObject* x) {
-    if constexpr (std::is_pointer_v<T>) return static_cast<T>(memory_of(x));
-    else if constexpr (std::is_floating_point_v<T>) return static_cast<T>(PyFloat_AsDouble(x));
-    else return static_cast<T>(PyLong_AsLongLong(x));
+struct Raised {};  // Python has the error
+
+template <typename T> static T number(T value) {
+    if (value == T(-1) && PyErr_Occurred()) throw Raised{};
+    return value;
 }
 
+template <typename T> static T argument(PyObject* x) {
+    if constexpr (std::is_pointer_v<T>) return static_cast<T>(memory_of(x));
+    else if constexpr (std::is_floating_point_v<T>) return static_cast<T>(number(PyFloat_AsDouble(x)));
+    else return static_cast<T>(number(PyLong_AsLongLong(x)));
+}
+
+// No tuple of the arguments: a compiler takes a minute over one of two hundred.
 template <typename... T, size_t... n>
 static PyObject* run(void (*kernel)(T...), PyObject* const* given, std::index_sequence<n...>) {
     try {
-        const std::tuple<T...> arguments{argument<T>(given[n])...};
-        if (PyErr_Occurred()) return nullptr;
-        std::apply(kernel, arguments);
+        kernel(argument<T>(given[n])...);
+    } catch (Raised) {
+        return nullptr;
     } catch (const std::exception& error) {
         PyErr_SetString(PyExc_RuntimeError, error.what());
         return nullptr;

@@ -126,7 +126,8 @@ def _slice(flat: Tensor, start: int, parameter: Tensor) -> Tensor:
     if parameter.is_complex():
         return torch.view_as_complex(flat[start : start + 2 * parameter.numel()].view(*parameter.shape, 2))
     strides = torch.empty_like(parameter, device="meta").stride()  # by the rule that autograd allocates gradients by
-    return flat.as_strided(parameter.shape, strides, flat.storage_offset() + start)
+    # `.data`: changes of this slice alone are counted in its version, not those of the whole buffer
+    return flat.as_strided(parameter.shape, strides, flat.storage_offset() + start).data
 
 
 def by_kind(parameters: Sequence[Tensor], numbers: Sequence[int]) -> list[list[int]]:

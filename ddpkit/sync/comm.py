@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,10 @@ class Comm:
     Attributes:
         bytes: handed to collectives by this rank since `reset()`.
         collectives: number of collectives since `reset()`.
+        wants_calls: whether collectives move on inside `progress()` alone.
     """
+
+    wants_calls: ClassVar[bool] = False
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
@@ -80,6 +83,8 @@ class TorchComm(Comm):
 
 class MpiComm(Comm):
     """mpi4py's COMM_WORLD; tensors on a GPU go through page-locked host memory."""
+
+    wants_calls: ClassVar[bool] = True
 
     def __init__(self) -> None:
         try:

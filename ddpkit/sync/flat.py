@@ -137,7 +137,7 @@ class FlatSync(GradientSync):
             return self.reduce()
         if not self._buckets:
             return None
-        gradients = self._gradients()
+        gradients = self._gradients(self._order)
         for number, bucket in enumerate(self._buckets):
             if not bucket.launched:
                 self._launch(number, gradients, stale=stale)
@@ -166,10 +166,10 @@ class FlatSync(GradientSync):
             agreement.verify(self._module)
         self._lay_out()
 
-    def _gradients(self) -> dict[int, Tensor | None]:
+    def _gradients(self, numbers: Sequence[int]) -> dict[int, Tensor | None]:
         """The gradients that this rank has, by the parameters' numbers."""
         gradients: dict[int, Tensor | None] = {}
-        for n in self._order:
+        for n in numbers:
             gradient = gradients[n] = self._all[n].grad
             if gradient is not None and gradient.is_sparse:
                 self._refuse_sparse(n)

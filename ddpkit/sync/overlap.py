@@ -76,6 +76,7 @@ class OverlapSync(FlatSync):
         """Launches what has not been launched, waits, and puts the slices in place."""
         layout = self._buckets
         try:
+            self._refuse_changed()
             super().reduce()
             if self._arrivals is None and self._arrived and self._buckets is layout:
                 self._agree_on_order()
@@ -94,42 +95,58 @@ class OverlapSync(FlatSync):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for bucket in self._buckets:
-            for slot, n in enumerate(bucket.numbers):
-                hook = self._all[n].register_post_accumulate_grad_hook(self._hook(n, bucket, slot))  # type: ignore[no-untyped-call]
-                self._hooks.append(hook)
+        if len(self._buckets) > 1:  # one bucket may as well leave in synchronize()
+            for bucket in self._buckets:
+                for slot in self._watched(bucket):
+                    n = bucket.numbers[slot]
+                    hook = self._all[n].register_post_accumulate_grad_hook(self._hook(n, bucket, slot))  # type: ignore[no-untyped-call]
+                    self._hooks.append(hook)
         self._begin()
+
+    def _watched(self, bucket: Bucket) -> list[int]:
+        """Slots whose gradients are told of when they arrive. Each costs the backward pass time that a GPU would wait for."""
+        if self._arrivals is None or bucket.one_by_one or self.comm.wants_calls:
+            return list(range(len(bucket.numbers)))
+        last = len(bucket.numbers) - 1
+        return [0, last] if bucket is self._buckets[0] and last else [last]
 
     def _begin(self) -> None:
         """Expects the gradients of a step."""
         self._next = 0
         self._held: bool | None = None
+        self._at_first: list[tuple[Tensor | None, int]] = []
+        self._travelling: dict[int, tuple[Tensor | None, int]] = {}
+
+    def _state(self, n: int) -> tuple[Tensor | None, int]:
+        """Changes when a parameter receives a gradient."""
+        gradient = self._all[n].grad
+        return gradient, 0 if gradient is None else gradient._version  # noqa: SLF001  (counts changes in place)
 
     def _hook(self, n: int, bucket: Bucket, slot: int) -> Callable[[Tensor], None]:
+        closes = slot == len(bucket.numbers) - 1 and not bucket.one_by_one
+
         def arrived(parameter: Tensor) -> None:
             if self._paused:
                 return
             if self._held is None:
                 # A layout that no longer fits is replaced in synchronize(), which needs the gradients of this rank alone.
                 self._held = self._stale()
+                self._at_first = [self._state(n) for n in range(len(self._all))]
             if self._held:
                 return
-            if slot not in bucket.awaited:
-                raise RankDisagreementError(
-                    f"Parameter {self._names[n]!r} received a second gradient before synchronize(): do all backward passes but "
-                    "the last inside no_sync()."
-                )
-            bucket.awaited.remove(slot)
-            if self._arrivals is None:
-                self._arrived.append(n)
-            gradient = parameter.grad  # None where compiled code has none for an unused parameter
-            if gradient is not None and gradient.is_sparse:
-                self._refuse_sparse(n)
             if bucket.one_by_one:
+                if slot not in bucket.awaited:
+                    self._refuse_second(n)
+                gradient = parameter.grad  # None where compiled code has none for an unused parameter
+                if gradient is not None and gradient.is_sparse:
+                    self._refuse_sparse(n)
                 bucket.place(slot, gradient)
                 if gradient is not None and not bucket.compressed:
                     parameter.grad = bucket.views[slot]  # the next gradient takes the memory of this one
-            if not bucket.awaited:
+            bucket.awaited.discard(slot)
+            if self._arrivals is None:
+                self._arrived.append(n)
+            if closes or not bucket.awaited:
                 self._launch_ready()
             self.comm.progress()
 
@@ -137,11 +154,35 @@ class OverlapSync(FlatSync):
 
     def _launch_ready(self) -> None:
         """Launches complete buckets in order; a complete one behind an incomplete one waits, as on the other ranks."""
-        while self._next < len(self._buckets) and not self._buckets[self._next].awaited:
+        while self._next < len(self._buckets) and self._is_complete(self._buckets[self._next]):
+            bucket = self._buckets[self._next]
             last = self._next == len(self._buckets) - 1
-            numbers = self._order if last else self._buckets[self._next].numbers
-            self._launch(self._next, {n: self._all[n].grad for n in numbers})
+            self._launch(self._next, self._gradients(self._order if last else bucket.numbers))
+            if not bucket.one_by_one:
+                self._travelling.update((n, self._state(n)) for n in bucket.numbers)
             self._next += 1
+
+    def _is_complete(self, bucket: Bucket) -> bool:
+        if not bucket.one_by_one:
+            bucket.awaited = {slot for slot in bucket.awaited if self._is_as_before(bucket.numbers[slot])}
+        return not bucket.awaited
+
+    def _is_as_before(self, n: int) -> bool:
+        (gradient, version), (known, known_version) = self._state(n), self._at_first[n]
+        return gradient is known and version == known_version
+
+    def _refuse_changed(self) -> None:
+        """What has been sent must be what is there: a gradient that came later would be lost."""
+        for n, (gradient, version) in self._travelling.items():
+            now, now_version = self._state(n)
+            if now is not gradient or now_version != version:
+                self._refuse_second(n)
+
+    def _refuse_second(self, n: int) -> None:
+        raise RankDisagreementError(
+            f"Parameter {self._names[n]!r} received a second gradient before synchronize(), or its gradient was changed: do all "
+            "backward passes but the last inside no_sync(), and clip after synchronize()."
+        )
 
     @torch.no_grad()
     def _agree_on_order(self) -> None:

@@ -1,6 +1,7 @@
 """Strategies of a user's own, some of them wrong."""
 
 import ddpkit
+from ddpkit.sync.overlap import OverlapSync
 
 
 class Plain(ddpkit.GradientSync):
@@ -25,3 +26,10 @@ class Summing(ddpkit.GradientSync):
     def reduce(self):
         for parameter in self.parameters.values():
             self.comm.all_reduce(parameter.grad).wait()
+
+
+class ManyBuckets(OverlapSync):
+    """`overlap` whose buckets hold a parameter or two of a model in a test."""
+
+    def __init__(self, module, **options):
+        super().__init__(module, bucket_mb=2e-4, first_bucket_mb=1e-5, **options)

@@ -7,9 +7,10 @@ import pytest
 from ddpkit.sync import conformance
 from ddpkit.testing import run_ranks
 
-RUNS = [(size, "torch", s) for size in (1, 2, 3, 4) for s in ("custom", "overlap", "standard")]
-RUNS += [(2, "mpi", s) for s in ("custom", "overlap")]
-LONG = [(size, "mpi", s) for size in (1, 3, 4) for s in ("custom", "overlap")]
+MANY_BUCKETS = "tests.sync.strategies.ManyBuckets"
+RUNS = [(size, "torch", s) for size in (1, 2, 3, 4) for s in ("custom", "overlap", MANY_BUCKETS, "standard")]
+RUNS += [(2, "mpi", s) for s in ("custom", "overlap", MANY_BUCKETS)]
+LONG = [(size, "mpi", s) for size in (1, 3, 4) for s in ("custom", "overlap", MANY_BUCKETS)]
 
 
 def all_strategies(strategies, names, comm):

@@ -109,13 +109,81 @@ def test_nothing_keeps_a_strategy_alive_once_it_is_closed():
     backward(model)
 
 
-def test_overlap_refuses_a_second_backward_pass():
+@pytest.mark.parametrize("steps_before", [0, 1, 2])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("change", ["backward", "clip", "replace"])
+def test_overlap_refuses_gradients_that_come_after_they_have_left(steps_before, set_to_none, change):
     model = network()
-    ddpkit_sync = ddpkit.make_sync("overlap", model)
-    backward(model)
-    with pytest.raises(RankDisagreementError, match="no_sync"):
+    sync = ddpkit.make_sync("overlap", model, bucket_mb=5e-5, first_bucket_mb=1e-5)
+    for _ in range(steps_before):
         backward(model)
-    ddpkit_sync.close()
+        sync.synchronize()
+        model.zero_grad(set_to_none=set_to_none)
+    backward(model)
+    if change == "backward":
+        backward(model)
+    elif change == "clip":
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    else:
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+    with pytest.raises(RankDisagreementError, match=r"received a second gradient.*no_sync"):
+        sync.synchronize()
+    sync.close()
+
+
+def test_overlap_with_one_bucket_sends_it_in_synchronize():
+    model = network()
+    sync = ddpkit.make_sync("overlap", model)
+    batch = torch.randn(4, 5)
+    backward(model, batch)
+    once = [p.grad.clone() for p in model.parameters()]
+    backward(model, batch)
+    sync.synchronize()
+    for p, gradient in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * gradient)
+    sync.close()
+
+
+class Shuffled(nn.Module):
+    """Layers whose gradients come in another order from step to step, some not at all."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8, dtype=torch.float64) for _ in range(6))
+
+    def forward(self, x, order):
+        for number in order:
+            x = torch.tanh(self.layers[number](x))
+        return x.square().mean()
+
+
+def other_orders(set_to_none):
+    rank = torch.distributed.get_rank()
+    model, twin = Shuffled(), Shuffled()
+    sync = ddpkit.make_sync("overlap", model, bucket_mb=8e-4, first_bucket_mb=8e-4)
+    launched = []
+    for order in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 2, 4], [3, 1, 5, 0, 2, 4]):
+        batches = torch.randn(2, 3, 8, dtype=torch.float64)
+        for module in (model, twin):
+            module.zero_grad(set_to_none=set_to_none)
+        model(batches[rank], order).backward()
+        launched.append(sum(bucket.launched for bucket in sync._buckets))
+        sync.synchronize()
+        sum(twin(batch, order) for batch in batches).div(2).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-15)
+    sync.close()
+    return len(sync._hooks), launched
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_overlap_bears_gradients_in_another_order(set_to_none):
+    (hooks, launched), other = run_ranks(other_orders, 2, set_to_none)
+    assert (hooks, launched) == other
+    assert hooks < 12  # not every parameter's
+    assert launched[1] == max(launched) > launched[2]
 
 
 class LikeGpu(ddpkit.FlatSync):
