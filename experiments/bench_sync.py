@@ -77,7 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--sizes", nargs="+", default=["0.4M", "3.1M", "32.1M", "114M"], help="numbers of parameters")
     parser.add_argument(
-        "--buckets", nargs="+", type=float, default=[25.0], help="bucket sizes in MiB for standard and overlap"
+        "--buckets",
+        nargs="+",
+        type=float,
+        default=[],
+        help="bucket sizes in MiB for standard and overlap, besides their own",
     )
     parser.add_argument("--tensors", type=int, default=64, help="number of layers that the parameters are spread over")
     parser.add_argument("--batch", type=int, default=16, help="rows of a rank's batch in the backward pass")
@@ -93,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Measures and prints the table."""
     sizes = [parse_count(text) for text in args.sizes]
-    if min(args.tensors, args.batch, args.blocks, args.repeats, args.ranks) < 1 or min(args.buckets) <= 0:
+    if min(args.tensors, args.batch, args.blocks, args.repeats, args.ranks) < 1 or min(args.buckets, default=1) <= 0:
         raise InputError("--tensors, --batch, --blocks, --repeats, --ranks and --buckets must be positive.")
     if place().launcher == "alone" and args.ranks > 1:
         relaunch(args.ranks)
@@ -114,19 +118,26 @@ def main(args: argparse.Namespace) -> None:
 
 def schemes(buckets: list[float], *, mpi: bool) -> list[Scheme]:
     """All that is compared."""
+
+    def bucketed(strategy: str, option: str, comm: str = "torch") -> list[Scheme]:
+        return [
+            Scheme(strategy, strategy, comm),
+            *(Scheme(strategy, strategy, comm, b, options=((option, b),)) for b in buckets),
+        ]
+
     chosen = [
         Scheme("none", "none"),
         Scheme("cat-copy", CatCopySync),
-        *(Scheme("standard", "standard", bucket_mb=b, options=(("bucket_cap_mb", b),)) for b in buckets),
+        *bucketed("standard", "bucket_cap_mb"),
         Scheme("custom", "custom"),
         Scheme("custom in place", "custom", in_place=True),
         Scheme("custom bfloat16", "custom", options=(("reduce_dtype", "bfloat16"),)),
         Scheme("custom unchecked", "custom", options=(("check_finite", False),)),
-        *(Scheme("overlap", "overlap", bucket_mb=b, options=(("bucket_mb", b),)) for b in buckets),
+        *bucketed("overlap", "bucket_mb"),
     ]
     if mpi:
         chosen += [Scheme("custom", "custom", comm="mpi")]
-        chosen += [Scheme("overlap", "overlap", "mpi", b, options=(("bucket_mb", b),)) for b in buckets]
+        chosen += bucketed("overlap", "bucket_mb", "mpi")
     return chosen
 
 

@@ -59,7 +59,7 @@ class Bucket:
         self.tail = self.wire[starts[-1] :]
         self.compressed = self.wire is not flat
         self.scale = scale
-        self._factor = torch.tensor(scale, dtype=torch.float64)
+        self._factor = torch.tensor(scale, dtype=torch.float64, device="cpu")
         self._check_finite = check_finite
         self._sum_dtype = torch.float32 if self.wire.element_size() < 4 else None
         self.one_by_one = not self.wire.is_cuda and starts[-1] > LARGE * len(mine)

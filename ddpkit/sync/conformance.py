@@ -1,4 +1,4 @@
-"""The cases that a strategy must pass; `ddpkit.testing.run_conformance` runs them on real ranks.
+"""The cases that a strategy must pass; `ddpkit.testing.run_conformance` runs them on real ranks, on GPUs where each has one.
 
 Each case is a function of a `Setting`, called on every rank; it asserts. Gradients are compared in float64 with those of one
 process that holds the batches of all ranks.
@@ -94,8 +94,7 @@ class Setting:
 
     def points(self, rank: int, step: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
         """The batch of a rank, of unequal lengths: `[2 + 3 * rank, 3]`."""
-        generator = torch.Generator().manual_seed(100 * step + rank)
-        return torch.randn(2 + 3 * rank, 3, generator=generator, dtype=torch.float64).to(dtype)
+        return random(2 + 3 * rank, 3, seed=100 * step + rank).to(dtype)
 
     def all_points(self, step: int = 0) -> Tensor:
         """The batches of all ranks."""
@@ -104,6 +103,12 @@ class Setting:
     def share(self, terms: Tensor, step: int = 0) -> Tensor:
         """This rank's loss: the mean over ranks is the mean over all points."""
         return terms.sum() * self.size / len(self.all_points(step))
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    """Normal numbers in float64, the same on any device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(environment().device)
 
 
 Case = Callable[[Setting], None]
@@ -152,7 +157,8 @@ def run_cases(
         torch.manual_seed(here.rank)
         mine = ""
         try:
-            CASES[name](setting)
+            with torch.device(here.device):
+                CASES[name](setting)
         except Exception as error:  # noqa: BLE001  (reported)
             where = traceback.extract_tb(error.__traceback__)[-1]
             mine = f"rank {here.rank}: {type(error).__name__}: {error} ({where.name}, line {where.lineno})"
@@ -412,11 +418,9 @@ def two_ranks_bitwise(setting: Setting) -> None:
         for rank in range(setting.size):
             copied = copy.deepcopy(model)
             copied.zero_grad()
-            generator = torch.Generator().manual_seed(10 * step + rank)
-            _backward(copied(torch.randn(9, 17, generator=generator)).square().sum())
+            _backward(copied(random(9, 17, seed=10 * step + rank).float()).square().sum())
             local.append([p.grad for p in copied.parameters()])
-        generator = torch.Generator().manual_seed(10 * step + setting.rank)
-        _backward(sync.module(torch.randn(9, 17, generator=generator)).square().sum())
+        _backward(sync.module(random(9, 17, seed=10 * step + setting.rank).float()).square().sum())
         sync.synchronize()
         gradients = [p.grad for p in model.parameters()]
         if setting.size == 2:

@@ -114,7 +114,7 @@ class FlatSync(GradientSync):
         ]
         self._slices = {n: view for b in self._buckets for n, view in zip(b.numbers, b.views, strict=True)}
         self._works: list[Work | None] = []
-        self._order = numbers
+        self._order = [n for bucket in self._buckets for n in bucket.numbers]
         if not self._buckets:
             return
         last = self._buckets[-1].wire
@@ -122,7 +122,7 @@ class FlatSync(GradientSync):
         self._template[len(numbers) :] = 0
         self._missing: list[int] = []
         self._bad = torch.zeros((), device=last.device)
-        self._norms: dict[int, Tensor] = {}
+        self._norms: dict[int, Tensor] = {}  # of each bucket
         self._guard.arm(self._bad)
 
     # --- a step ---------------------------------------------------------------------------------------------------
@@ -183,20 +183,20 @@ class FlatSync(GradientSync):
         bucket = self._buckets[number]
         bucket.fill([gradients[n] for n in bucket.numbers])
         if self._check_finite and self._on_device:
-            self._note_norms(bucket)
+            self._note_norms(number, bucket)
         if number == len(self._buckets) - 1:
             self._fill_tail(gradients, stale=stale)
         bucket.launched = True
         self._works.append(self.comm.all_reduce(bucket.wire, overlapped=self.overlapped))
 
-    def _note_norms(self, bucket: Bucket) -> None:
+    def _note_norms(self, number: int, bucket: Bucket) -> None:
         """Takes a sum for each parameter that is not finite if its gradient is not.
 
         On the CPU the host looks right after the collective and finds the parameter in the average, so any sums do, such as the
         buckets' own. On a GPU it looks when the average may be gone.
         """
         norms = torch._foreach_norm(bucket.wire_views, 1)  # noqa: SLF001  (as torch's own clipping does)
-        self._norms.update(zip(bucket.numbers, norms, strict=True))
+        self._norms[number] = torch.stack(norms)
 
     def _fill_tail(self, gradients: dict[int, Tensor | None], *, stale: bool) -> None:
         """Writes which parameters have a gradient here, and what this rank says of itself."""
@@ -216,7 +216,8 @@ class FlatSync(GradientSync):
             return
         device = tail.device
         if self._on_device:
-            flags = torch.stack([self._norms[n].to(device, torch.float32) for n in self._order]).mul_(0)  # 0 or NaN
+            norms = [self._norms[number].to(device, torch.float32) for number in range(len(self._buckets))]
+            flags = torch.cat(norms).mul_(0)  # 0 or NaN
             tail[:count].add_(flags)
             tail[start + BAD].copy_(flags.sum())
         else:
@@ -274,7 +275,7 @@ class FlatSync(GradientSync):
         # Whoever looks at the gradient (clipping, another optimizer) sees that it is not to be used.
         first = self._buckets[0].body[:1]
         first.add_(torch.where(fine, 0.0, torch.nan).to(first))
-        host = torch.empty(tail.shape, dtype=tail.dtype, pin_memory=tail.is_cuda)
+        host = torch.empty(tail.shape, dtype=tail.dtype, device="cpu", pin_memory=tail.is_cuda)
         host.copy_(tail, non_blocking=True)
         event = torch.cuda.Event() if tail.is_cuda else None  # type: ignore[no-untyped-call]
         if event is not None:

@@ -26,7 +26,8 @@ class OverlapSync(FlatSync):
 
     Args:
         module: any module.
-        bucket_mb: size of a bucket, MiB.
+        bucket_mb: size of a bucket, MiB. Without it 25, and on a GPU 64: starting a collective costs the host as long as that
+            many bytes travel, and the host is what small batches wait for.
         first_bucket_mb: size of the first one, MiB: a small one begins to travel early. Where all gradients together are at most
             twice as large, another collective would cost more than that saves, and they travel in one bucket.
         comm: `"torch"` or `"mpi"`.
@@ -43,7 +44,7 @@ class OverlapSync(FlatSync):
         self,
         module: nn.Module,
         *,
-        bucket_mb: float = 25.0,
+        bucket_mb: float | None = None,
         first_bucket_mb: float = 1.0,
         comm: str = "torch",
         timeout: float = 600.0,
@@ -51,6 +52,8 @@ class OverlapSync(FlatSync):
         reduce_dtype: str | torch.dtype | None = None,
         check_finite: bool = True,
     ) -> None:
+        if bucket_mb is None:
+            bucket_mb = 64.0 if any(p.is_cuda for p in module.parameters()) else 25.0
         if not min(bucket_mb, first_bucket_mb) > 0:
             raise InputError(f"bucket_mb={bucket_mb} and first_bucket_mb={first_bucket_mb} must be positive.")
         self._bytes = round(first_bucket_mb * MIB), round(bucket_mb * MIB)
