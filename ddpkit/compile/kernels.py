@@ -5,6 +5,7 @@ kernels of a graph are shared out to as many files as are compiled side by side.
 """
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -90,9 +91,32 @@ PyMODINIT_FUNC PyInit_kernels() {
 _METHOD = '{"%s", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<%s>)), METH_FASTCALL, nullptr},\n'
 
 
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """While this is open, this thread and what it starts may run on every core that the job has on this host.
+
+    Launchers bind a rank to a core or two. The other ranks of a host wait while one compiles.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def look_at_the_processor() -> None:
     """Finds out in the background which vector instructions there are: Inductor compiles a program for each and tries it."""
-    threading.Thread(target=valid_vec_isa_list, name="look at the processor", daemon=True).start()
+
+    def look() -> None:
+        with all_cores():
+            valid_vec_isa_list()
+
+    threading.Thread(target=look, name="look at the processor", daemon=True).start()
 
 
 @clear_on_fresh_cache
@@ -111,7 +135,7 @@ class _Kernel:
 
 @contextlib.contextmanager
 def compiled_together() -> Iterator[None]:
-    """While this is open, C++ kernels of a graph share files."""
+    """While this is open, a graph is compiled on all cores, and its C++ kernels share files."""
     one_by_one, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
 
     def keep(compiler: AsyncCompile, argument_types: list[str], source: str) -> Any:
@@ -136,8 +160,10 @@ def compiled_together() -> Iterator[None]:
     AsyncCompile.cpp_pybinding, AsyncCompile.wait = keep, compile_kept  # type: ignore[assignment, method-assign]
     try:
         # compiling the headers ahead takes longer than a few files gain by it
-        with inductor_config.patch(cpp_cache_precompile_headers=False):
-            yield
+        with all_cores():
+            threads = inductor_config.decide_compile_threads()
+            with inductor_config.patch(compile_threads=threads, cpp_cache_precompile_headers=False):
+                yield
     finally:
         AsyncCompile.cpp_pybinding, AsyncCompile.wait = one_by_one, wait  # type: ignore[method-assign]
 

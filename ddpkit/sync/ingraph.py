@@ -27,7 +27,8 @@ class InGraphSync(GradientSync):
         optimizer_in_graph: trace the optimizer's update (Adam, AdamW or SGD) into the step as well. A batch that the compiled
             code does not hold for is then an error, since a rank that updated by other code would drift away from the others.
             `.grad` holds the average before clipping. Accumulated micro-batches are averaged and applied outside the graph.
-        timeout: as in `GradientSync`.
+        timeout: of ddpkit's own collectives; those in the graph wait as long as the process group says
+            (`ddpkit.init_process_group(timeout=...)`).
         check_every: as in `GradientSync`.
     """
 

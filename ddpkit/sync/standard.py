@@ -22,6 +22,8 @@ class StandardSync(GradientSync):
 
     Args:
         module: any module with trainable parameters.
+        timeout: how long the wrapper's collectives wait is the process group's affair (`ddpkit.init_process_group(timeout=...)`);
+            this one is for ddpkit's own.
         reduce_dtype: None, or `"bfloat16"` to halve what float32 gradients send.
         options: those of `DistributedDataParallel` (`bucket_cap_mb`, `find_unused_parameters`, `static_graph` ...), and those
             of `GradientSync`.

@@ -1,5 +1,7 @@
 """C++ kernels that share a file do what they do each alone."""
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,20 @@ def test_kernels_of_one_name_and_one_with_a_macro_are_kept_apart(
         scope["plus_0"](values, out, 4)
     with pytest.raises(TypeError):
         scope["plus_0"](values, out, "four", 2.5)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such call on this system")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rank_bound_to_one_core_compiles_on_all_of_them(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    here = os.sched_getaffinity(0)
+    one = {min(here)}
+    os.sched_setaffinity(0, one)
+    try:
+        with contextlib.suppress(ZeroDivisionError), compiled_together():
+            assert os.sched_getaffinity(0) == here
+            assert get_compile_threads() == min(32, len(here))
+            _ = 1 // (not fails)
+        assert os.sched_getaffinity(0) == one
+    finally:
+        os.sched_setaffinity(0, here)
