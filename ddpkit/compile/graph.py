@@ -71,8 +71,8 @@ class Symbols:
         self.sizes: dict[str, Any] = {}
         self.symbols: dict[str, sympy.Symbol] = {}
         hints = distinct(sizes, fixed) if layout.is_known else sizes
-        for name, hint in hints.items():
-            source = ConstantSource(name)
+        for number, (name, hint) in enumerate(hints.items()):
+            source = ConstantSource(f"size_{number}")  # ranks that name the same size otherwise generate the same code
             symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
             self.symbols[name] = symbol  # type: ignore[assignment]
             self.sizes[name] = self.env.create_symintnode(symbol, hint=hint, source=source)

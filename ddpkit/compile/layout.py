@@ -130,6 +130,17 @@ class Layout:
         ]
         return pytree.tree_unflatten(leaves, self.structure)
 
+    def form(self) -> str:
+        """What does not depend on how large the sizes are that vary."""
+        numbers: dict[Any, Any] = {name: f"size {number}" for number, name in enumerate(self.names)}
+
+        def kind(leaf: Any) -> Any:
+            if isinstance(leaf, TensorLeaf):
+                return str(leaf.dtype), leaf.device.type, [numbers.get(dim, dim) for dim in leaf.dims]
+            return numbers[leaf] if isinstance(leaf, Size) else leaf
+
+        return f"{self.structure} {[kind(leaf) for leaf in self.leaves]}"
+
     def same_form(self, other: "Layout") -> bool:
         """Whether batches of both could be told to have one form, but for what varies."""
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from ddpkit.compile.layout import Layout
 from ddpkit.launch import PATIENT_TIMEOUT, agree, first_rank_first, store
 
 T = TypeVar("T")
@@ -36,18 +37,27 @@ def in_turn(trace: Callable[[], T], lower: Callable[[T], U]) -> U:
 _shared = 0
 
 
-def of_first_rank(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Rank 0's sizes: ranks that tune code for the same sizes generate the same code."""
+def of_first_rank(layout: Layout, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Rank 0's sizes: ranks that tune code for the same sizes generate the same code.
+
+    Args:
+        layout: of this rank's batches, whose names for sizes may differ from rank 0's.
+        sizes: by name.
+
+    Returns:
+        Rank 0's by this rank's names, or `sizes` where its batches have another form.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return dict(sizes)
     global _shared  # noqa: PLW0603  (ranks count alike)
     _shared += 1
     key, shared = f"compile/{_shared}/sizes", store()
+    names, form = layout.names, layout.form()
     if dist.get_rank() == 0:
-        shared.set(key, json.dumps(sizes))
+        shared.set(key, json.dumps([form, [sizes[name] for name in names]]))
     shared.wait([key], PATIENT_TIMEOUT)
-    theirs = json.loads(shared.get(key))
-    return {name: theirs.get(name, size) for name, size in sizes.items()}
+    their_form, theirs = json.loads(shared.get(key))
+    return dict(zip(names, theirs, strict=True)) if their_form == form else dict(sizes)
 
 
 def least_on_ranks(count: int) -> int:

@@ -80,7 +80,7 @@ class Variants(Generic[C]):
         """
         began = time.perf_counter()
         examples = [batch, *self._examples]
-        sizes = of_first_rank(_tuned_for(examples))
+        sizes = of_first_rank(Layout.of(examples), _tuned_for(examples))
         code = in_turn(lambda: self._trace(examples, sizes), self._lower)
         with agree("comparing compiled with eager code"):
             self._check(code, examples)

@@ -128,21 +128,28 @@ def test_one_communication_a_step(results):
     assert results[0]["ingraph_3"][1] == (4, 3)
 
 
-def compile_and_count():
+def compile_and_count(own_form):
     from torch._dynamo.utils import counters
 
-    model = Toy(width=9)
-    step = ddpkit.make_step(model, ddpkit.EnergyForcesLoss(), torch.optim.SGD(model.parameters()), compile=True)
-    step.prepare(random_batch([4, 5 + torch.distributed.get_rank()]))
+    torch.manual_seed(0)
+    rank = torch.distributed.get_rank()
+    if own_form:
+        model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1))
+        criterion, batch = (lambda y, _: y.square().mean()), torch.randn(7 + 3 * rank, 6)
+    else:
+        model, criterion, batch = Toy(width=9), ddpkit.EnergyForcesLoss(), random_batch([4, 5 + rank])
+    step = ddpkit.make_step(model, criterion, torch.optim.SGD(model.parameters()), compile=True)
+    step.prepare(batch)
     return {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
 
 
-def test_one_rank_compiles_and_the_others_read_its_cache(tmp_path):
+@pytest.mark.parametrize("own_form", [False, True])
+def test_one_rank_compiles_and_the_others_read_its_cache(tmp_path, own_form):
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    first, second = run_ranks(compile_and_count, 2, timeout=300, environment=cache)
+    first, second = run_ranks(compile_and_count, 2, own_form, timeout=300, environment=cache)
     assert first == {"hit": 0, "miss": 1}
     assert second == {"hit": 1, "miss": 0}
-    assert run_ranks(compile_and_count, 2, timeout=300, environment=cache) == [{"hit": 1, "miss": 0}] * 2
+    assert run_ranks(compile_and_count, 2, own_form, timeout=300, environment=cache) == [{"hit": 1, "miss": 0}] * 2
 
 
 def differ_on_one_rank():
