@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from ddpkit.compile.objective import Criterion, loss_of, total
+from ddpkit.compile.objective import Criterion, apart, loss_of, total
 from ddpkit.errors import InputError
 from ddpkit.sync import GradientSync, Strategy, find_strategy, make_sync
 
@@ -303,7 +303,7 @@ class EagerGradients:
         return total(outputs)
 
     def _backward(self, batch: Any) -> Any:
-        output = self._criterion(self._sync.module(batch), batch)
+        output = self._criterion(self._sync.module(apart(batch)), batch)
         # Named, because there are other leaves: what the forces are derivatives by. Their gradients cost as much again.
         loss_of(output).backward(inputs=self._trained())  # type: ignore[no-untyped-call]
         return pytree.tree_map_only(Tensor, Tensor.detach, output)

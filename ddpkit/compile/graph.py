@@ -7,6 +7,7 @@ compiler as it is: `torch.compile` would trace it twice again, by Dynamo and by 
 
 import contextlib
 import re
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,13 +195,21 @@ def _saying_what_cannot_be_traced(symbols: Symbols) -> Iterator[None]:
         ) as error:
             if scripts:
                 raise InputError(f"The model cannot be compiled: {remedy(scripts)}.") from error
-            asked = getattr(error, "func", None) or str(error).split("\n", 1)[0]
             raise InputError(
-                f"The model cannot be compiled: what it does depends on the values of tensors ({asked}): leave out .item(), "
-                "comparisons that Python looks at and boolean indexing, or train with compile=False."
+                f"The model cannot be compiled: what it does depends on the values of tensors ({_where(error)}): leave out "
+                ".item(), comparisons that Python looks at and boolean indexing, or train with compile=False."
             ) from error
     if scripts and any(size.is_number for size in symbols.env.replacements.values()):
         raise InputError(f"The model cannot be compiled for batches of other sizes than the first: {remedy(scripts)}.")
+
+
+def _where(error: Exception) -> str:
+    """The line of the model that failed, or what was asked where no line is the model's."""
+    ours, torchs = (str(Path(file).parent) for file in (__file__, torch.__file__))
+    last = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torchs)][-1]
+    if not last.filename.startswith(ours):
+        return f"{last.filename}, line {last.lineno}: {last.line}"
+    return str(getattr(error, "func", None) or str(error).split("\n", 1)[0])
 
 
 def _functional(x: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ddpkit.batch import Batch
 from ddpkit.errors import InputError
 
 Criterion = Callable[[Any, Any], Any]
@@ -21,6 +22,11 @@ def loss_of(output: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise InputError('The criterion must return the loss as a 0-d tensor, or a dict with it under "loss".')
     return loss
+
+
+def apart(batch: Any) -> Any:
+    """The batch in containers of its own: some models write their output into the dict that they are given, over the targets."""
+    return batch if isinstance(batch, Tensor | Batch) else pytree.tree_map(lambda leaf: leaf, batch)
 
 
 def total(outputs: Sequence[Any]) -> Any:
@@ -46,7 +52,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
         """What the criterion returned, and what the model did."""
-        output = self.model(batch)
+        output = self.model(apart(batch))
         named = output if isinstance(output, Mapping) else {}
         shown = {name: named[name] for name in _SHOWN if isinstance(named.get(name), Tensor)}
         return self.criterion(output, batch), shown

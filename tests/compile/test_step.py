@@ -246,9 +246,40 @@ class Asking(Toy):
 def test_a_model_that_asks_for_values_is_refused_in_a_sentence():
     model = Asking()
     step = ddpkit.make_step(model, criterion, still(model), strategy="none", compile=True)
-    with pytest.raises(InputError, match=r"depends on the values.*compile=False") as raised:
+    with pytest.raises(
+        InputError, match=r"depends on the values.*test_step.py, line \d+: assert batch.*compile=False"
+    ) as raised:
         step(random_batch([4, 5]))
     assert "\n" not in str(raised.value)
+
+
+class Overwriting(torch.nn.Module):
+    """Writes its output into the batch, as SchNetPack's models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(3, 1, dtype=torch.float64)
+
+    def forward(self, batch):
+        batch["value"] = self.line(batch["x"])
+        return batch
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_targets_stay_what_they_are_where_a_model_writes_over_them(compiled):
+    torch.manual_seed(0)
+    model = Overwriting()
+    batch = {"x": torch.randn(6, 3).double(), "value": torch.randn(6, 1).double()}
+    x, target = batch.values()
+    expected = (model.line(x) - target).square().mean()
+
+    def distance(output, batch):
+        return (output["value"] - batch["value"]).square().mean()
+
+    step = ddpkit.make_step(model, distance, still(model), strategy="none", compile=compiled)
+    for _ in range(2):
+        torch.testing.assert_close(step(batch), expected.detach())
+    assert batch["value"] is target
 
 
 def train_once():
