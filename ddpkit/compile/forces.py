@@ -11,7 +11,6 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ddpkit.compile import parity
@@ -28,7 +27,7 @@ from ddpkit.compile.graph import (
     trace,
 )
 from ddpkit.compile.layout import Layout, describe
-from ddpkit.compile.objective import State, undisturbed
+from ddpkit.compile.objective import State, apart, undisturbed
 from ddpkit.compile.variants import Code, Variants
 
 
@@ -205,7 +204,7 @@ class CompiledForces(nn.Module):
             trained = {name: values[name].detach().requires_grad_() for name in state.names[: state.trained]}
             rest = {name: values[name].clone() for name in state.names[state.trained :]}
             with torch.enable_grad():
-                result = functional_call(self.model, {**rest, **trained}, (batch,))
+                result = state.call({**rest, **trained}, batch)
             leaves, found["result"] = pytree.tree_flatten(result)
             found["is_tensor"] = [isinstance(leaf, Tensor) for leaf in leaves]
             found["constants"] = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
@@ -266,7 +265,7 @@ class CompiledForces(nn.Module):
         state = self._state.tensors()
         names = self._state.names[: self._state.trained]
         both = []
-        for call in (lambda: self._call(code, sizes, leaves), lambda: self.model(batch)):
+        for call in (lambda: self._call(code, sizes, leaves), lambda: self.model(apart(batch))):
             with undisturbed(state[len(names) :]) as before:
                 outputs = parity.named(call())
                 gradients = torch.autograd.grad(parity.probe(outputs), state[: len(names)], allow_unused=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ddpkit.compile import parity
@@ -276,7 +275,7 @@ class CompiledGradients:
             values = dict(zip(state.names, fixed, strict=False))
             trained = {name: values[name].detach().requires_grad_() for name in state.names[: state.trained]}
             with torch.enable_grad():
-                result, shown = functional_call(self._objective, {**values, **trained}, (batch,))
+                result, shown = state.call({**values, **trained}, batch)
                 gradients = torch.autograd.grad(loss_of(result), list(trained.values()), allow_unused=True)
             leaves, found["result"] = pytree.tree_flatten(result)
             found["is_tensor"] = [isinstance(leaf, Tensor) for leaf in leaves]

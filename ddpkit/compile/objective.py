@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ddpkit.batch import Batch
@@ -73,7 +74,27 @@ class State:
         rest = {name: t for name, t in everything.items() if id(t) not in wanted}
         self.names = [*first, *rest]
         self.trained = len(first)
+        self._module = module
         self._homes = [_home(module, name) for name in self.names]
+        name_of = {id(tensor): name for name, tensor in everything.items()}
+        # Every place once: a shared tensor has several, a shared module has one under several names.
+        self._places = [
+            (f"{path}.{last}" if path else last, name_of[id(tensor)])
+            for path, owner in module.named_modules()
+            for last, tensor in (*owner._parameters.items(), *owner._buffers.items())  # noqa: SLF001  (as `_home`)
+            if tensor is not None
+        ]
+
+    def call(self, values: Mapping[str, Tensor], *arguments: Any) -> Any:
+        """Calls the module with other tensors in the places of its own.
+
+        Args:
+            values: by the names in `names`.
+            arguments: of the module.
+        """
+        everywhere = {place: values[name] for place, name in self._places if name in values}
+        # Not by its own ties: where a module has two names, it would leave a tensor of ours in it (torch 2.13).
+        return functional_call(self._module, everywhere, arguments, tie_weights=False)
 
     def tensors(self) -> list[Tensor]:
         """The tensors as they are now."""

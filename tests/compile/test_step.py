@@ -253,6 +253,40 @@ def test_a_model_that_asks_for_values_is_refused_in_a_sentence():
     assert "\n" not in str(raised.value)
 
 
+class Sharing(torch.nn.Module):
+    """Has a module under two names, as PyG's SchNet has, and a weight in two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()).double()
+        self.inner = torch.nn.Module()
+        self.inner.layers = self.layers
+        self.last = torch.nn.Linear(3, 3).double()
+        self.last.weight = self.layers[0].weight
+
+    def forward(self, x):
+        return self.last(self.inner.layers(x))
+
+
+@pytest.mark.parametrize("strategy", ["custom", "standard", "overlap", "ingraph"])
+def test_shared_modules_and_weights(strategy):
+    torch.manual_seed(0)
+    model, x = Sharing(), torch.randn(7, 3).double()
+    twin = copy.deepcopy(model)
+    twin(x).square().mean().backward()
+    step = ddpkit.make_step(
+        model,
+        lambda y, _: y.square().mean(),
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        strategy=strategy,
+        compile=True,
+    )
+    step(x)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert type(p) is torch.nn.Parameter
+        torch.testing.assert_close(p, q.detach() - q.grad, rtol=1e-12, atol=1e-14)
+
+
 class Overwriting(torch.nn.Module):
     """Writes its output into the batch, as SchNetPack's models do."""
 
@@ -265,20 +299,23 @@ class Overwriting(torch.nn.Module):
         return batch
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_targets_stay_what_they_are_where_a_model_writes_over_them(compiled):
+@pytest.mark.parametrize(
+    ("strategy", "compiled"),
+    [("custom", False), ("custom", True), ("standard", True), ("overlap", True), ("ingraph", True)],
+)
+def test_targets_stay_what_they_are_where_a_model_writes_over_them(strategy, compiled):
     torch.manual_seed(0)
     model = Overwriting()
     batch = {"x": torch.randn(6, 3).double(), "value": torch.randn(6, 1).double()}
     x, target = batch.values()
-    expected = (model.line(x) - target).square().mean()
+    expected = (model.line(x) - target).square().mean().detach()
 
     def distance(output, batch):
         return (output["value"] - batch["value"]).square().mean()
 
-    step = ddpkit.make_step(model, distance, still(model), strategy="none", compile=compiled)
+    step = ddpkit.make_step(model, distance, still(model), strategy=strategy, compile=compiled)
     for _ in range(2):
-        torch.testing.assert_close(step(batch), expected.detach())
+        torch.testing.assert_close(step(batch), expected)
     assert batch["value"] is target
 
 
