@@ -327,7 +327,8 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         ("synchronize() alone", "exposed behind a backward pass"),
         strict=True,
     ):
-        for key in dict.fromkeys((r["scheme"], r["comm"], r["bucket_mb"]) for r in rows):
+        # One colour for a scheme in both, also where it has no points in one of them.
+        for number, key in enumerate(dict.fromkeys((r["scheme"], r["comm"], r["bucket_mb"]) for r in rows)):
             points = [
                 (r["parameters"], r[column] * 1e3)
                 for r in rows
@@ -335,7 +336,8 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
             ]
             if points:
                 bucket = "" if key[2] is None else f", {key[2]:g} MiB"
-                axes.plot(*zip(*points, strict=True), marker="o", label=f"{key[0]} ({key[1]}{bucket})")
+                label = f"{key[0]} ({key[1]}{bucket})"
+                axes.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=label)
         axes.set(
             xscale="log",
             yscale="symlog" if column == "seconds_exposed" else "log",

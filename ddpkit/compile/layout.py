@@ -176,8 +176,9 @@ def _inferred(column: Sequence[Any]) -> Any:
         return _dim(column)
     if not isinstance(first, bool | float | str | torch.dtype | torch.device | None):
         raise InputError(
-            f"A batch holds a {type(first).__name__}, which cannot be taken apart: give batches of dicts, lists and tensors, or "
-            "register its class with torch.utils._pytree.register_dataclass."
+            f"A batch holds a {type(first).__name__}, which cannot be taken apart: give batches of dicts, lists and tensors "
+            "(PyG's batch.to_dict(), for a module that calls the model with Data.from_dict), or register its class with "
+            "torch.utils._pytree.register_dataclass."
         )
     return first
 

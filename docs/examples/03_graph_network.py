@@ -2,7 +2,8 @@
 
     mpirun -n 2 python docs/examples/03_graph_network.py
 
-A `torch_geometric` model is synchronised in just the same way: any `torch.nn.Module` is.
+A `torch_geometric` model is synchronised in just the same way: any `torch.nn.Module` is. To compile it, give the step
+`batch.to_dict()`, and a module around the model that calls it with `torch_geometric.data.Data.from_dict(fields)`.
 """
 
 import torch
