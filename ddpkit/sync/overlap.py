@@ -28,8 +28,8 @@ class OverlapSync(FlatSync):
         module: any module.
         bucket_mb: size of a bucket, MiB. Without it 25, and on a GPU 64: starting a collective costs the host as long as that
             many bytes travel, and the host is what small batches wait for.
-        first_bucket_mb: size of the first one, MiB: a small one begins to travel early. Where all gradients together are at most
-            twice as large, another collective would cost more than that saves, and they travel in one bucket.
+        first_bucket_mb: size of the first one, MiB: a small one begins to travel early. Where all gradients fit into one bucket,
+            another collective would cost more than that saves, and they leave together in `synchronize()`, as in `FlatSync`.
         comm: `"torch"` or `"mpi"`.
         timeout: as in `GradientSync`.
         check_every: as in `GradientSync`.
@@ -91,7 +91,7 @@ class OverlapSync(FlatSync):
         order = sorted(numbers, key=lambda n: (n not in known, known.get(n, -n)))  # until known: the last comes first
         first, others = self._bytes
         whole = sum(self._all[n].nbytes for n in order)
-        return by_size(self._all, order, others if whole <= 2 * first else first, others)
+        return by_size(self._all, order, others if whole <= others else first, others)
 
     def _lay_out(self) -> None:
         super()._lay_out()
