@@ -205,9 +205,10 @@ def _saying_what_cannot_be_traced(symbols: Symbols) -> Iterator[None]:
 
 def _where(error: Exception) -> str:
     """The line of the model that failed, or what was asked where no line is the model's."""
-    ours, torchs = (str(Path(file).parent) for file in (__file__, torch.__file__))
-    last = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torchs)][-1]
-    if not last.filename.startswith(ours):
+    ours, torchs = (Path(file).parent for file in (__file__, torch.__file__))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]  # generated code
+    last = [f for f in frames if not Path(f.filename).is_relative_to(torchs)][-1]
+    if not Path(last.filename).is_relative_to(ours):
         return f"{last.filename}, line {last.lineno}: {last.line}"
     return str(getattr(error, "func", None) or str(error).split("\n", 1)[0])
 
