@@ -159,9 +159,9 @@ def compiled_together() -> Iterator[None]:
 
     AsyncCompile.cpp_pybinding, AsyncCompile.wait = keep, compile_kept  # type: ignore[assignment, method-assign]
     try:
-        # compiling the headers ahead takes longer than a few files gain by it
         with all_cores():
             threads = inductor_config.decide_compile_threads()
+            # Compiling the headers ahead takes longer than a few files gain by it.
             with inductor_config.patch(compile_threads=threads, cpp_cache_precompile_headers=False):
                 yield
     finally:

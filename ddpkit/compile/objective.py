@@ -92,7 +92,7 @@ class State:
             values: by the names in `names`.
             arguments: of the module.
         """
-        everywhere = {place: values[name] for place, name in self._places if name in values}
+        everywhere = {place: values[name] for place, name in self._places}
         # Not by its own ties: where a module has two names, it would leave a tensor of ours in it (torch 2.13).
         return functional_call(self._module, everywhere, arguments, tie_weights=False)
 

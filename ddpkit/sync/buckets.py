@@ -123,10 +123,10 @@ class Bucket:
 
 def _slice(flat: Tensor, start: int, parameter: Tensor) -> Tensor:
     """The part of `flat` with the shape and memory layout of a parameter's gradient."""
-    if parameter.is_complex():
-        return torch.view_as_complex(flat[start : start + 2 * parameter.numel()].view(*parameter.shape, 2))
-    strides = torch.empty_like(parameter, device="meta").stride()  # by the rule that autograd allocates gradients by
     # `.data`: changes of this slice alone are counted in its version, not those of the whole buffer
+    if parameter.is_complex():
+        return torch.view_as_complex(flat[start : start + 2 * parameter.numel()].view(*parameter.shape, 2)).data
+    strides = torch.empty_like(parameter, device="meta").stride()  # by the rule that autograd allocates gradients by
     return flat.as_strided(parameter.shape, strides, flat.storage_offset() + start).data
 
 

@@ -117,7 +117,7 @@ class OverlapSync(FlatSync):
         """Expects the gradients of a step."""
         self._next = 0
         self._held: bool | None = None
-        self._at_first: list[tuple[Tensor | None, int]] = []
+        self._at_first: dict[int, tuple[Tensor | None, int]] = {}
         self._travelling: dict[int, tuple[Tensor | None, int]] = {}
 
     def _state(self, n: int) -> tuple[Tensor | None, int]:
@@ -134,7 +134,7 @@ class OverlapSync(FlatSync):
             if self._held is None:
                 # A layout that no longer fits is replaced in synchronize(), which needs the gradients of this rank alone.
                 self._held = self._stale()
-                self._at_first = [self._state(n) for n in range(len(self._all))]
+                self._at_first = {n: self._state(n) for b in self._buckets if not b.one_by_one for n in b.numbers}
             if self._held:
                 return
             if bucket.one_by_one:

@@ -144,6 +144,29 @@ def test_overlap_with_one_bucket_sends_it_in_synchronize():
     sync.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_gradient_that_adds_up_in_its_slice_does_not_pass_for_its_neighbours(dtype):
+    model = nn.Module()
+    model.parts = nn.ParameterList(torch.ones(2, dtype=dtype) for _ in range(6))
+    sync = ddpkit.make_sync("overlap", model, bucket_mb=6e-5, first_bucket_mb=6e-5)  # of two or more
+
+    def loss(order):
+        total = torch.zeros((), dtype=torch.float64)
+        for n in order:  # the gradient of the last comes first
+            total = (n + 1) * (model.parts[n].abs().square().sum() + total)
+        return total
+
+    for order in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [1, 0, 3, 2, 5, 4]):
+        model.zero_grad(set_to_none=False)
+        expected = torch.autograd.grad(loss(order), list(model.parts))
+        loss(order).backward()
+        sync.synchronize()
+        for p, gradient in zip(model.parts, expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+    assert max(len(bucket.numbers) for bucket in sync._buckets) > 1
+    sync.close()
+
+
 class Shuffled(nn.Module):
     """Layers whose gradients come in another order from step to step, some not at all."""
 
