@@ -1,9 +1,5 @@
-"""Several ranks in a test, and the conformance suite that any strategy can be put through.
+"""Several ranks in a test: a function called on processes of their own."""
 
-`python -m ddpkit.testing mypackage.MySync` runs the suite and prints what passed.
-"""
-
-import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -16,7 +12,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +72,7 @@ def run_ranks(
         command = [
             sys.executable,
             "-c",
-            "import sys; from ddpkit.testing import work; work(sys.argv[1])",
+            "import sys; from ddpkit.testing.ranks import work; work(sys.argv[1])",
             str(folder / "job"),
         ]
         variables = {
@@ -240,95 +235,3 @@ def _report(folder: Path, size: int, timeout: float) -> str:
         tail = output.read_text(errors="replace")[-3000:] if output.exists() else ""
         parts.append(f"--- rank {rank}: {told}" + (f"\noutput:\n{tail}" if tail.strip() else ""))
     return "\n" + "\n".join(parts)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a case of the conformance suite ended.
-
-    Attributes:
-        state: `"passed"`, `"failed"`, or `"cannot"` for what the strategy is known not to be able to do.
-        why: the rank's message, or what stands in the way.
-    """
-
-    case: str
-    state: str
-    why: str = ""
-
-
-def run_conformance(
-    strategy: Any,
-    world_size: int,
-    comm: str = "torch",
-    *,
-    compile: bool = False,  # noqa: A002  (the configuration's word)
-    cases: Sequence[str] | None = None,
-    timeout: float = 300.0,
-    **options: Any,
-) -> list[Outcome]:
-    """Puts a strategy through the conformance suite, on ranks that are started once.
-
-    Args:
-        strategy: a name, an import path, or a class at the top level of its module.
-        world_size: number of ranks.
-        comm: `"torch"` (gloo, or NCCL with a GPU for each rank) or `"mpi"` (under `mpirun`).
-        compile: go through a compiled `ddpkit.make_step` instead of the plain loop.
-        cases: names from `ddpkit.sync.conformance.CASES`; by default all.
-        timeout: seconds for all of them.
-        options: passed on to the strategy.
-
-    Returns:
-        One outcome for each case. After a failure the ranks are started afresh for the cases that are left.
-    """
-    from ddpkit.sync import conformance
-
-    left = list(cases or conformance.applicable(world_size, compiled=compile))
-    deadline = time.monotonic() + timeout
-    outcomes: list[Outcome] = []
-    while left:
-        reports = run_ranks(
-            conformance.run_cases,
-            world_size,
-            strategy,
-            left,
-            comm,
-            options,
-            launcher="mpirun" if comm == "mpi" else "torchrun",
-            timeout=max(10.0, deadline - time.monotonic()),
-        )
-        outcomes += [Outcome(*report) for report in reports[0]]
-        left = left[len(reports[0]) :]
-    return outcomes
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of the suite."""
-    parser = argparse.ArgumentParser(prog="python -m ddpkit.testing", description="Puts a strategy through its paces.")
-    parser.add_argument(
-        "strategy", help="custom, overlap, standard, ingraph or an import path such as mypackage.MySync"
-    )
-    parser.add_argument("--world-size", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")
-    parser.add_argument("--comm", nargs="+", default=["torch"], choices=["torch", "mpi"])
-    parser.add_argument("--compile", action="store_true", help="through a compiled ddpkit.make_step")
-    parser.add_argument("--cases", nargs="+", help="cases of ddpkit.sync.conformance; default: all that apply")
-    chosen = parser.parse_args(argv)
-    sys.path.insert(0, str(Path.cwd()))
-    failures = 0
-    for comm in chosen.comm:
-        for size in chosen.world_size:
-            for outcome in run_conformance(chosen.strategy, size, comm, cases=chosen.cases, compile=chosen.compile):
-                failures += outcome.state == "failed"
-                print(
-                    f"{chosen.strategy} ranks={size} comm={comm}  {outcome.state:7}{outcome.case}  {outcome.why}",
-                    flush=True,
-                )
-    print(f"{failures} failed." if failures else "All passed but what the strategy cannot do.")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(2)

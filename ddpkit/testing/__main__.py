@@ -1,0 +1,42 @@
+"""The command line: `python -m ddpkit.testing STRATEGY`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddpkit.errors import InputError
+from ddpkit.testing.suite import run_conformance
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the conformance suite."""
+    parser = argparse.ArgumentParser(prog="python -m ddpkit.testing", description="Puts a strategy through its paces.")
+    parser.add_argument(
+        "strategy", help="custom, overlap, standard, ingraph or an import path such as mypackage.MySync"
+    )
+    parser.add_argument("--world-size", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")
+    parser.add_argument("--comm", nargs="+", default=["torch"], choices=["torch", "mpi"])
+    parser.add_argument("--compile", action="store_true", help="through a compiled ddpkit.make_step")
+    parser.add_argument("--cases", nargs="+", help="cases of ddpkit.sync.conformance; default: all that apply")
+    chosen = parser.parse_args(argv)
+    sys.path.insert(0, str(Path.cwd()))
+    failures = 0
+    for comm in chosen.comm:
+        for size in chosen.world_size:
+            for outcome in run_conformance(chosen.strategy, size, comm, cases=chosen.cases, compile=chosen.compile):
+                failures += outcome.state == "failed"
+                print(
+                    f"{chosen.strategy} ranks={size} comm={comm}  {outcome.state:7}{outcome.case}  {outcome.why}",
+                    flush=True,
+                )
+    print(f"{failures} failed." if failures else "All passed but what the strategy cannot do.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
