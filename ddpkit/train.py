@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ddpkit import checkpoint
+from ddpkit import checkpoint, phase
 from ddpkit.batch import Batch
 from ddpkit.data import GlobalStep
 from ddpkit.evaluate import Errors
@@ -258,6 +258,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Runs the steps that are left of this epoch, up to where the run stops."""
         p, c = self.progress, self.config
+        phase.enter("step")
         self.model.train()
         total = self.train_loader.steps_per_epoch()
         bar = tqdm(
@@ -385,7 +386,10 @@ class Trainer:
             self._save()
             if self.stopped_by is not None:
                 return
-        errors = self.validate() if self.val_loader is not None and c.validate else None
+        errors = None
+        if self.val_loader is not None and c.validate:
+            with phase.during("validation"):
+                errors = self.validate()
         steps = p.step_in_epoch
         row: dict[str, float | int | None] = {
             "epoch": p.epoch + 1,
@@ -446,6 +450,10 @@ class Trainer:
     def _save(self, *, best: bool = False) -> None:
         if self.config.checkpoint_every == 0:
             return
+        with phase.during("checkpoint"):
+            self._write_checkpoint(best=best)
+
+    def _write_checkpoint(self, *, best: bool) -> None:
         self._random_states = gathered(random_state(self.here.device), self.here)
         if self.folder is None:
             return

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from ddpkit import __version__
+from ddpkit import __version__, phase
 from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, unusable_path
 
 # verb -> (module, what it does, whether it takes Hydra overrides)
@@ -50,6 +50,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         print(f"ddpkit {__version__}")
         return
     verb, rest = _verb(arguments)
+    if verb == "run":
+        phase.enter("import")
     module_name, does, takes_overrides = VERBS[verb]
     module = importlib.import_module(module_name)
     if takes_overrides:

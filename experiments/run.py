@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ddpkit import checkpoint, launch
+from ddpkit import checkpoint, launch, phase
 from ddpkit.errors import InputError
 from ddpkit.experiments import setup
 from ddpkit.experiments.config import read, read_saved
@@ -55,6 +55,7 @@ def main(overrides: Sequence[str]) -> None:
     if prints:
         print(OmegaConf.to_yaml(config), end="")
         return
+    phase.enter("rendezvous")
     here = launch.init_process_group(
         None if config.device == "auto" else config.device, timeout=timedelta(seconds=config.train.timeout)
     )
@@ -63,6 +64,7 @@ def main(overrides: Sequence[str]) -> None:
     lifeline = Lifeline(here, lambda sentence: None if run_dir is None else record_failure(run_dir, sentence))
     try:
         with lifeline.listening():
+            phase.enter("data")
             setup.set_numerics(config)
             state = None
             if config.resume is not None:
@@ -113,6 +115,7 @@ def _train(
 ) -> None:
     data = setup.open_data(config)
     started = time.perf_counter()
+    phase.enter("model")
     trainer = setup.build_trainer(config, here, data, folder, state)
     lifeline.step = lambda: trainer.progress.step + 1
     parameters = setup.trainable_parameters(trainer.model)
@@ -134,6 +137,7 @@ def _train(
             )
             folder.summarize(imbalance_before=before, imbalance=after)
     trainer.fit()
+    phase.enter("end")
     if folder is None:
         return
     done = trainer.progress

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ddpkit import checkpoint
+from ddpkit import checkpoint, phase
 from ddpkit.data import (
     Frame,
     Loader,
@@ -210,8 +210,9 @@ def build_trainer(
         **{"timeout": config.train.timeout, **{k: v for k, v in config.strategy.items() if k not in ("name", "_target_")}},
     )  # fmt: skip
     if config.compile:
-        _, batches = next(loaders[0].epoch(0))
-        step.prepare(batches)
+        with phase.during("compile"):
+            _, batches = next(loaders[0].epoch(0))
+            step.prepare(batches)
     trainer = Trainer(
         model=model,
         step=step,
