@@ -1,5 +1,6 @@
 """Strategies of gradient synchronisation."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -10,6 +11,7 @@ from torch import nn
 from ddpkit.errors import InputError
 from ddpkit.sync.base import GradientSync as GradientSync
 from ddpkit.sync.base import SyncStats as SyncStats
+from ddpkit.sync.modules import Modules
 
 STRATEGIES = {
     "standard": "ddpkit.sync.standard.StandardSync",
@@ -51,8 +53,8 @@ def find_strategy(strategy: Strategy) -> Callable[..., GradientSync]:
     return found  # type: ignore[no-any-return]
 
 
-def make_sync(strategy: Strategy, module: nn.Module, **options: Any) -> GradientSync:
-    """Attaches a strategy to a module.
+def make_sync(strategy: Strategy, module: nn.Module, *others: nn.Module, **options: Any) -> GradientSync:
+    """Attaches a strategy to a module, and to further ones with trained parameters.
 
     All ranks call it, in the same order where there are several. It verifies that they hold the same model, and gives all of them
     rank 0's parameters and buffers.
@@ -60,6 +62,7 @@ def make_sync(strategy: Strategy, module: nn.Module, **options: Any) -> Gradient
     Args:
         strategy: a name, an import path, a class or a callable (see `find_strategy`).
         module: any module.
+        others: further modules with trained parameters, such as a criterion with learned weights.
         options: the strategy's own; `comm`, `timeout` and `check_every` are common to all.
 
     Raises:
@@ -73,22 +76,44 @@ def make_sync(strategy: Strategy, module: nn.Module, **options: Any) -> Gradient
             f"strategy={strategy} is part of the compiled step and has no synchronize() of its own: use ddpkit.make_step(...)."
         )
     _refuse_unknown(kind, options)
-    sync = make(module, **options)
+    if others:
+        _refuse_others(make, len(others))
+    sync = make(module, *others, **options)
     if not isinstance(sync, GradientSync):
         raise InputError(f"Strategy {strategy!r} made a {type(sync).__name__}: derive it from ddpkit.GradientSync.")
+    known = set(sync.parameters.values())
+    for name, parameter in Modules(module, *others).named_parameters():
+        if others and parameter.requires_grad and parameter not in known:
+            raise InputError(
+                f"{type(sync).__name__} leaves out {name!r} of the further modules: hand them on in its constructor, "
+                "super().__init__(module, *others, **options)."
+            )
     return sync
+
+
+def _refuse_others(make: Any, count: int) -> None:
+    """Says of a strategy without a place for further modules what it lacks."""
+    accepted = inspect.signature(make).parameters.values()
+    needed = [p for p in accepted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) != 1 + count and not any(p.kind is p.VAR_POSITIONAL for p in accepted):
+        raise InputError(
+            f"{_name_of(make)} takes no further modules beside the model: let its constructor take them and hand them on, "
+            "def __init__(self, module, *others, **options): super().__init__(module, *others, **options)."
+        )
+
+
+def _name_of(make: Any) -> str:
+    while isinstance(make, partial):
+        make = make.func
+    return str(getattr(make, "__name__", None) or type(make).__name__)
 
 
 def _refuse_unknown(make: Any, options: dict[str, Any]) -> None:
     """Turns a misspelt option into one sentence."""
-    import inspect
-
     accepted = inspect.signature(make).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted):
         return
-    names = [p.name for p in accepted][1:]
+    names = [p.name for p in accepted if p.kind is not inspect.Parameter.VAR_POSITIONAL][1:]
     for option in options:
         if option not in names:
-            raise InputError(
-                f"{getattr(make, '__name__', make)} has no option {option!r}: it takes {', '.join(names)}."
-            )
+            raise InputError(f"{_name_of(make)} has no option {option!r}: it takes {', '.join(names)}.")

@@ -7,11 +7,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpkit.errors import InputError, RankDisagreementError
+from ddpkit.sync.modules import Named
 
 Description = list[tuple[str, str, dict[str, object]]]  # kind, name, what must be the same
 
 
-def describe(module: nn.Module) -> Description:
+def describe(module: Named) -> Description:
     """What every rank must hold alike: names, shapes, dtypes, devices and what is trained."""
     described: Description = []
     for name, parameter in module.named_parameters():
@@ -26,7 +27,7 @@ def _form(tensor: Tensor) -> dict[str, object]:
     return {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype), "device": tensor.device.type}
 
 
-def verify(module: nn.Module) -> None:
+def verify(module: Named) -> None:
     """Compares the description of this rank's module with those of the others (one collective).
 
     Raises:
@@ -61,9 +62,10 @@ def _difference(rank: int, theirs: Description, first: Description) -> str:
 
 
 @torch.no_grad()
-def broadcast(module: nn.Module) -> None:
+def broadcast(module: Named) -> None:
     """Copies parameters and buffers of rank 0 to all ranks."""
-    tensors = [t.detach() for t in (*module.parameters(), *module.buffers()) if t.numel()]
+    named = (*module.named_parameters(), *module.named_buffers())
+    tensors = [tensor.detach() for _, tensor in named if tensor.numel()]
     for tensor in tensors:
         if tensor.is_contiguous():
             dist.broadcast(tensor, 0)
@@ -85,7 +87,7 @@ def checksums(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([bits(tensor.detach()) for tensor in tensors])
 
 
-def compare_parameters(module: nn.Module, calls: int) -> None:
+def compare_parameters(module: Named, calls: int) -> None:
     """Compares checksums of all parameters over the ranks (one collective, and the host waits).
 
     Raises:

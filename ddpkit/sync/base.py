@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddpkit.errors import InputError
 from ddpkit.sync import agreement
 from ddpkit.sync.comm import make_comm
+from ddpkit.sync.modules import Modules
 from ddpkit.sync.watch import Watch
 
 
@@ -55,6 +56,8 @@ class GradientSync:
 
     Args:
         module: any module; its parameters are what is synchronised.
+        others: further modules with trained parameters, such as a criterion with learned weights. Their parameters are treated
+            as the model's; `parameters` has them as `ClassName.parameter`.
         comm: `"torch"` or `"mpi"`; which ones a strategy serves is in its `comms`.
         timeout: seconds after which a rank that waits inside `synchronize()` gives up and says who is missing.
         check_every: compare checksums of all parameters over the ranks every so many `synchronize()` (0: never).
@@ -68,13 +71,21 @@ class GradientSync:
     separable: ClassVar[bool] = True  # whether compute and communication can be told apart by a clock
     plain_loop: ClassVar[bool] = True  # whether `synchronize()` averages; if not, the compiled step does
 
-    def __init__(self, module: nn.Module, *, comm: str = "torch", timeout: float = 600.0, check_every: int = 0) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *others: nn.Module,
+        comm: str = "torch",
+        timeout: float = 600.0,
+        check_every: int = 0,
+    ) -> None:
         if comm not in self.comms:
             raise InputError(f"{type(self).__name__} communicates through {' or '.join(self.comms)}, not comm={comm}.")
         if not timeout > 0 or check_every < 0:
             raise InputError(f"timeout={timeout} must be positive and check_every={check_every} not negative.")
         _require_process_group()
         self._module = module
+        self._modules = Modules(module, *others)
         self._paused = False
         self._calls = 0
         self._check_every = check_every
@@ -86,11 +97,11 @@ class GradientSync:
         self.timeout = timeout
         self._watch = Watch(timeout, aborts=comm == "mpi") if self.world_size > 1 else None
         if self.world_size > 1:
-            agreement.verify(module)
-            agreement.broadcast(module)
-        elif not any(True for _ in module.parameters()):
-            agreement.describe(module)
-        self._cuda = any(p.is_cuda for p in module.parameters())
+            agreement.verify(self._modules)
+            agreement.broadcast(self._modules)
+        else:
+            agreement.describe(self._modules)
+        self._cuda = any(p.is_cuda for _, p in self._modules.named_parameters())
         self.attach()
 
     @property
@@ -100,8 +111,8 @@ class GradientSync:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name, shared ones once."""
-        return {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        """The trainable parameters of all modules by name, shared ones once."""
+        return {name: p for name, p in self._modules.named_parameters() if p.requires_grad}
 
     def attach(self) -> None:
         """Sets up what `reduce()` needs; for a strategy to override."""
@@ -142,7 +153,7 @@ class GradientSync:
             with self._watch.waiting(self._calls):
                 self.reduce()
                 if self._check_every and self._calls % self._check_every == 0:
-                    agreement.compare_parameters(self._module, self._calls)
+                    agreement.compare_parameters(self._modules, self._calls)
         self._end(start)
         self._sent = self.comm.bytes, self.comm.collectives
         self.comm.reset()  # what the next backward pass sends belongs to the next call

@@ -38,6 +38,7 @@ class FlatSync(GradientSync):
 
     Args:
         module: any module.
+        others: further modules with trained parameters.
         comm: `"torch"` or `"mpi"`.
         timeout: seconds to wait for other ranks.
         check_every: compare checksums of the parameters every so many calls.
@@ -52,7 +53,7 @@ class FlatSync(GradientSync):
     def __init__(
         self,
         module: nn.Module,
-        *,
+        *others: nn.Module,
         comm: str = "torch",
         timeout: float = 600.0,
         check_every: int = 0,
@@ -61,16 +62,20 @@ class FlatSync(GradientSync):
     ) -> None:
         self._wire_dtype = parse_dtype(reduce_dtype)
         self._check_finite = check_finite
-        super().__init__(module, comm=comm, timeout=timeout, check_every=check_every)
+        super().__init__(module, *others, comm=comm, timeout=timeout, check_every=check_every)
 
     def attach(self) -> None:
         """Lays out the flat buffers."""
-        named = list(self._module.named_parameters())
+        named = self._chosen()
         self._names = [name for name, _ in named]
         self._all = [parameter for _, parameter in named]
         self._guard = Guard(self._all)
         self._warned: set[str] = set()
         self._lay_out()
+
+    def _chosen(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that may be trained, by name."""
+        return list(self._modules.named_parameters())
 
     @property
     def flat(self) -> list[Tensor]:
@@ -163,7 +168,7 @@ class FlatSync(GradientSync):
     def _lay_out_anew(self) -> None:
         """Makes new buffers, once all ranks have said that they will."""
         if self.world_size > 1:
-            agreement.verify(self._module)
+            agreement.verify(self._modules)
         self._lay_out()
 
     def _gradients(self, numbers: Sequence[int]) -> dict[int, Tensor | None]:
@@ -243,15 +248,18 @@ class FlatSync(GradientSync):
             self._judge(values, self._calls, stale=stale)
             present = [value > 0 for value in values[: len(self._order)]]
             if not any(present) and not stale:
-                raise InputError(
-                    "No parameter has a gradient on any rank: call backward() before synchronize(), and make_sync() after "
-                    "whatever replaces the module's parameters."
-                )
+                self._refuse_empty()
             if self._missing:
                 self._warn(present)
             for i in self._missing:
                 n = self._order[i]
                 self._all[n].grad = self._slices[n] if present[i] else None
+
+    def _refuse_empty(self) -> None:
+        raise InputError(
+            "No parameter has a gradient on any rank: call backward() before synchronize(), and make_sync() after "
+            "whatever replaces the module's parameters."
+        )
 
     def _warn(self, present: list[bool]) -> None:
         """Tells once of each parameter that has a gradient on other ranks only."""

@@ -23,6 +23,7 @@ class InGraphSync(GradientSync):
 
     Args:
         module: any module.
+        others: further modules with trained parameters.
         buckets: how many buckets, for each device and dtype.
         optimizer_in_graph: trace the optimizer's update (Adam, AdamW or SGD) into the step as well. A batch that the compiled
             code does not hold for is then an error, since a rank that updated by other code would drift away from the others.
@@ -38,7 +39,7 @@ class InGraphSync(GradientSync):
     def __init__(
         self,
         module: nn.Module,
-        *,
+        *others: nn.Module,
         buckets: int = 1,
         optimizer_in_graph: bool = False,
         comm: str = "torch",
@@ -49,7 +50,7 @@ class InGraphSync(GradientSync):
             raise InputError(f"buckets={buckets}: give at least one.")
         self._count = buckets
         self.optimizer_in_graph = optimizer_in_graph
-        super().__init__(module, comm=comm, timeout=timeout, check_every=check_every)
+        super().__init__(module, *others, comm=comm, timeout=timeout, check_every=check_every)
 
     def attach(self) -> None:
         """Lays out the buckets."""
@@ -164,7 +165,7 @@ class InGraphSync(GradientSync):
         with nullcontext() if self._watch is None else self._watch.waiting(self._calls, computes=True):
             yield
             if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
-                agreement.compare_parameters(self._module, self._calls)
+                agreement.compare_parameters(self._modules, self._calls)
         if self.world_size > 1:
             self._sent = sum(body.nbytes for body in self.flat), len(self._buckets)
 

@@ -26,6 +26,7 @@ class OverlapSync(FlatSync):
 
     Args:
         module: any module.
+        others: further modules with trained parameters.
         bucket_mb: size of a bucket, MiB. Without it 25, and on a GPU 64: starting a collective costs the host as long as that
             many bytes travel, and the host is what small batches wait for.
         first_bucket_mb: size of the first one, MiB: a small one begins to travel early. Where all gradients fit into one bucket,
@@ -43,7 +44,7 @@ class OverlapSync(FlatSync):
     def __init__(
         self,
         module: nn.Module,
-        *,
+        *others: nn.Module,
         bucket_mb: float | None = None,
         first_bucket_mb: float = 1.0,
         comm: str = "torch",
@@ -62,6 +63,7 @@ class OverlapSync(FlatSync):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         super().__init__(
             module,
+            *others,
             comm=comm,
             timeout=timeout,
             check_every=check_every,

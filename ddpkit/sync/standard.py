@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpkit.errors import InputError
 from ddpkit.sync.base import GradientSync
+from ddpkit.sync.flat import FlatSync
 
 
 class StandardSync(GradientSync):
@@ -21,7 +22,8 @@ class StandardSync(GradientSync):
     built.
 
     Args:
-        module: any module with trainable parameters.
+        module: any module with trainable parameters; the wrapper is around this one.
+        others: further modules with trained parameters, whose gradients `synchronize()` averages.
         timeout: how long the wrapper's collectives wait is the process group's affair (`ddpkit.init_process_group(timeout=...)`);
             this one is for ddpkit's own.
         reduce_dtype: None, or `"bfloat16"` to halve what float32 gradients send.
@@ -34,7 +36,7 @@ class StandardSync(GradientSync):
     def __init__(
         self,
         module: nn.Module,
-        *,
+        *others: nn.Module,
         comm: str = "torch",
         timeout: float = 600.0,
         check_every: int = 0,
@@ -46,7 +48,9 @@ class StandardSync(GradientSync):
         self._options, self._compressed = options, reduce_dtype is not None
         self._wrapper: DistributedDataParallel | None = None
         self._called = False
-        super().__init__(module, comm=comm, timeout=timeout, check_every=check_every)
+        self._beside: FlatSync | None = None
+        self._others = others
+        super().__init__(module, *others, comm=comm, timeout=timeout, check_every=check_every)
 
     @property
     def module(self) -> nn.Module:
@@ -55,9 +59,19 @@ class StandardSync(GradientSync):
 
     def attach(self) -> None:
         """Wraps the module, where there are other ranks."""
-        if self.world_size == 1 or not self.parameters:
+        if self.world_size == 1:
             return
-        self._sent_parameters = list(self.parameters.values())
+        if self._others:
+            self._beside = _Beside(
+                self._module,
+                *self._others,
+                timeout=self.timeout,
+                reduce_dtype="bfloat16" if self._compressed else None,
+                check_finite=False,
+            )
+        self._sent_parameters = [p for p in self._module.parameters() if p.requires_grad]
+        if not self._sent_parameters:
+            return
         device = self._sent_parameters[0].device
         try:
             self._wrapper = DistributedDataParallel(
@@ -71,9 +85,17 @@ class StandardSync(GradientSync):
         self._handle = self._wrapper.register_forward_pre_hook(lambda *_: setattr(self, "_called", True))
 
     def reduce(self) -> None:
-        """Nothing is left to do: the wrapper has reduced during the backward pass."""
-        if self._wrapper is None:
-            return
+        """Averages the further modules' gradients; the wrapper has averaged the model's during the backward pass."""
+        if self._wrapper is not None:
+            self._note_wrapper()
+        if self._beside is not None:
+            self._beside.reduce()
+            self.comm.bytes += self._beside.comm.bytes
+            self.comm.collectives += self._beside.comm.collectives
+            self._beside.comm.reset()
+
+    def _note_wrapper(self) -> None:
+        """Counts what the wrapper has sent."""
         if not self._called and any(p.grad is not None for p in self._sent_parameters):
             raise InputError("The model was called past its DistributedDataParallel wrapper: call sync.module(batch).")
         self._called = False
@@ -101,6 +123,19 @@ class StandardSync(GradientSync):
         super().close()
         if self._wrapper is not None:
             self._handle.remove()
+        if self._beside is not None:
+            self._beside.close()
+
+
+class _Beside(FlatSync):
+    """For what is trained beside the model: its parameters are left out, and it may well be that nothing has a gradient."""
+
+    def _chosen(self) -> list[tuple[str, nn.Parameter]]:
+        wrapped = set(self._module.parameters())
+        return [(name, p) for name, p in super()._chosen() if p not in wrapped]
+
+    def _refuse_empty(self) -> None:
+        """Leaves None."""
 
 
 def _send_bfloat16(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

@@ -31,5 +31,20 @@ class Summing(ddpkit.GradientSync):
 class ManyBuckets(OverlapSync):
     """`overlap` whose buckets hold a parameter or two of a model in a test."""
 
+    def __init__(self, module, *others, **options):
+        super().__init__(module, *others, bucket_mb=2e-4, first_bucket_mb=1e-5, **options)
+
+
+class ModelAlone(ddpkit.GradientSync):
+    """Has no place for further modules."""
+
     def __init__(self, module, **options):
-        super().__init__(module, bucket_mb=2e-4, first_bucket_mb=1e-5, **options)
+        super().__init__(module, **options)
+
+
+class DropsOthers(ddpkit.GradientSync):
+    """Takes further modules and forgets them."""
+
+    def __init__(self, module, *others, **options):
+        assert others
+        super().__init__(module, **options)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import Forgetful, Plain, Summing
+from strategies import DropsOthers, Forgetful, ModelAlone, Plain, Summing
 
 import ddpkit
 from ddpkit.errors import InputError
@@ -81,3 +81,58 @@ def test_ranks_without_a_process_group_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="init_process_group"):
         ddpkit.make_sync("custom", torch.nn.Linear(2, 2))
+
+
+class Criterion(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+
+def made_of_one(model, **options):
+    return ddpkit.FlatSync(model, **options)
+
+
+def made_of_two(model, criterion):
+    return ddpkit.FlatSync(model, criterion)
+
+
+def made_of_many(*modules, **options):
+    return ddpkit.FlatSync(*modules, **options)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        (ModelAlone, r"ModelAlone takes no further modules.*def __init__\(self, module, \*others"),
+        (DropsOthers, r"DropsOthers leaves out 'Criterion\.weight'.*super\(\).__init__\(module, \*others"),
+        (made_of_one, "made_of_one takes no further modules"),
+        ("strategies.ModelAlone", "ModelAlone takes no further modules"),
+    ],
+)
+def test_a_strategy_without_a_place_for_further_modules_is_told_so(strategy, words):
+    with pytest.raises(InputError, match=words) as raised:
+        ddpkit.make_sync(strategy, torch.nn.Linear(2, 2), Criterion())
+    assert "\n" not in str(raised.value)
+
+
+def test_further_modules_reach_any_kind_of_strategy():
+    from functools import partial
+
+    model = torch.nn.Linear(2, 2)
+    for strategy in (
+        "custom",
+        "overlap",
+        "standard",
+        "none",
+        "ddpkit.sync.flat.FlatSync",
+        ddpkit.FlatSync,
+        partial(ddpkit.FlatSync, check_finite=False),
+        made_of_many,
+    ):
+        sync = ddpkit.make_sync(strategy, model, Criterion(), Criterion())
+        assert list(sync.parameters) == ["weight", "bias", "Criterion.weight", "Criterion_2.weight"]
+        sync.close()
+    ddpkit.make_sync(made_of_two, model, Criterion()).close()
+    with pytest.raises(InputError, match=r"A function was given after the model.*options by their names"):
+        ddpkit.make_sync("custom", model, torch.square)

@@ -1,0 +1,65 @@
+"""A model and further modules with trained parameters, seen as one."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ddpkit.errors import InputError
+
+
+class Named(Protocol):
+    """What has parameters and buffers with names: a module, or several."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter once."""
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Each buffer once."""
+
+
+class Modules:
+    """A model and further modules: each tensor once, and under a name of its own.
+
+    The model's tensors have the names that the model gives them; those of a further module have its class before them, and a
+    number where that is taken: `LearnedWeights.scale`, `LearnedWeights_2.scale`. A tensor that several modules hold has the
+    name that it has in the first of them.
+
+    Raises:
+        InputError: one of the others is no module.
+    """
+
+    def __init__(self, model: nn.Module, *others: nn.Module) -> None:
+        self._prefixed = [("", model)]
+        taken = {name for name, _ in model.named_children()}
+        for other in others:
+            if not isinstance(other, nn.Module):
+                raise InputError(
+                    f"A {type(other).__name__} was given after the model, where further modules with trained parameters belong "
+                    "(torch.nn.Module): give options by their names."
+                )
+            kind = name = type(other).__name__
+            number = 1
+            while name in taken:
+                number += 1
+                name = f"{kind}_{number}"
+            taken.add(name)
+            self._prefixed.append((f"{name}.", other))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter once, the model's first."""
+        seen: set[Tensor] = set()
+        for prefix, module in self._prefixed:
+            for name, parameter in module.named_parameters():
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield prefix + name, parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Each buffer once, the model's first."""
+        seen: set[Tensor] = set()
+        for prefix, module in self._prefixed:
+            for name, buffer in module.named_buffers():
+                if buffer not in seen:
+                    seen.add(buffer)
+                    yield prefix + name, buffer
