@@ -35,7 +35,7 @@ class Modules:
         for other in others:
             if not isinstance(other, nn.Module):
                 raise InputError(
-                    f"A {type(other).__name__} was given after the model, where further modules with trained parameters belong "
+                    f"{getattr(other, '__name__', None) or type(other).__name__} was given after the model, where further modules with trained parameters belong "
                     "(torch.nn.Module): give options by their names."
                 )
             kind = name = type(other).__name__

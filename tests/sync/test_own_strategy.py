@@ -134,5 +134,5 @@ def test_further_modules_reach_any_kind_of_strategy():
         assert list(sync.parameters) == ["weight", "bias", "Criterion.weight", "Criterion_2.weight"]
         sync.close()
     ddpkit.make_sync(made_of_two, model, Criterion()).close()
-    with pytest.raises(InputError, match=r"A function was given after the model.*options by their names"):
+    with pytest.raises(InputError, match=r"square was given after the model.*options by their names"):
         ddpkit.make_sync("custom", model, torch.square)
