@@ -43,4 +43,4 @@ def make_model(name, precision="float64", **settings):
 
 
 def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
+    return float(((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).detach())
