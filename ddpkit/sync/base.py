@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddpkit.errors import InputError
 from ddpkit.sync import agreement
 from ddpkit.sync.comm import make_comm
+from ddpkit.sync.guard import Guard
 from ddpkit.sync.modules import Modules
 from ddpkit.sync.watch import Watch
 
@@ -70,6 +71,7 @@ class GradientSync:
     comms: ClassVar[tuple[str, ...]] = ("torch",)
     separable: ClassVar[bool] = True  # whether compute and communication can be told apart by a clock
     plain_loop: ClassVar[bool] = True  # whether `synchronize()` averages; if not, the compiled step does
+    averages: ClassVar[bool] = True  # whether ranks are to stay alike
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class GradientSync:
         else:
             agreement.describe(self._modules)
         self._cuda = any(p.is_cuda for _, p in self._modules.named_parameters())
+        self._guard = Guard(self._modules, averaged=self.averages and self.world_size > 1, look=self._look_back)
         self.attach()
 
     @property
@@ -177,9 +180,13 @@ class GradientSync:
         return SyncStats(self._calls, *self._sent, self._seconds)
 
     def close(self) -> None:
-        """Lets go of the module: removes hooks, ends the watch. The gradients stay as they are."""
+        """Lets go of the module and of the optimizers: removes hooks, ends the watch. The gradients stay as they are."""
+        self._guard.close()
         if self._watch is not None:
             self._watch.close()
+
+    def _look_back(self) -> None:
+        """Raises what is known to be wrong with the gradients and nobody has looked at yet."""
 
     def _now(self) -> "float | torch.cuda.Event":
         if not self._cuda:

@@ -15,7 +15,7 @@ from ddpkit.sync.agreement import name_ranks
 from ddpkit.sync.base import GradientSync, SyncStats
 from ddpkit.sync.buckets import Bucket, by_kind
 from ddpkit.sync.comm import Work
-from ddpkit.sync.guard import Guard, parse_dtype
+from ddpkit.sync.guard import parse_dtype
 
 # What each rank says of itself in the tail, after one number per parameter.
 STEPS, STALE, BAD = 0, 1, 2
@@ -69,7 +69,6 @@ class FlatSync(GradientSync):
         named = self._chosen()
         self._names = [name for name, _ in named]
         self._all = [parameter for _, parameter in named]
-        self._guard = Guard(self._all)
         self._warned: set[str] = set()
         self._lay_out()
 
@@ -86,11 +85,6 @@ class FlatSync(GradientSync):
     def views(self) -> dict[str, Tensor]:
         """The slice of each trainable parameter, by name. A compiled step may write gradients there."""
         return {self._names[n]: view for n, view in self._slices.items()}
-
-    def close(self) -> None:
-        """Lets go of the module and of the optimizers."""
-        super().close()
-        self._guard.close()
 
     # --- layout ---------------------------------------------------------------------------------------------------
 
@@ -120,6 +114,7 @@ class FlatSync(GradientSync):
         self._slices = {n: view for b in self._buckets for n, view in zip(b.numbers, b.views, strict=True)}
         self._works: list[Work | None] = []
         self._order = [n for bucket in self._buckets for n in bucket.numbers]
+        self._guard.arm(None)
         if not self._buckets:
             return
         last = self._buckets[-1].wire

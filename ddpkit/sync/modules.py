@@ -34,8 +34,9 @@ class Modules:
         taken = {name for name, _ in model.named_children()}
         for other in others:
             if not isinstance(other, nn.Module):
+                what = getattr(other, "__name__", None) or type(other).__name__
                 raise InputError(
-                    f"{getattr(other, '__name__', None) or type(other).__name__} was given after the model, where further modules with trained parameters belong "
+                    f"{what} was given after the model, where further modules with trained parameters belong "
                     "(torch.nn.Module): give options by their names."
                 )
             kind = name = type(other).__name__

@@ -7,6 +7,7 @@ class NoSync(GradientSync):
     """Leaves every rank its own gradients, so that ranks diverge: separates compute from communication in a study of speed."""
 
     comms = ("torch", "mpi")
+    averages = False
 
     def reduce(self) -> None:
         """Does nothing."""

@@ -48,3 +48,11 @@ class DropsOthers(ddpkit.GradientSync):
     def __init__(self, module, *others, **options):
         assert others
         super().__init__(module, **options)
+
+
+class LikeGpu(ddpkit.FlatSync):
+    """Looks at the flags as on a GPU: later, if all optimizers skip by themselves."""
+
+    def _lay_out(self):
+        super()._lay_out()
+        self._on_device = True

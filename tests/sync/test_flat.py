@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from strategies import LikeGpu
 from torch import nn
 
 import ddpkit
@@ -207,14 +208,6 @@ def test_overlap_bears_gradients_in_another_order(set_to_none):
     assert (hooks, launched) == other
     assert hooks < 12  # not every parameter's
     assert launched[1] == max(launched) > launched[2]
-
-
-class LikeGpu(ddpkit.FlatSync):
-    """Looks at the flags as on a GPU: later, if all optimizers skip by themselves."""
-
-    def _lay_out(self):
-        super()._lay_out()
-        self._on_device = True
 
 
 def late_flags(fused, bad):
