@@ -1,3 +1,14 @@
+"""What can go wrong, and how it is told."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FILE_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
+
+
 class InputError(ValueError):
     """Something the user gave cannot be used.
 
@@ -15,6 +26,27 @@ def unusable_path(error: BaseException) -> InputError | None:
     return InputError(
         f"{error.filename} cannot be used ({error.strerror}): check the path, its permissions and the disk."
     )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Has a file or folder of a run that cannot be written be an input error that names it and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            remedy = "free some space or choose another run_dir"
+        elif error.errno in _FILE_IN_THE_WAY and _is_below_a_file(path):
+            remedy = "it is a file or lies below one: choose another run_dir"
+        else:
+            remedy = "check its permissions and the disk, or choose another run_dir"
+        raise InputError(
+            f"{path} could not be written ({error.strerror or error}): {remedy}; what was written before is kept."
+        ) from error
+
+
+def _is_below_a_file(path: Path) -> bool:
+    return any(place.is_file() for place in (path, *path.parents))
 
 
 class RankDisagreementError(RuntimeError):
