@@ -9,16 +9,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddpkit.errors import InputError
+from ddpkit.errors import InputError, writing
 from ddpkit.launch import Environment
+from ddpkit.lock import FolderLock
 
 STEP_COLUMNS = (
     "step", "epoch", "loss", "loss_energy", "loss_forces", "loss_stress", "lr", "grad_norm", "atoms", "edges",
@@ -30,31 +31,47 @@ EPOCH_COLUMNS = (
 )  # fmt: skip
 
 
+# What a run leaves behind, all of which is moved aside together.
+_OF_A_RUN = (
+    "config.yaml", "environment.json", "steps.csv", "epochs.csv", "projection.csv", "summary.json", "checkpoints",
+    "tensorboard", "evaluation",
+)  # fmt: skip
+
+
 class CsvLog:
     """A CSV file of fixed columns, one flushed row at a time.
 
     Floats are written in the shortest form that reads back the same bits; `None` is left empty. A file that exists is
-    continued.
+    continued; one with other columns (of another version) is rewritten first, so that every value stands under its name.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         self._path, self._columns = path, columns
-        starts = not path.exists() or path.stat().st_size == 0
+        if path.exists() and path.stat().st_size:
+            header, rows = _read_rows(path)
+            self._columns = (*columns, *(name for name in header if name not in columns))
+            if header != list(self._columns):
+                named = [dict(zip(header, row, strict=True)) for row in rows]
+                _write_rows(path, self._columns, [[row.get(name, "") for name in self._columns] for row in named])
+        else:
+            _write_rows(path, columns, [])
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
-        if starts:
-            self._writer.writerow(columns)
-            self._file.flush()
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
         """Appends one row; columns that the row lacks stay empty."""
-        with _writing(self._path):
+        with writing(self._path):
             self._writer.writerow([_shortest(row.get(column)) for column in self._columns])
             self._file.flush()
 
+    def to_disk(self) -> None:
+        """Has the rows so far survive a host that goes down."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
-        with _writing(self._path):
+        with writing(self._path):
             self._file.close()
 
 
@@ -62,21 +79,40 @@ def _shortest(value: float | None) -> str:
     return "" if value is None else repr(value)
 
 
-def drop_rows_after(path: Path, column: str, last: int) -> None:
-    """Removes the rows of a CSV whose `column` is greater than `last`, and a torn last row, atomically."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows:
-        return
-    header = rows[0]
-    where = header.index(column)
-    kept = [row for row in rows[1:] if len(row) == len(header) and row[where].isdigit() and int(row[where]) <= last]
-    temporary = path.with_suffix(".part")
+def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and whole rows of a CSV: without a last line that does not end, and without torn ones."""
+    text, _, _ = path.read_text(errors="replace").rpartition("\n")
+    header, *rows = csv.reader(text.split("\n"))
+    return header, [row for row in rows if len(row) == len(header)]
+
+
+def _write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    temporary = path.with_name(f"{path.name}.part")
     with temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *kept])
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def drop_rows_after(path: Path, column: str, last: int) -> int:
+    """Removes the rows of a CSV whose `column` is greater than `last`, and a torn last row, atomically.
+
+    Returns:
+        The last row's `column`; 0 where there is none.
+
+    Raises:
+        InputError: the file has no such column.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return 0
+    header, rows = _read_rows(path)
+    if column not in header:
+        raise InputError(f"{path} has no column {column!r}, so it is not the log of a run: repair it or move it away.")
+    where = header.index(column)
+    kept = [row for row in rows if row[where].isdigit() and int(row[where]) <= last]
+    _write_rows(path, header, kept)
+    return int(kept[-1][where]) if kept else 0
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -94,10 +130,7 @@ def write_atomically(path: Path, text: str) -> None:
 def record_failure(path: Path, error: str) -> None:
     """Has the `summary.json` of a run that is said to be running tell that it failed, and why. Any rank may do this."""
     summary = path / "summary.json"
-    try:
-        facts = json.loads(summary.read_text())
-    except (OSError, ValueError):
-        return
+    facts = _json(summary)
     if facts.get("status") != "running":
         return
     text = json.dumps(facts | {"status": "failed", "error": error}, indent=2) + "\n"
@@ -109,52 +142,75 @@ def record_failure(path: Path, error: str) -> None:
             file.truncate()
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Names what could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} could not be written ({error.strerror or error}): free some space or choose another run_dir; what was "
-            "written before is kept."
-        ) from error
-
-
 class RunFolder:
     """Writes one run's folder. Only rank 0 holds one.
+
+    Nothing that was logged is overwritten: a folder that another process writes into, or that holds a checkpoint or a finished
+    run, is refused; what a run without a checkpoint logged is moved into `previous-1`, `previous-2` ... first.
 
     Args:
         path: the folder; made where it is missing.
         resume_from: the step to continue after; rows beyond it are dropped. 0 starts afresh.
         resume_epoch: the number of whole epochs before that step.
         tensorboard: log the rows to `tensorboard/` too.
+        lock: held already on this folder; released by `close()`.
+        log_every: steps between rows.
 
     Raises:
-        InputError: the folder cannot be written, or holds another run's results that would be lost.
+        InputError: the folder cannot be written, is in use, or holds another run's results.
     """
 
-    def __init__(self, path: Path, *, resume_from: int = 0, resume_epoch: int = 0, tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume_from: int = 0,
+        resume_epoch: int = 0,
+        tensorboard: bool = False,
+        lock: FolderLock | None = None,
+        log_every: int = 1,
+    ) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        if not resume_from and _has_results(path):
-            raise InputError(f"{path} holds a run already: go on with resume={path}, or choose another run_dir.")
-        with _writing(path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            drop_rows_after(path / "steps.csv", "step", resume_from)
+        self._lock = lock or FolderLock(path)
+        try:
+            self._open(resume_from, resume_epoch, log_every)
+            self._board = _board(path / "tensorboard", resume_from) if tensorboard else None
+        except BaseException:
+            self._lock.release()
+            raise
+        self._resumed = resume_from > 0
+        self._summary: dict[str, Any] = {}
+
+    def _open(self, resume_from: int, resume_epoch: int, log_every: int) -> None:
+        path = self.path
+        with writing(path):
+            if not resume_from:
+                _refuse_results(path)
+                _move_aside(path)
+            self.checkpoints.mkdir(exist_ok=True)
+            for pattern in ("*.csv.part", "*.json.*.part", "config.yaml.*.part", "checkpoints/*.pt.part"):
+                for torn in path.glob(pattern):
+                    torn.unlink()
+            last = drop_rows_after(path / "steps.csv", "step", resume_from)
             drop_rows_after(path / "epochs.csv", "epoch", resume_epoch)
+            if last + log_every <= resume_from:
+                _say(
+                    f"{path / 'steps.csv'} ends at step {last}, but the checkpoint is of step {resume_from}: the rows between "
+                    "are lost."
+                )
             self._steps = CsvLog(path / "steps.csv", STEP_COLUMNS)
             self._epochs = CsvLog(path / "epochs.csv", EPOCH_COLUMNS)
-        self._board = _board(path / "tensorboard", resume_from) if tensorboard else None
-        self._summary: dict[str, Any] = {}
 
     def write_step(self, row: Mapping[str, float | int | None]) -> None:
         """Logs one row of `steps.csv`."""
+        self._lock.require()
         self._steps.write(row)
         self._show("step", row, row["step"])
 
     def write_epoch(self, row: Mapping[str, float | int | None]) -> None:
         """Logs one row of `epochs.csv`."""
+        self._lock.require()
         self._epochs.write(row)
         self._show("epoch", row, row["epoch"])
 
@@ -164,34 +220,77 @@ class RunFolder:
                 if value is not None and name != kind:
                     self._board.add_scalar(f"{kind}/{name}", value, at)
 
+    def to_disk(self) -> None:
+        """Has all rows so far survive a host that goes down, as a checkpoint written after this does."""
+        self._lock.require()
+        self._steps.to_disk()
+        self._epochs.to_disk()
+
     def describe(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
-        """Writes `config.yaml` and `environment.json`."""
-        with _writing(self.path):
+        """Writes `config.yaml` and `environment.json`; a resumed run keeps what it ran on before under `earlier`."""
+        target = self.path / "environment.json"
+        before = _json(target) if self._resumed else {}
+        if before:
+            environment = {**environment, "earlier": [*before.pop("earlier", []), before]}
+        with writing(self.path):
             write_atomically(self.path / "config.yaml", config_yaml)
-            write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+            write_atomically(target, json.dumps(environment, indent=2) + "\n")
 
     def summarize(self, **facts: Any) -> None:
         """Updates `summary.json` with these facts."""
+        self._lock.require()
         self._summary.update(facts)
-        with _writing(self.path):
+        with writing(self.path):
             write_atomically(self.path / "summary.json", json.dumps(self._summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Closes the logs."""
-        self._steps.close()
-        self._epochs.close()
-        if self._board is not None:
-            self._board.close()
+        """Closes the logs and lets others into the folder."""
+        try:
+            self._steps.close()
+            self._epochs.close()
+            if self._board is not None:
+                self._board.close()
+        finally:
+            self._lock.release()
 
 
-def _has_results(path: Path) -> bool:
-    """Whether a run has left something there that a new one would destroy."""
+def _refuse_results(path: Path) -> None:
+    """Refuses a folder with results that a new run would destroy."""
     if (path / "checkpoints" / "last.pt").exists():
-        return True
+        raise InputError(f"{path} holds a run already: go on with resume={path}, or choose another run_dir.")
+    left = sorted(p.name for p in path.glob("checkpoints/*.pt"))
+    if _json(path / "summary.json").get("status") == "finished" or left:
+        what = f"the checkpoint {left[0]} of a run" if left else "a finished run"
+        raise InputError(f"{path} holds {what} already: choose another run_dir.")
+
+
+def _move_aside(path: Path) -> None:
+    """Makes room for a new run, where one without a checkpoint has logged something."""
+    logs = (path / name for name in ("steps.csv", "epochs.csv", "projection.csv"))
+    if not any(log.is_file() and log.read_bytes().count(b"\n") > 1 for log in logs):
+        return
+    number = 1
+    while (path / f"previous-{number}").exists():
+        number += 1
+    target = path / f"previous-{number}"
+    target.mkdir()
+    for name in _OF_A_RUN:
+        if (path / name).exists():
+            (path / name).rename(target / name)
+    _say(f"{path} held a run that ended without a checkpoint: its files are in {target} now.")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it cannot be read."""
     try:
-        return bool(json.loads((path / "summary.json").read_text())["status"] == "finished")
-    except (OSError, ValueError, KeyError):
-        return False
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _say(sentence: str) -> None:
+    print(f"ddpkit: {sentence}", file=sys.stderr, flush=True)
 
 
 def _board(path: Path, step: int) -> Any:
