@@ -41,8 +41,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         temporary.unlink(missing_ok=True)
+        why = " ".join(str(error).split())[:200]
         raise InputError(
-            f"The checkpoint {path} could not be written ({error}): free some space; the one before it is untouched."
+            f"The checkpoint {path} could not be written ({why}): free some space; the one before it is untouched."
         ) from error
 
 
@@ -53,9 +54,7 @@ def load(path: Path) -> dict[str, Any]:
         InputError: the file is missing, torn, or no checkpoint of this package.
     """
     if not path.is_file():
-        raise InputError(
-            f"There is no checkpoint {path}: give a run folder that has one, or start afresh without resume."
-        )
+        raise InputError(f"There is no checkpoint {path}: give a run folder that has one, or a checkpoint's file.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -65,6 +64,31 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= _KEYS:
         raise InputError(f"{path} is not a ddpkit checkpoint of format {FORMAT}: use one that this version wrote.")
     return state
+
+
+def load_to_resume(run: Path) -> dict[str, Any]:
+    """What a run goes on from: its last checkpoint.
+
+    Raises:
+        InputError: there is none that can be read. Another one is named, not taken: what it lacks would be trained again.
+    """
+    last, best = run / "checkpoints" / "last.pt", run / "checkpoints" / "best.pt"
+    if not last.exists() and not best.exists():
+        raise InputError(
+            f"{run} has no checkpoint to go on from (the run ended before its first one, or train.checkpoint_every was 0): start "
+            f"a new run instead, in another run_dir or with run_dir={run}, which moves aside what a failed run has left."
+        )
+    try:
+        return load(last)
+    except InputError as error:
+        try:
+            step = load(best)["progress"]["step"]
+        except InputError:
+            remedy = "start a new run with another run_dir."
+        else:
+            remedy = f"`cp {best} {last}` lets it go on from the best one, after step {step}."
+        why = str(error).partition(": ")[0]
+        raise InputError(f"{why}: {remedy}") from error
 
 
 def inference_weights(state: dict[str, Any]) -> dict[str, Any]:
@@ -117,17 +141,24 @@ def load_model(path: Path) -> nn.Module:
 
 
 class Writer:
-    """Writes checkpoints behind the training loop's back: the loop waits for the copy to the CPU alone."""
+    """Writes checkpoints behind the training loop's back: the loop waits for the copy to the CPU alone.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: seconds that a write may take.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         self._thread: threading.Thread | None = None
+        self._path = Path()
         self._error: BaseException | None = None
 
     def write(self, paths: list[Path], state: dict[str, Any]) -> None:
         """Starts writing `state` to every path, once the write before has ended."""
         self.wait()
         copied = snapshot(state)
-        self._thread = threading.Thread(target=self._write, args=(paths, copied), name="checkpoint")
+        self._path = paths[0]
+        self._thread = threading.Thread(target=self._write, args=(paths, copied), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _write(self, paths: list[Path], state: dict[str, Any]) -> None:
@@ -138,9 +169,18 @@ class Writer:
             self._error = error
 
     def wait(self) -> None:
-        """Waits for the write under way and raises what went wrong in it."""
+        """Waits for the write under way and raises what went wrong in it.
+
+        Raises:
+            InputError: what `save` raises, or the write takes longer than the timeout.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(self._timeout)
+            if self._thread.is_alive():
+                raise InputError(
+                    f"The checkpoint {self._path} has not been written after {self._timeout:g} s: see whether its disk still "
+                    "answers, or raise train.timeout; the one before it is untouched."
+                )
             self._thread = None
         self.check()
 
