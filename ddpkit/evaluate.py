@@ -20,33 +20,28 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class Errors:
-    """Running sums of errors of energy per atom [eV] and force components [eV/Å]."""
+    """Running sums of errors of energy per atom [eV] and force components [eV/Å].
 
-    energy: np.ndarray = field(default_factory=lambda: np.zeros(3))  # count, sum of magnitudes, sum of squares
-    forces: np.ndarray = field(default_factory=lambda: np.zeros(3))
-    extra: list[float] = field(default_factory=list)
+    Attributes:
+        sums: `[6]` count, sum of magnitudes and sum of squares of energies, then of forces; sums of ranks add up.
+    """
+
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(6))
 
     def add(self, output: dict[str, Tensor], batch: Batch) -> None:
         """Adds a batch's errors."""
         assert batch.energy is not None
         assert batch.forces is not None
         atoms = torch.bincount(batch.frame, minlength=batch.num_frames)
-        self.energy += _sums((output["energy"].detach() - batch.energy) / atoms)
-        self.forces += _sums(output["forces"].detach() - batch.forces)
-
-    def reduced(self, here: Environment, extra: list[float] | None = None) -> "Errors":
-        """The sums over all ranks, with `extra` numbers summed along."""
-        values = summed(np.concatenate([self.energy, self.forces, extra or []]), here)
-        return Errors(values[:3], values[3:6], values[6:].tolist())
+        energy = _sums((output["energy"].detach() - batch.energy) / atoms)
+        self.sums += np.concatenate([energy, _sums(output["forces"].detach() - batch.forces)])
 
     def metrics(self) -> dict[str, float]:
         """RMSE and MAE of energy per atom [eV] and forces [eV/Å]."""
-        return {
-            "energy_rmse": float(np.sqrt(self.energy[2] / self.energy[0])),
-            "energy_mae": float(self.energy[1] / self.energy[0]),
-            "forces_rmse": float(np.sqrt(self.forces[2] / self.forces[0])),
-            "forces_mae": float(self.forces[1] / self.forces[0]),
-        }
+        found = {}
+        for name, (count, magnitudes, squares) in zip(("energy", "forces"), self.sums.reshape(2, 3), strict=True):
+            found |= {f"{name}_rmse": float(np.sqrt(squares / count)), f"{name}_mae": float(magnitudes / count)}
+        return found
 
 
 @dataclass(frozen=True)

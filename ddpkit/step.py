@@ -170,6 +170,11 @@ class Step:
         return self._gradients.seconds
 
     @property
+    def eager_batches(self) -> int:
+        """How many batches (micro-batches each) this rank has run eagerly so far although `compile` was asked for."""
+        return self._gradients.eager
+
+    @property
     def differences(self) -> "list[Difference]":
         """How far compiled and eager code differ, for each tensor that has been compared."""
         return self._gradients.differences
@@ -245,6 +250,10 @@ class Gradients(Protocol):
         """Spent on compiling."""
 
     @property
+    def eager(self) -> int:
+        """Batches run eagerly where compiled code was asked for."""
+
+    @property
     def differences(self) -> "list[Difference]":
         """What the checks of compiled against eager code have found."""
 
@@ -280,6 +289,11 @@ class EagerGradients:
     def seconds(self) -> float:
         """Spent on compiling."""
         return 0.0 if self._core is None else self._core.seconds_compile
+
+    @property
+    def eager(self) -> int:
+        """Batches that the core ran eagerly."""
+        return 0 if self._core is None else self._core.eager
 
     @property
     def differences(self) -> "list[Difference]":

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -22,14 +21,16 @@ from tqdm import tqdm
 from ddpkit import checkpoint, phase
 from ddpkit.batch import Batch
 from ddpkit.data import GlobalStep
+from ddpkit.errors import NonFiniteGradientError
 from ddpkit.evaluate import Errors
+from ddpkit.gather import Gather
 from ddpkit.launch import Environment
+from ddpkit.ledger import Ledger, name_bad
 from ddpkit.record import STEP_COLUMNS, RunFolder, finite
 from ddpkit.step import Step
 
 LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
 SPLIT_COLUMNS = ("compute", "sync", "optimizer")
-POLL = 5e-5  # seconds between looks at a collective on the device
 
 
 @dataclass
@@ -100,53 +101,8 @@ class Progress:
     seconds: float = 0.0
     seconds_data: float = 0.0  # that steps waited for their batches, of this rank
     seconds_steps: float = 0.0  # of all steps, of this rank
-
-
-class Heartbeat:
-    """Gathers a few numbers from every rank without waiting: what is sent at one step is read at the next.
-
-    On a GPU the result is copied to the host on a stream of its own: on the training stream, reading the numbers of one step
-    would wait for the next step, which is under way, and the host could never run ahead of the device.
-
-    Args:
-        device: where the collective wants its tensors.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending: tuple[Tensor, Tensor, Any, Any, Any] | None = None
-
-    def send(self, values: Tensor, note: Any) -> None:
-        """Starts gathering `values` `[k]` float64; `note` comes back with the result."""
-        assert self._pending is None
-        everyone, work = values[None], None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = values.new_empty((dist.get_world_size(), len(values)))
-            work = dist.all_gather(list(everyone.unbind()), values, async_op=True)
-        computed = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
-        self._pending = values, everyone, work, computed, note
-
-    def receive(self) -> tuple[np.ndarray, Any] | None:
-        """The gather under way, `[ranks, k]`, with its note; None where nothing was sent."""
-        if self._pending is None:
-            return None
-        values, everyone, work, computed, note = self._pending
-        self._pending = None
-        if self._side is None:
-            if work is not None:
-                work.wait()
-            return everyone.numpy(), note
-        # `work.wait()` gives the memory that NCCL works in back to the training stream, which has not waited for NCCL: so it
-        # comes after the host has seen the end of the gather.
-        while work is not None and not work.is_completed():
-            time.sleep(POLL)
-        del values  # which NCCL has read
-        with torch.cuda.stream(self._side):
-            self._side.wait_event(computed)
-            if work is not None:
-                work.wait()
-            return everyone.cpu().numpy(), note
+    skipped: int = 0  # updates that were not applied on some rank, because its gradient was not finite
+    eager_steps: int = 0  # in which some rank ran eager code although the step is compiled
 
 
 class Trainer:
@@ -189,8 +145,10 @@ class Trainer:
         self.progress = Progress()
         self.ema = ema
         self.scheduler = _plateau(optimizer, config.plateau)
-        self._heartbeat = Heartbeat(here.device if here.backend == "nccl" else torch.device("cpu"))
-        self._writer = checkpoint.Writer()
+        self._gather = Gather(here, config.timeout)
+        self._ledger = Ledger(step)
+        self._writer = checkpoint.Writer(config.timeout)
+        self._has_checkpoint = False
         self._random_states: list[dict[str, Any]] = []
         self._seconds_logging, self._rows = 0.0, 0
         self.stop_signal: int | None = None
@@ -222,6 +180,7 @@ class Trainer:
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.progress = Progress(**state["progress"])
+        self._has_checkpoint = True
         states = state.get("random_states", [])
         if self.here.rank < len(states):  # further ranks go on from their seed
             set_random_state(states[self.here.rank], self.here.device)
@@ -232,18 +191,27 @@ class Trainer:
         """Trains until done, stopped by a signal, or failed.
 
         Raises:
-            NonFiniteLossError: on every rank, where any rank met NaN or infinity.
+            NonFiniteLossError, NonFiniteGradientError: on every rank, where any rank met NaN or infinity.
         """
         self._started = time.monotonic() - self.progress.seconds
-        with self._signals():
-            while not self._is_done():
-                self._train_epoch()
-                self._end_epoch()
-                if self.progress.step_in_epoch:  # the run stopped within an epoch
-                    break
-                if self._after_epoch is not None and (number := self._after_epoch(self)):
-                    self.stopped_by = signal.Signals(number)
+        try:
+            with self._signals():
+                while not self._is_done():
+                    self._train_epoch()
+                    self._end_epoch()
+                    if self.progress.step_in_epoch:  # the run stopped within an epoch
+                        break
+                    if self._after_epoch is not None and (number := self._after_epoch(self)):
+                        self.stopped_by = signal.Signals(number)
+        except NonFiniteGradientError:  # told by the strategy, before the step had ended
+            self.progress.skipped += 1
+            raise
         self._writer.wait()
+
+    def facts(self) -> dict[str, int]:
+        """What `summary.json` tells of how far training has come and of what went otherwise than asked."""
+        p = self.progress
+        return {"steps": p.step, "epochs": p.epoch, "skipped": p.skipped, "eager_steps": p.eager_steps}
 
     def _is_done(self) -> bool:
         p, c = self.progress, self.config
@@ -276,6 +244,7 @@ class Trainer:
                     break
                 counts, micro_batches = drawn
                 result = self.step(micro_batches if len(micro_batches) > 1 else micro_batches[0])
+                self._ledger.note()
                 if self.ema is not None:
                     self.ema.update_parameters(self.model)
                 p.step += 1
@@ -296,9 +265,10 @@ class Trainer:
                 if stop or (c.max_steps is not None and p.step >= c.max_steps):
                     break
                 if c.checkpoint_every and p.step % c.checkpoint_every == 0 and p.step_in_epoch < total:
-                    self._log_previous(bar)
+                    if self._look(bar):
+                        break
                     self._save()
-            self._log_previous(bar)
+            self._look(bar)
             p.seconds_in_epoch += time.perf_counter() - last_logged
         finally:
             bar.close()
@@ -309,14 +279,7 @@ class Trainer:
         began = time.perf_counter()
         terms = result if isinstance(result, dict) else {"loss": result}
         numbers = [terms[n].detach() if n in terms else _absent(terms) for n in LOSS_COLUMNS]
-        device = self._heartbeat.device
-        on_gpu = device.type == "cuda"  # a copy away from a GPU must be waited for, one to it need not
-        computed = torch.stack([n.to(torch.float64) for n in (*numbers, self.step.grad_norm)])
-        limit = self.config.max_seconds
-        out_of_time = limit is not None and time.monotonic() - self._started + seconds > limit
-        known = [seconds, float(self.stop_signal or 0), float(out_of_time)]
-        host = torch.tensor(known, dtype=torch.float64, pin_memory=on_gpu)
-        note = {
+        row = {
             "step": self.progress.step,
             "epoch": self.progress.epoch + 1,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -325,35 +288,58 @@ class Trainer:
             "seconds_data": seconds_data,
             "timing": self.step.timing(),
         }
-        values = torch.cat([computed.to(device, non_blocking=on_gpu), host.to(device, non_blocking=on_gpu)])
-        self._heartbeat.send(values, note)
+        self._send(torch.stack([n.to(torch.float64) for n in numbers]), seconds, row)
         self._rows += 1
         self._seconds_logging += time.perf_counter() - began
 
+    def _send(self, losses: Tensor, seconds: float, row: dict[str, Any] | None) -> None:
+        """Starts gathering losses, times, wishes to stop, and how the steps since the last time went."""
+        device = self._gather.device
+        on_gpu = device.type == "cuda"  # a copy away from a GPU must be waited for, one to it need not
+        norms, eager = self._ledger.take()
+        limit = self.config.max_seconds
+        out_of_time = limit is not None and time.monotonic() - self._started + seconds > limit
+        known = [seconds, float(self.stop_signal or 0), float(out_of_time), *eager]
+        host = torch.tensor(known, dtype=torch.float64, pin_memory=on_gpu)
+        computed = torch.cat([losses, norms]).to(device, non_blocking=on_gpu)
+        note = self.progress.step, len(eager), row
+        self._gather.send(torch.cat([computed, host.to(device, non_blocking=on_gpu)]), note)
+
+    def _look(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
+        """Has ranks look together at all steps so far, so that no checkpoint hides a lost one; whether they agreed to stop."""
+        stop = self._log_previous(bar)
+        if len(self._ledger):
+            nothing = torch.zeros(len(LOSS_COLUMNS), dtype=torch.float64, device=self.step.grad_norm.device)
+            self._send(nothing, 0.0, None)
+            stop = self._log_previous(bar) or stop
+        return stop
+
     def _log_previous(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
-        """Writes the row whose gather has arrived; whether ranks agreed to stop."""
-        arrived = self._heartbeat.receive()
+        """Judges what has arrived from all ranks and writes its row; whether they agreed to stop."""
+        arrived = self._gather.receive()
         if arrived is None:
             return False
-        everyone, row = arrived
-        splits = row.pop("timing")()
+        everyone, (step, count, row) = arrived
+        splits = row.pop("timing")() if row is not None else {}
         began = time.perf_counter()
-        losses, norms, seconds, signals, out_of_time = np.split(
-            everyone, np.cumsum([len(LOSS_COLUMNS), 1, 1, 1]), axis=1
+        losses, norms, seconds, signals, out_of_time, eager = np.split(
+            everyone, np.cumsum([len(LOSS_COLUMNS), count, 1, 1, 1]), axis=1
         )
-        self._refuse_non_finite("loss", losses[:, 0], row["step"])
-        self._refuse_non_finite("gradient's norm", norms[:, 0], row["step"])
-        row |= {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
-        row["seconds"] = float(seconds.max())
-        row["grad_norm"] = float(norms[self.here.rank, 0])
-        row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, losses.mean(axis=0), strict=True)}
-        self.progress.loss_sum_in_epoch += row["loss"]
-        self.progress.rows_in_epoch += 1
+        self.progress.skipped += int((~np.isfinite(norms)).any(axis=0).sum())
+        self.progress.eager_steps += int(eager.any(axis=0).sum())
+        self._refuse_non_finite(losses[:, :1], norms, step)
         self.progress.seconds = time.monotonic() - self._started
-        if self.folder is not None:
-            self._writer.check()
-            self.folder.write_step(row)
-            bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+        if row is not None:
+            row |= {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
+            row["seconds"] = float(seconds.max())
+            row["grad_norm"] = float(norms[self.here.rank, -1])
+            row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, losses.mean(axis=0), strict=True)}
+            self.progress.loss_sum_in_epoch += row["loss"]
+            self.progress.rows_in_epoch += 1
+            if self.folder is not None:
+                self._writer.check()
+                self.folder.write_step(row)
+                bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
         if signals.any():
             self.stopped_by = signal.Signals(int(signals.max()))
         self._out_of_time = bool(out_of_time.any())
@@ -365,14 +351,25 @@ class Trainer:
         """What a row of a step costs this rank's host, seconds, without waiting for ranks or devices."""
         return self._seconds_logging / max(1, self._rows)
 
-    def _refuse_non_finite(self, what: str, values: np.ndarray, step: int) -> None:
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad):
-            ranks = ", ".join(map(str, bad[:8]))
-            raise NonFiniteLossError(
-                f"The {what} was {values[bad[0]]} at step {step} on rank {ranks}: look at that batch's labels, lower "
-                "optimizer.lr, or set train.clip_norm; the last checkpoint is good."
-            )
+    def _refuse_non_finite(self, loss: np.ndarray, norms: np.ndarray, step: int) -> None:
+        """Ends the run where an update was lost or a loss is not finite, whatever the strategy.
+
+        Args:
+            loss: `[ranks, 1]` of the step.
+            norms: `[ranks, steps]` of the gradients up to it.
+            step: its number.
+        """
+        kinds = [("loss", loss), ("gradient's norm", norms)]
+        if not np.isfinite(norms[:, :-1]).all():
+            kinds.reverse()  # what came first is the cause
+        for what, values in kinds:
+            if sentence := name_bad(what, values, step):
+                raise NonFiniteLossError(
+                    f"{sentence}: look at that batch's labels, lower optimizer.lr, or set train.clip_norm{self._good()}."
+                )
+
+    def _good(self) -> str:
+        return "; the last checkpoint is good" if self._has_checkpoint else ""
 
     def _end_epoch(self) -> None:
         """Validates, adjusts the rate, records the epoch and saves.
@@ -393,7 +390,7 @@ class Trainer:
         steps = p.step_in_epoch
         row: dict[str, float | int | None] = {
             "epoch": p.epoch + 1,
-            "seconds": self._slowest(p.seconds_in_epoch),
+            "seconds": float(self._gather.numbers([p.seconds_in_epoch]).max()),
             "steps": steps,
             "train_loss": p.loss_sum_in_epoch / p.rows_in_epoch if p.rows_in_epoch else None,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -402,15 +399,13 @@ class Trainer:
         if errors is not None:
             row |= errors
             score = (errors["val_forces_rmse"] + errors["val_energy_rmse"]) / 2
-            if not np.isfinite(score):
-                raise NonFiniteLossError(f"Validation after epoch {p.epoch + 1} gave {score}: lower optimizer.lr.")
             improved = score < p.best - c.early_stop.threshold
             p.best, p.epochs_since_best = (score, 0) if improved else (p.best, p.epochs_since_best + 1)
             if self.scheduler is not None:
                 self.scheduler.step(errors["val_loss"])
         if self.folder is not None:
             self.folder.write_epoch(row)
-            self.folder.summarize(steps=p.step, epochs=p.epoch + int(ended))
+            self.folder.summarize(**self.facts() | {"epochs": p.epoch + int(ended)})
             _tell(row)
         if not ended:
             return
@@ -418,18 +413,14 @@ class Trainer:
         p.step_in_epoch, p.rows_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0, 0.0, 0.0
         self._save(best=improved or errors is None)
 
-    def _slowest(self, seconds: float) -> float:
-        """The largest over ranks."""
-        if self.here.world_size == 1:
-            return seconds
-        largest = torch.tensor(seconds, dtype=torch.float64, device=self._heartbeat.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return float(largest)
-
     # -- validation ----------------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, float]:
-        """Errors over the validation set, of the averaged weights where they are kept, each frame counted once."""
+        """Errors over the validation set, of the averaged weights where they are kept, each frame counted once.
+
+        Raises:
+            NonFiniteLossError: on every rank, where any rank met NaN or infinity.
+        """
         assert self.val_loader is not None
         model = self.model if self.ema is None else self.ema.module
         errors = Errors()
@@ -442,8 +433,14 @@ class Trainer:
                 result = self.criterion(output, batch)
                 loss += float(result["loss"] if isinstance(result, dict) else result)
         self.model.train()
-        sums = errors.reduced(self.here, extra=[loss])
-        return {"val_loss": sums.extra[0] / self.here.world_size} | {f"val_{k}": v for k, v in sums.metrics().items()}
+        everyone = self._gather.numbers([loss, *errors.sums])
+        if sentence := name_bad("error of validation", everyone.sum(axis=1, keepdims=True), self.progress.step):
+            raise NonFiniteLossError(
+                f"{sentence}: lower optimizer.lr, or look at the labels of validation{self._good()}."
+            )
+        total, *sums = everyone.sum(axis=0)
+        metrics = Errors(np.asarray(sums)).metrics()
+        return {"val_loss": float(total) / self.here.world_size} | {f"val_{k}": v for k, v in metrics.items()}
 
     # -- leaving -------------------------------------------------------------------------------------------------------
 
@@ -454,9 +451,11 @@ class Trainer:
             self._write_checkpoint(best=best)
 
     def _write_checkpoint(self, *, best: bool) -> None:
-        self._random_states = gathered(random_state(self.here.device), self.here)
+        self._random_states = self._gather.objects(random_state(self.here.device))
+        self._has_checkpoint = True
         if self.folder is None:
             return
+        self.folder.to_disk()
         paths = [self.folder.checkpoints / "last.pt"] + ([self.folder.checkpoints / "best.pt"] if best else [])
         self._writer.write(paths, self.state_dict())
 
@@ -497,15 +496,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words.tolist()), gauss))
     key, *rest = state["numpy"]
     np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-
-
-def gathered(value: Any, here: Environment) -> list[Any]:
-    """Every rank's value, on every rank."""
-    if here.world_size == 1:
-        return [value]
-    everyone: list[Any] = [None] * here.world_size
-    dist.all_gather_object(everyone, value)
-    return everyone
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,12 @@ def read(overrides: Sequence[str]) -> DictConfig:
     Raises:
         InputError: an override names or sets something that does not exist or does not fit.
     """
+    config = _compose(overrides)
+    _check(config)
+    return config
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("ddpkit.experiments.conf", version_base="1.3"):
@@ -115,7 +122,6 @@ def read(overrides: Sequence[str]) -> DictConfig:
             OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_sentence(error, overrides)) from error
-    _check(config)
     return config
 
 
@@ -134,6 +140,30 @@ def read_saved(folder: Path) -> DictConfig:
         raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): repair it.") from error
     assert isinstance(saved, DictConfig)
     return saved
+
+
+def flat(config: DictConfig) -> dict[str, Any]:
+    """Every leaf of a configuration by its dotted key."""
+
+    def leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
+        else:
+            yield prefix, node
+
+    return dict(leaves(OmegaConf.to_container(config), ""))
+
+
+def keys_of(override: str, config: DictConfig) -> list[str]:
+    """The leaves that one override of `config` sets: what it names, and what it changes of the defaults (a group, say)."""
+    name = override.partition("=")[0].lstrip("+~").partition("@")[0]
+    leaves = flat(config)
+    keys = {key for key in leaves if key == name or key.startswith(f"{name}.")}
+    with suppress(InputError):
+        defaults, alone = flat(_compose([])), flat(_compose([override]))
+        keys |= {key for key in defaults.keys() | alone.keys() if defaults.get(key) != alone.get(key)}
+    return sorted(keys)
 
 
 def _check(config: DictConfig) -> None:

@@ -11,25 +11,34 @@ Overrides set configuration keys, for example:
   run_dir=DIR  resume=DIR  experiment=spice_stage1|spice_stage2|mptrj
 
 `ddpkit-run --cfg` prints the whole configuration. Everything a run leaves behind is in its folder: config.yaml,
-environment.json, steps.csv, epochs.csv, summary.json and checkpoints/.
+environment.json, steps.csv, epochs.csv, summary.json and checkpoints/. One run at a time writes into it, and nothing that was
+logged is overwritten: a folder with a checkpoint or a finished run is gone on with by resume=DIR or left alone, and what a run
+without a checkpoint has left is moved into DIR/previous-1 when a new one starts there.
+
+A loss or gradient that is NaN or infinite ends the run with exit code 1, whatever the strategy and train.log_every: at the next
+row, and before a checkpoint is written. summary.json counts the updates that were not applied (skipped), and the steps of a
+compiled run in which some rank ran eager code (eager_steps).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ddpkit import checkpoint, launch, phase
-from ddpkit.errors import InputError
+from ddpkit.errors import InputError, writing
 from ddpkit.experiments import setup
-from ddpkit.experiments.config import read, read_saved
-from ddpkit.launch import Environment, agree
+from ddpkit.experiments.config import flat, keys_of, read, read_saved
+from ddpkit.launch import Environment, agree, share
 from ddpkit.lifeline import Lifeline
+from ddpkit.lock import FolderLock
 from ddpkit.record import RunFolder, describe_environment, record_failure
+from ddpkit.train import Trainer
 
 # Keys that a resumed run may change: where and how long, not what.
 _MAY_CHANGE = (
@@ -38,6 +47,7 @@ _MAY_CHANGE = (
     "train.max_seconds",
     "train.checkpoint_every",
     "train.timeout",
+    "train.turns",
     "device",
     "run_dir",
     "resume",
@@ -59,64 +69,109 @@ def main(overrides: Sequence[str]) -> None:
     here = launch.init_process_group(
         None if config.device == "auto" else config.device, timeout=timedelta(seconds=config.train.timeout)
     )
-    run_dir: Path | None = None  # once it is this run's
-    folder: RunFolder | None = None
-    lifeline = Lifeline(here, lambda sentence: None if run_dir is None else record_failure(run_dir, sentence))
+    job = Job(config, here)
+    lifeline = Lifeline(here, job.record_failure)
     try:
         with lifeline.listening():
             phase.enter("data")
             setup.set_numerics(config)
-            state = None
-            if config.resume is not None:
-                with agree("reading the checkpoint"):
-                    config = _resumed(config, overrides)
-                    state = checkpoint.load(Path(config.run_dir) / "checkpoints" / "last.pt")
-                    setup.refuse_another_model(config, state["model_spec"])
-            folder = _open_folder(config, here, state)
-            run_dir = Path(config.run_dir)
-            _train(config, here, folder, state, lifeline)
+            job.open(overrides)
+            _train(job, lifeline)
     except BaseException as error:
         failure = lifeline.explain(error)
-        why = str(failure) or type(failure).__name__
-        if folder is not None:
-            with suppress(InputError):  # a full disk, say
-                folder.summarize(status="failed", error=why)
-        if run_dir is not None:
-            record_failure(run_dir, why)
+        job.close_failed(str(failure) or type(failure).__name__)
         if failure is error:
             raise
         raise failure from error
+    job.close()
     launch.shutdown()
 
 
-def _open_folder(config: DictConfig, here: Environment, state: dict[str, Any] | None) -> RunFolder | None:
-    """The run folder, on rank 0; all ranks agree on its path."""
-    config.run_dir = str(_agreed_folder(config, here))
-    folder = None
-    with agree("setting up the run"):
-        if here.is_first:
-            progress = state["progress"] if state else {"step": 0, "epoch": 0}
-            folder = RunFolder(
-                Path(config.run_dir),
-                resume_from=progress["step"],
-                resume_epoch=progress["epoch"],
-                tensorboard=config.train.tensorboard,
-            )
-            folder.describe(
-                OmegaConf.to_yaml(config),
-                describe_environment(here, comm=config.comm, seeds={"seed": config.seed, "data": config.data.seed}),
-            )
-            folder.summarize(status="running", error=None)
-    return folder
+class Job:
+    """What belongs to the run that this process is a rank of, as far as it has come.
+
+    Attributes:
+        config: the configuration; of a resumed run, the one it was started with.
+        here: where this process stands.
+        state: of the checkpoint to go on from; None for a new run.
+        run_dir: the folder, once it is this run's.
+        folder: writes there, on rank 0.
+        trainer: once there is one.
+    """
+
+    def __init__(self, config: DictConfig, here: Environment) -> None:
+        self.config, self.here = config, here
+        self.state: dict[str, Any] | None = None
+        self.run_dir: Path | None = None
+        self.folder: RunFolder | None = None
+        self.trainer: Trainer | None = None
+        self._lock: FolderLock | None = None
+
+    def open(self, overrides: Sequence[str]) -> None:
+        """Takes the folder, reads the checkpoint of a resumed run, and begins to write.
+
+        Raises:
+            InputError: on every rank; the folder is as it was.
+        """
+        config, here = self.config, self.here
+        with agree("choosing the run folder"):
+            _refuse_to_mix(config)
+        path = _chosen(config)
+        with agree("opening the run folder"):
+            if here.is_first:  # before anything is read that another run might be writing
+                self._lock = FolderLock(path)
+        if config.resume is not None:
+            with agree("reading the checkpoint"):
+                config = self.config = resumed(config, overrides)
+                self.state = checkpoint.load_to_resume(path)
+                setup.refuse_another_model(config, self.state["model_spec"])
+        config.run_dir = str(path)
+        with agree("setting up the run"):
+            if here.is_first:
+                progress = self.state["progress"] if self.state else {"step": 0, "epoch": 0}
+                self.folder = RunFolder(
+                    path,
+                    resume_from=progress["step"],
+                    resume_epoch=progress["epoch"],
+                    tensorboard=config.train.tensorboard,
+                    lock=self._lock,
+                    log_every=config.train.log_every,
+                )
+                self.folder.describe(
+                    OmegaConf.to_yaml(config),
+                    describe_environment(here, comm=config.comm, seeds={"seed": config.seed, "data": config.data.seed}),
+                )
+                self.folder.summarize(status="running", error=None)
+        self.run_dir = path
+
+    def record_failure(self, sentence: str) -> None:
+        """Has the run's summary tell why it cannot go on; from any rank and thread."""
+        if self.run_dir is not None:
+            record_failure(self.run_dir, sentence)
+
+    def close_failed(self, why: str) -> None:
+        """Records the failure, with how far training has come, and lets go of the folder."""
+        with suppress(InputError):  # a full disk, say
+            if self.folder is not None:
+                self.folder.summarize(status="failed", error=why, **(self.trainer.facts() if self.trainer else {}))
+        self.record_failure(why)
+        with suppress(InputError):
+            self.close()
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self.folder is not None:
+            self.folder.close()
+        elif self._lock is not None:
+            self._lock.release()
 
 
-def _train(
-    config: DictConfig, here: Environment, folder: RunFolder | None, state: dict[str, Any] | None, lifeline: Lifeline
-) -> None:
+def _train(job: Job, lifeline: Lifeline) -> None:
+    config, here, folder = job.config, job.here, job.folder
     data = setup.open_data(config)
     started = time.perf_counter()
     phase.enter("model")
-    trainer = setup.build_trainer(config, here, data, folder, state)
+    trainer = job.trainer = setup.build_trainer(config, here, data, folder, job.state)
     lifeline.step = lambda: trainer.progress.step + 1
     parameters = setup.trainable_parameters(trainer.model)
     if folder is not None:
@@ -141,75 +196,87 @@ def _train(
     if folder is None:
         return
     done = trainer.progress
-    facts = {
-        "steps": done.step,
-        "epochs": done.epoch,
+    facts = trainer.facts() | {
         "bytes_per_step": trainer.step.sync.stats.bytes,
         "seconds_logging_per_row": trainer.seconds_logging,
         "data_share": done.seconds_data / done.seconds_steps if done.seconds_steps else None,
     }
     if done.seconds_steps:
         print(f"waiting for data: {done.seconds_data / done.seconds_steps:.2%} of the step time", flush=True)
+    if done.eager_steps:
+        print(
+            f"{done.eager_steps} of {done.step} steps ran eager code on some rank, in full or in part: the compiled code does "
+            "not hold for the batches that the warnings above name",
+            flush=True,
+        )
     if trainer.stopped_by is None:
         folder.summarize(status="finished", **facts)
     else:
         why = f"stopped by {trainer.stopped_by.name} after step {done.step}: continue with resume={folder.path}"
         folder.summarize(status="failed", error=why, **facts)
         print(f"ddpkit: {why}", flush=True)
-    folder.close()
 
 
-def _agreed_folder(config: DictConfig, here: Environment) -> Path:
-    """The run folder that rank 0 names."""
-    if config.run_dir is not None:
-        return Path(config.run_dir)
-    if here.world_size > 1:
-        shared = launch.store()
-        if here.is_first:
-            shared.set("run_dir", _dated(config))
-        return Path(shared.get("run_dir").decode())
-    return Path(_dated(config))
+def _refuse_to_mix(config: DictConfig) -> None:
+    """Looks at what can be known of the folders before anything is written.
+
+    Raises:
+        InputError: the folder of a run that there is not, or one that would have to be two things.
+    """
+    if config.resume is not None:
+        read_saved(Path(config.resume))
+        if config.run_dir is not None and not _is_same(config.run_dir, config.resume):
+            raise InputError(f"resume={config.resume} goes on in that folder: leave run_dir={config.run_dir} out.")
+    elif config.init_from is not None:
+        if config.run_dir is not None and _is_same(config.run_dir, config.init_from):
+            raise InputError(
+                f"init_from={config.init_from} is the folder of the new run itself: choose another run_dir, or go on with "
+                f"resume={config.init_from}."
+            )
+        checkpoint.load(Path(config.init_from) / "checkpoints" / "best.pt")
 
 
-def _dated(config: DictConfig) -> str:
-    return f"runs/{datetime.now():%Y%m%d-%H%M%S}-{setup.model_name(config)}-{setup.strategy_name(config)}"
+def _is_same(one: str, two: str) -> bool:
+    return Path(one).resolve() == Path(two).resolve()
 
 
-def _resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def _chosen(config: DictConfig) -> Path:
+    """The run folder: the one that was named, or one that rank 0 makes and names after the time."""
+    named = config.run_dir if config.resume is None else config.resume
+    return Path(named or share(lambda: str(_dated(config)), "naming the run folder"))
+
+
+def _dated(config: DictConfig) -> Path:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{setup.model_name(config)}-{setup.strategy_name(config)}"
+    for number in count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            with writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()  # another run may have started in the same second
+            break
+    return path
+
+
+def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The configuration that the folder was run with, with the overrides that a resumed run may have.
 
     Raises:
-        InputError: there is no such run, or an override changes what the run is.
+        InputError: there is no such run, or an override changes what the run is; it is named.
     """
     folder = Path(config.resume)
     saved = read_saved(folder)
-    if any(_key(word) not in _MAY_CHANGE for word in overrides):
-        before, now = _flat(saved), _flat(config)
-        for key in sorted(before.keys() | now.keys()):
-            if key not in _MAY_CHANGE and before.get(key) != now.get(key):
-                raise InputError(
-                    f"{key}={now.get(key)} is not what the run in {folder} was started with ({before.get(key)}): resume it with "
-                    "the same overrides or none, or start a new run."
-                )
+    before, now = flat(saved), flat(config)
     for word in overrides:
-        if _key(word) in _MAY_CHANGE:
-            OmegaConf.update(saved, _key(word), OmegaConf.select(config, _key(word)))
+        for key in keys_of(word, config):
+            if key in _MAY_CHANGE:
+                OmegaConf.update(saved, key, now.get(key))
+            elif before.get(key) != now.get(key):
+                own = key == word.partition("=")[0].lstrip("+~")
+                which = "" if own else f" ({key} would be {now.get(key)})"
+                raise InputError(
+                    f"{word} is not what the run in {folder} was started with{which}: it has {key}={before.get(key)}; leave "
+                    f"{word} out, or start a new run."
+                )
     saved.resume, saved.run_dir = None, str(folder)
     return saved
-
-
-def _key(override: str) -> str:
-    return override.split("=", maxsplit=1)[0].lstrip("+~")
-
-
-def _flat(config: DictConfig) -> dict[str, Any]:
-    """Every leaf of a configuration by its dotted key."""
-
-    def leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, dict):
-            for name, value in node.items():
-                yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
-        else:
-            yield prefix, node
-
-    return dict(leaves(OmegaConf.to_container(config), ""))

@@ -151,6 +151,11 @@ class CompiledForces(nn.Module):
         return self._variants.seconds
 
     @property
+    def eager(self) -> int:
+        """Batches run eagerly, because the compiled code does not hold for them."""
+        return self._variants.eager
+
+    @property
     def differences(self) -> list[parity.Difference]:
         """What the checks against eager code have found."""
         return self._variants.differences

@@ -100,6 +100,11 @@ class CompiledGradients:
         return sum(variants.seconds for variants in self._variants.values())
 
     @property
+    def eager(self) -> int:
+        """Batches run eagerly, because the compiled code does not hold for them."""
+        return sum(variants.eager for variants in self._variants.values())
+
+    @property
     def differences(self) -> list[Difference]:
         """What the checks against eager code have found."""
         return [difference for variants in self._variants.values() for difference in variants.differences]

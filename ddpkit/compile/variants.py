@@ -51,6 +51,7 @@ class Variants(Generic[C]):
         codes: what there is, the latest first.
         differences: what the checks have found so far, good or bad.
         seconds: spent on tracing, compiling and checking.
+        eager: batches so far for which eager code had to do.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Variants(Generic[C]):
         self.codes: list[C] = []
         self.differences: list[parity.Difference] = []
         self.seconds = 0.0
+        self.eager = 0
 
     def clear(self) -> None:
         """Forgets all code."""
@@ -105,6 +107,7 @@ class Variants(Generic[C]):
         layout = Layout.of([batch])
         kin = [code for code in self.codes if code.layout.same_form(layout)]
         if not self._grows or len(self.codes) >= _MOST or (kin and isinstance(batch, Batch)):
+            self.eager += 1
             shape = describe(sizes_of(layout, batch))
             warnings.warn(f"A batch of {shape} runs eagerly: the compiled code does not hold for it.", stacklevel=4)
             return None
@@ -116,7 +119,10 @@ class Variants(Generic[C]):
         self.codes.insert(0, code)
         self.seconds += time.perf_counter() - began
         sizes = sizes_of(code.layout, batch)
-        return (code, sizes) if code.conditions.hold(sizes) and code.is_checked else None
+        if code.conditions.hold(sizes) and code.is_checked:
+            return code, sizes
+        self.eager += 1
+        return None
 
     def _is_good(self, code: C, batch: Any) -> bool:
         """Whether code has been checked; does so now if no batch was fit for that before."""

@@ -1,8 +1,8 @@
 """Checkpoints that are missing, torn, or cannot be written."""
 
-import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_torn_last_checkpoint_names_the_best_one(bytes_left, run):
     assert "last.pt cannot be read" in said
     assert f"cp {run}/checkpoints/best.pt {last}" in said
     assert "step 3" in said
-    os.replace(run / "checkpoints" / "best.pt", last)
+    (run / "checkpoints" / "best.pt").replace(last)
     assert checkpoint.load_to_resume(run)["progress"]["step"] == 3
 
 
@@ -77,7 +77,7 @@ def test_to_predict_without_a_checkpoint_advises_nothing_of_resuming(run):
 
 def test_a_full_disk_leaves_the_checkpoint_before(run):
     before = (run / "checkpoints" / "last.pt").read_bytes()
-    if os.path.exists("/dev/full"):
+    if Path("/dev/full").exists():
         (run / "checkpoints" / "last.pt.part").symlink_to("/dev/full")
         said = refusal(checkpoint.save, run / "checkpoints" / "last.pt", state(9))
         assert "free some space" in said
