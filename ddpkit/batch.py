@@ -21,6 +21,7 @@ class Batch:
 
     `frames_total` and `atoms_total` are the counts of the whole global batch (all ranks, all accumulated micro-batches), which
     the sampler knows; a loss divides by them (`ddpkit.global_mean`). Where they are missing the batch is the whole.
+    `stress_total` counts the frames that have a stress; where it is missing, all have one.
 
     In a padded batch, `mask` is False for atoms that only fill it up; those belong to the last frame, and edges between them are
     longer than any cutoff.
@@ -41,6 +42,7 @@ class Batch:
     stress: Tensor | None = None  # [frames, 3, 3] float64, eV/Å^3
     frames_total: Tensor | None = None  # [] float64
     atoms_total: Tensor | None = None  # [] float64
+    stress_total: Tensor | None = None  # [] float64
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that hold tensors, by name."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddpkit.batch import Batch
+from ddpkit.errors import InputError
 
 
 def global_mean(local_sum: Tensor, global_count: Tensor | float) -> Tensor:
@@ -33,7 +34,7 @@ class EnergyForcesLoss:
 
     Called with a model's output and its batch, returns this rank's share (`global_mean`) of `loss` and of its terms
     `loss_energy` [eV^2], `loss_forces` [eV^2/Å^2] and, with a stress weight, `loss_stress` [eV^2/Å^6], each 0-d. A frame whose
-    stress is NaN has no such label and adds nothing.
+    stress is NaN has no such label: it adds nothing, and the mean is over the others (`Batch.stress_total`).
     """
 
     energy: float = 1.0
@@ -42,7 +43,11 @@ class EnergyForcesLoss:
     huber_delta: float | None = None  # in the unit of each error: eV, eV/Å, eV/Å^3
 
     def __call__(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The loss and its unweighted terms."""
+        """The loss and its unweighted terms.
+
+        Raises:
+            InputError: stress is to be trained on, but the model gives none for periodic frames that have one.
+        """
         assert batch.energy is not None
         assert batch.forces is not None
         real = torch.ones_like(batch.positions[:, 0]) if batch.mask is None else batch.mask.to(batch.positions.dtype)
@@ -55,12 +60,24 @@ class EnergyForcesLoss:
             "loss_forces": global_mean(self._cost(force_error).sum(), 3 * _count(batch.atoms_total, real.sum())),
         }
         loss = self.energy * terms["loss_energy"] + self.forces * terms["loss_forces"]
-        if self.stress and "stress" in output and batch.stress is not None:
-            unlabelled = batch.stress.isnan()
-            stress_error = torch.where(unlabelled, 0.0, output["stress"] - torch.where(unlabelled, 0.0, batch.stress))
-            terms["loss_stress"] = global_mean(self._cost(stress_error).sum(), 9 * frames_total)
+        if self.stress:
+            terms["loss_stress"] = self._stress_term(output, batch, frames_total)
             loss = loss + self.stress * terms["loss_stress"]
         return {"loss": loss, **terms}
+
+    def _stress_term(self, output: dict[str, Tensor], batch: Batch, frames_total: Tensor) -> Tensor:
+        if batch.stress is None:  # other ranks or steps may have some
+            return torch.zeros_like(frames_total)
+        if "stress" not in output:
+            raise InputError(
+                "loss.stress is set, but the model's output has no stress: set loss.stress=0 or use a model that has"
+            )
+        unlabelled = batch.stress.isnan()
+        error = torch.where(unlabelled, 0.0, output["stress"] - torch.where(unlabelled, 0.0, batch.stress))
+        total = batch.stress_total
+        if total is None:
+            total = frames_total if batch.frames_total is not None else (~unlabelled[:, 0, 0]).sum().to(torch.float64)
+        return global_mean(self._cost(error).sum(), 9 * total.clamp(min=1))
 
     def _cost(self, error: Tensor) -> Tensor:
         if self.huber_delta is None:

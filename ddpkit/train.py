@@ -120,6 +120,7 @@ class Trainer:
         folder: where to record; None on every rank but rank 0.
         here: where this process stands.
         model_spec: plain values that the model can be built from again; kept in checkpoints.
+        data: likewise what tells the data apart from others.
         after_epoch: called on every rank after each whole epoch; returns a signal to stop by, or 0.
     """
 
@@ -137,11 +138,13 @@ class Trainer:
         folder: RunFolder | None,
         here: Environment,
         model_spec: dict[str, Any],
+        data: dict[str, str] | None = None,
         after_epoch: "Callable[[Trainer], int] | None" = None,
     ) -> None:
         self.model, self.step, self.optimizer, self.criterion = model, step, optimizer, criterion
         self.train_loader, self.val_loader = train_loader, val_loader
         self.config, self.folder, self.here, self.model_spec = config, folder, here, model_spec
+        self.data = data
         self.progress = Progress()
         self.ema = ema
         self.scheduler = _plateau(optimizer, config.plateau)
@@ -163,6 +166,7 @@ class Trainer:
         """Everything that training goes on from, the states of all ranks' random numbers as of the last `_save` included."""
         return {
             "model_spec": self.model_spec,
+            "data": self.data,
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),

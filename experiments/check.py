@@ -15,7 +15,7 @@ from ddpkit import launch
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Loader, Sampler
 from ddpkit.errors import ParityError
-from ddpkit.experiments import setup
+from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import read
 from ddpkit.loss import EnergyForcesLoss
 from ddpkit.step import make_step
@@ -31,7 +31,8 @@ def main(overrides: Sequence[str]) -> None:
     config = read(list(overrides))
     here = launch.init_process_group(None if config.device == "auto" else config.device)
     setup.set_numerics(config)
-    data = setup.open_data(config)
+    data = run_data.open_data(config)
+    run_data.refuse_missing_labels(config, data)
     spec = setup.model_spec(config, data)
     model = setup.build_model(spec, config.seed).to(here.device)
     r_max = float(config.model.r_max)

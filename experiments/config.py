@@ -62,6 +62,10 @@ class DataConfig:
     split_by: str = "frame"
     neutral: bool = False
     shifts: str = "isolated"
+    energy_key: str | None = None
+    forces_key: str | None = None
+    stress_key: str | None = None
+    allow_missing: bool = False
     cache: str = MISSING
 
 

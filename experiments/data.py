@@ -9,6 +9,7 @@ import numpy as np
 
 from ddpkit.data.ase_files import AseFiles
 from ddpkit.data.builtin import RECIPES, generate, generated
+from ddpkit.data.labels import Choice, as_options
 from ddpkit.data.mptrj import ENERGIES, MPtrj
 from ddpkit.data.parts import SPLIT, split
 from ddpkit.data.prepared import TESTED, Filters, PreparedSet
@@ -66,8 +67,19 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         if name == "mptrj":
             one.add_argument("--energy", choices=sorted(ENERGIES), default="uncorrected", help="(default: %(default)s)")
         if name == "ase":
-            for label in ("energy", "forces", "stress"):
-                one.add_argument(f"--{label}-key", help=f"name of the {label} in the files, where it is unusual")
+            for label in ("energy", "forces"):
+                one.add_argument(
+                    f"--{label}-key", metavar="KEY", help=f"name of the {label}, where it is unusual or one of several"
+                )
+            one.add_argument(
+                "--stress-key", metavar="KEY",
+                help="likewise of the stress in eV/Å^3 (ASE's sign), or of a virial in eV (-stress times volume), which has virial "
+                "in its name; six numbers are xx yy zz yz xz xy",
+            )  # fmt: skip
+            one.add_argument(
+                "--allow-missing", action="store_true",
+                help="keep periodic frames without a stress among others that have one (default: refuse)",
+            )  # fmt: skip
 
 
 def _add_filter(parser: argparse.ArgumentParser, name: str, what: str, *, default: bool) -> None:
@@ -103,8 +115,8 @@ def _prepare(args: argparse.Namespace) -> None:
     elif args.format == "mptrj":
         source = MPtrj(args.files[0], args.energy)
     else:
-        keys = {"energy_key": args.energy_key, "forces_key": args.forces_key, "stress_key": args.stress_key}
-        source = AseFiles(args.files, keys, labels=not filters.unlabelled)
+        choice = Choice(args.energy_key, args.forces_key, args.stress_key, args.allow_missing)
+        source = AseFiles(args.files, choice, labels=not filters.unlabelled, advice=as_options)
     print(_described(prepare(source, args.out, r_max=args.r_max, filters=filters, processes=args.processes)))
 
 
@@ -137,7 +149,8 @@ def _described(frames: PreparedSet) -> str:
     periodic = "periodic" if frames.periodic else "not periodic"
     lines = [
         f"{frames.path}",
-        f"labels: {facts.get('labels') or 'as in the files'}",
+        f"labels: {told(frames.labels)}",
+        *facts.get("notes", ()),
         _selection(facts),
         f"{facts['atoms']:,} atoms, {sizes}; {facts['groups']:,} molecules or materials; {periodic}",
         f"{len(frames.species)} species: {' '.join(frames.species)}",
@@ -150,6 +163,15 @@ def _described(frames: PreparedSet) -> str:
     return "\n".join(lines)
 
 
+def told(labels: dict[str, Any]) -> str:
+    """Where the labels of a set come from, in words."""
+    keys = {what: facts for what, facts in labels.items() if what != "theory"}
+    parts = [labels["theory"]] if "theory" in labels else []
+    if any(facts["key"] for facts in keys.values()):
+        parts.append(", ".join(f"{what} from {facts['key']} [{facts['unit']}]" for what, facts in keys.items()))
+    return "; ".join(parts) or "as in the files"
+
+
 def _selection(facts: dict[str, Any]) -> str:
     """How many frames each filter left, in the order in which frames are tested."""
     left = facts["read"]
@@ -157,6 +179,14 @@ def _selection(facts: dict[str, Any]) -> str:
     for name, count in sorted(facts["dropped"].items(), key=lambda item: TESTED.index(item[0])):
         left -= count
         parts.append(f"{count:,} dropped: {name}, {left:,} left")
+    unlabelled = facts.get("unlabelled", {})
+    if facts["periodic"] and 0 < unlabelled.get("stress", 0) < facts["frames"]:
+        parts.append(f"{unlabelled['stress']:,} of the {facts['frames']:,} frames have no stress")
+    parts += [
+        f"{unlabelled[what]:,} frames have no {what}, or one that is NaN or infinite"
+        for what in ("energy", "forces")
+        if unlabelled.get(what)
+    ]
     return "; ".join(parts)
 
 

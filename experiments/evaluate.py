@@ -1,6 +1,9 @@
 """`ddpkit eval`: accuracy tables of a run or checkpoint, parity plots, the worst frames, torsion barriers."""
 
 import argparse
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from ddpkit import launch
+from ddpkit import checkpoint, launch
 from ddpkit.analysis import accuracy, figures, tables
 from ddpkit.checkpoint import checkpoint_of, load_model
 from ddpkit.data import PreparedSet, collate
+from ddpkit.data.labels import by_preparing
 from ddpkit.errors import InputError
 from ddpkit.evaluate import Evaluation, evaluate
-from ddpkit.experiments import setup, torsion
+from ddpkit.experiments import run_data, torsion
 from ddpkit.experiments.config import read, read_saved
+from ddpkit.experiments.data import told
 from ddpkit.launch import Environment, agree
 
 PARTS = ("train", "validation", "test", "all")
@@ -86,6 +91,7 @@ def main(args: argparse.Namespace) -> None:
         if args.torsion_reference and not args.torsion:
             raise InputError("--torsion-reference needs --torsion: give the file with the coordinates too.")
         config = _configuration(args.run)
+        _refuse_without_weights(args.run)
         if config is None and args.data is None and args.torsion is None:
             raise InputError(f"{args.run} lies in no run folder, so its data are not known: give DATA too.")
         beside = accuracy.read_beside(args.beside) if args.beside else None
@@ -116,6 +122,49 @@ def _configuration(run: Path) -> DictConfig | None:
     return read_saved(folder) if (folder / "config.yaml").is_file() else None
 
 
+def _refuse_without_weights(run: Path) -> None:
+    """Says why a run folder holds no checkpoint."""
+    if not (run / "config.yaml").is_file() or checkpoint_of(run).is_file():
+        return
+    if read_saved(run).train.checkpoint_every == 0:
+        why = "it was run with train.checkpoint_every=0, which writes none: train again without that"
+    else:
+        why = "it ended before its first checkpoint: train again, longer or with train.checkpoint_every=N for one every N steps"
+    raise InputError(f"The run in {run} left no weights to evaluate: {why}.")
+
+
+def _fingerprint_of(run: Path) -> Mapping[str, str] | None:
+    """That of the data that a run was trained on; None where its version kept none."""
+    folder = run if run.is_dir() else run.parent.parent
+    try:
+        found = json.loads((folder / "summary.json").read_text()).get("data_fingerprint")
+    except (OSError, ValueError):
+        found = None
+    return found or checkpoint.load(checkpoint_of(run)).get("data")
+
+
+def _refuse_changed_data(args: argparse.Namespace, config: DictConfig, data: run_data.Data, part: str) -> None:
+    """Looks whether the data are what the run was trained on, so that its parts are what they were."""
+    before = _fingerprint_of(args.run)
+    if before is None:
+        print(
+            "The run was made by a version that kept no fingerprint of its data: whether they have changed is not known."
+        )
+        return
+    what = run_data.changed(before, run_data.fingerprint(config, data), order=False)
+    if what is None:
+        return
+    original = "the data that it was trained on"
+    with suppress(InputError):
+        if PreparedSet(before["set"]).fingerprint == before["frames"]:
+            original += f", as kept in {before['set']},"
+    raise InputError(
+        f"{args.data or config.data.path} is not what {args.run} was trained on ({what}), so its {part} part may "
+        "hold frames that were "
+        f"trained on: give {original} as DATA with --split {part}, or give these data as DATA without --split."
+    )
+
+
 def _open(args: argparse.Namespace, saved: DictConfig | None, model: Any) -> Chosen:
     part = args.split or ("test" if args.data is None else "all")
     if args.data is None:
@@ -132,9 +181,18 @@ def _open(args: argparse.Namespace, saved: DictConfig | None, model: Any) -> Cho
                 config.data = OmegaConf.merge(config.data, saved.data, {"cache": config.data.cache})
             else:
                 config.data.split = [1.0, 0.0, 0.0]
+            # A file is read as the run's was, but for a stress, which is not evaluated. A prepared set was read once and for all.
+            if saved is not None and part == "all":
+                config.data.energy_key, config.data.forces_key = saved.data.energy_key, saved.data.forces_key
+                config.data.allow_missing = True
+            if args.data.is_dir():
+                config.data.energy_key = config.data.forces_key = config.data.stress_key = None
             config.data.source, config.data.path = "files", str(args.data)
             config.model.r_max = float(model.r_max)
-    data = setup.open_data(config)
+    data = run_data.open_data(config, by_preparing)
+    with agree("comparing the data"):
+        if saved is not None and (args.data is None or part != "all"):
+            _refuse_changed_data(args, config, data, part)
     parts = {name: getattr(data, name) for name in PARTS[:3]}
     indices = np.sort(np.concatenate(list(parts.values()))) if part == "all" else parts[part]
     with agree("choosing the frames"):
@@ -168,7 +226,7 @@ def _notes(args: argparse.Namespace, chosen: Chosen) -> list[str]:
     return [
         f"Weights: {checkpoint_of(args.run)}. Data: {what} of {args.data or chosen.frames.path}"
         + (f" ({left_out})" if left_out else "")
-        + ".",
+        + f". Labels: {told(chosen.frames.labels)}.",
         *brackets,
     ]
 

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ddpkit import checkpoint, launch, phase
 from ddpkit.errors import InputError, writing
-from ddpkit.experiments import setup
+from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import flat, keys_of, read, read_saved
 from ddpkit.launch import Environment, agree, share
 from ddpkit.lifeline import Lifeline
@@ -168,7 +168,12 @@ class Job:
 
 def _train(job: Job, lifeline: Lifeline) -> None:
     config, here, folder = job.config, job.here, job.folder
-    data = setup.open_data(config)
+    data = run_data.open_data(config)
+    with agree("looking at the data"):
+        run_data.refuse_changed_data(config, data, job.state)
+        run_data.refuse_missing_labels(config, data)
+        if folder is not None:
+            run_data.tell_data(config, data, folder, job.state)
     started = time.perf_counter()
     phase.enter("model")
     trainer = job.trainer = setup.build_trainer(config, here, data, folder, job.state)

@@ -1,11 +1,9 @@
 """From a configuration to everything a run is made of."""
 
-import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ddpkit import checkpoint, phase
-from ddpkit.data import (
-    Frame,
-    Loader,
-    PreparedSet,
-    Sampler,
-    Sweep,
-    generated,
-    read_ase,
-    split,
-    statistics,
-    write_prepared,
-)
-from ddpkit.data.once import made_once
+from ddpkit.data import Loader, Sampler, Sweep, statistics
 from ddpkit.errors import InputError
+from ddpkit.experiments.run_data import Data, changed, fingerprint
 from ddpkit.experiments.turns import wait_for
-from ddpkit.launch import Environment, agree, first_rank_first, share
+from ddpkit.launch import Environment, agree, share
 from ddpkit.loss import EnergyForcesLoss
 from ddpkit.record import RunFolder
 from ddpkit.step import make_step
 from ddpkit.train import Trainer, moving_average
-
-
-@dataclass(frozen=True)
-class Data:
-    """A set and its three parts."""
-
-    frames: PreparedSet
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
 
 
 def set_numerics(config: DictConfig) -> None:
@@ -57,56 +34,6 @@ def set_numerics(config: DictConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")  # NVLS sums in no fixed order
         torch.use_deterministic_algorithms(mode=True)
-
-
-def open_data(config: DictConfig) -> Data:
-    """Makes or finds the set on one rank of each host, then opens and splits it on all.
-
-    Raises:
-        InputError: on every rank, what was wrong with the data on any.
-    """
-    with first_rank_first("preparing the data", per_host=True) as goes_first:
-        if goes_first:
-            PreparedSet(_prepare(config)).edges(float(config.model.r_max))  # counted once
-    with agree("opening the data"):
-        frames = PreparedSet(_prepare(config))
-        usable = np.arange(len(frames))
-        if config.data.neutral:
-            usable = usable[frames.charge[usable] == 0]
-        if config.data.source == "files" and config.data.frames is not None:
-            usable = usable[: config.data.frames]
-        groups = frames.group_index[usable] if config.data.split_by == "group" else None
-        parts = split(len(usable), config.data.split, config.data.seed, groups)
-        train, validation, test = (usable[part] for part in parts)
-    return Data(frames, train, validation, test)
-
-
-def _prepare(config: DictConfig) -> Path:
-    """The prepared set that the configuration speaks of; made where it is missing."""
-    data, cache = config.data, Path(config.data.cache)
-    if data.source != "files":
-        return generated(data.source, cache, frames=data.frames)
-    path = Path(data.path)
-    if (path / "manifest.json").is_file():
-        return path
-    if not path.is_file():
-        raise InputError(f"data.path={path} does not exist: give a prepared set or a file that ASE reads.")
-    facts = path.stat()
-    identity = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {config.model.r_max}"
-    target = cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-
-    def make(temporary: Path) -> None:
-        write_prepared(temporary, _labelled(read_ase(path)), r_max=config.model.r_max, source={"path": str(path)})
-
-    return made_once(target, make)
-
-
-def _labelled(frames: Iterable[Frame]) -> Iterator[Frame]:
-    """The frames, refusing one whose labels are not numbers."""
-    for frame in frames:
-        if not (np.isfinite(frame.energy) and np.isfinite(frame.forces).all()):
-            raise InputError(f"{frame.name} has an energy or forces that are NaN or infinite: repair or remove it.")
-        yield frame
 
 
 def model_spec(config: DictConfig, data: Data) -> dict[str, Any]:
@@ -188,16 +115,18 @@ def build_trainer(
         InputError: on every rank, where parts do not fit together.
     """
     r_max = float(config.model.r_max)
+    seen = fingerprint(config, data)
     spec = state["model_spec"] if state else share(lambda: model_spec(config, data), "the statistics of the data")
     with agree("building the model"):
         model = build_model(spec, config.seed).to(here.device)
         if config.init_from is not None and state is None:
-            model.load_state_dict(_weights(config.init_from, spec))
+            model.load_state_dict(_weights(config.init_from, spec, seen))
         optimizer = build_optimizer(config, model)
         train = train_sampler(config, data, here)
         sweep = Sweep(
             data.validation, data.frames.atoms[data.validation], data.frames.edges(r_max)[data.validation],
             config.train.batch_size, world_size=here.world_size, rank=here.rank,
+            stresses=data.frames.has_stress(data.validation) if config.loss.stress else None,
         )  # fmt: skip
         loaders = [
             Loader(data.frames, sampler, spec["species"], r_max, device=here.device) for sampler in (train, sweep)
@@ -225,6 +154,7 @@ def build_trainer(
         folder=folder,
         here=here,
         model_spec=spec,
+        data=seen,
         after_epoch=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
     )
     if state is not None:
@@ -248,7 +178,7 @@ def train_sampler(config: DictConfig, data: Data, here: Environment) -> Sampler:
     return Sampler(
         data.train, data.frames.atoms[data.train], data.frames.edges(float(config.model.r_max))[data.train],
         config.train.batch_size, world_size=here.world_size, rank=here.rank, accumulate=config.train.accumulate,
-        seed=config.data.seed,
+        seed=config.data.seed, stresses=data.frames.has_stress(data.train) if config.loss.stress else None,
     )  # fmt: skip
 
 
@@ -260,22 +190,29 @@ def refuse_another_model(config: DictConfig, spec: dict[str, Any]) -> None:
     """
     wanted = OmegaConf.to_container(config.model, resolve=True)
     assert isinstance(wanted, dict)
-    changed = sorted(str(key) for key in wanted if spec.get(key) != wanted[key])
+    different = sorted(str(key) for key in wanted if spec.get(key) != wanted[key])
     # What else is in it are numbers of the data; a callable named there would be called.
-    changed += [key for key in spec if key not in wanted and "_target_" in json.dumps(spec[key])]
-    if changed:
+    different += [key for key in spec if key not in wanted and "_target_" in json.dumps(spec[key])]
+    if different:
         raise InputError(
-            f"The checkpoint of {config.run_dir} holds another model than its config.yaml says ({', '.join(changed)} differ): "
+            f"The checkpoint of {config.run_dir} holds another model than its config.yaml says ({', '.join(different)} differ): "
             "use the checkpoint that this run wrote, or the other run's folder."
         )
 
 
-def _weights(run: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """The best averaged weights of another run of the same model."""
+def _weights(run: str, spec: dict[str, Any], seen: Mapping[str, str]) -> dict[str, Any]:
+    """The best averaged weights of another run of the same model on the same data."""
     state = checkpoint.load(Path(run) / "checkpoints" / "best.pt")
-    if state["model_spec"] != spec:
-        changed = sorted(k for k in spec if state["model_spec"].get(k) != spec[k])
+    before = state.get("data")
+    if before is not None and (what := changed(before, seen, order=False)):
         raise InputError(
-            f"init_from={run} holds another model ({', '.join(changed)} differ): use the same model and data."
+            f"init_from={run} was trained on other data than these: {what}, so that frames to validate and test "
+            "on may be among those "
+            f"that it was trained on; use the same data, kept in {before['set']}."
+        )
+    if state["model_spec"] != spec:
+        different = sorted(k for k in spec if state["model_spec"].get(k) != spec[k])
+        raise InputError(
+            f"init_from={run} holds another model ({', '.join(different)} differ): use the same model and data."
         )
     return checkpoint.inference_weights(state)

@@ -32,6 +32,7 @@ _BATCH_DIMS: Mapping[str, tuple[Dim, ...]] = {
     "stress": ("frames", 3, 3),
     "frames_total": (),
     "atoms_total": (),
+    "stress_total": (),
 }
 
 

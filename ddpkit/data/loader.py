@@ -98,6 +98,8 @@ class Loader:
             "frames_total": torch.tensor(step.frames, dtype=torch.float64),
             "atoms_total": torch.tensor(step.atoms, dtype=torch.float64),
         }
+        if step.stresses is not None:
+            totals["stress_total"] = torch.tensor(step.stresses, dtype=torch.float64)
         batches = []
         for part in step.micro_batches:
             batch = collate([self.frames.frame(int(i)) for i in part], self.species, self.r_max).replace(**totals)

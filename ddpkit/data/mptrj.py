@@ -41,7 +41,10 @@ class MPtrj:
     def __init__(self, path: Path, energy: str = "uncorrected") -> None:
         self.files = [path]
         self.settings: dict[str, Any] = {"made_by": "ddpkit data prepare mptrj", "energy": energy}
-        self.facts: dict[str, Any] = {"labels": f"{ENERGIES[energy]} of MPtrj (GGA and GGA+U)"}
+        self.facts: dict[str, Any] = {
+            "labels": f"{ENERGIES[energy]} of MPtrj (GGA and GGA+U)",
+            "keys": {"energy": ENERGIES[energy], "forces": "force", "stress": "stress"},
+        }
         self._energy = ENERGIES[energy]
         try:
             self.total = path.stat().st_size

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from ddpkit.data.frame import Frame
 from ddpkit.errors import InputError
 
+TOUCHING = 1e-3  # Å; between atoms that are closer, an edge has no direction
+FAR = 7.0  # Å; in no crystal of one element are atoms so far apart
+
 
 def neighbour_list(frame: Frame, r_max: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Every ordered pair of atoms closer than the cutoff, periodic images included.
@@ -21,7 +24,7 @@ def neighbour_list(frame: Frame, r_max: float) -> tuple[NDArray[np.int64], NDArr
         r_max: cutoff in Å.
 
     Raises:
-        InputError: the cutoff is not positive.
+        InputError: the cutoff is not positive, positions are not finite, or atoms lie on top of one another.
 
     Returns:
         centre `[edges]`, sorted; neighbour `[edges]`; and shift `[edges, 3]` in Å, so that
@@ -46,22 +49,48 @@ def check_cutoff(r_max: float) -> None:
         raise InputError(f"r_max={r_max} Å is no cutoff: give a positive number")
 
 
-def count_edges(frame: Frame, r_max: float) -> tuple[int, int]:
-    """Number of edges, and of atoms without any (isolated ones)."""
-    pairs = _search(frame, r_max, "P")[0]
+def is_free_atom(frame: Frame, r_max: float) -> bool:
+    """Whether a frame is one atom by itself: called so by its source, or without an image within the cutoff and `FAR`."""
+    if len(frame) != 1:
+        return False
+    return frame.isolated or frame.cell is None or not len(_search(frame, max(r_max, FAR), "P")[0])
+
+
+def count_edges(frame: Frame, r_max: float, closest: float = TOUCHING) -> tuple[int, int]:
+    """Number of edges, and of atoms without any (isolated ones).
+
+    Args:
+        frame: the configuration.
+        r_max: cutoff in Å.
+        closest: atoms that are closer than this, in Å, are refused.
+
+    Raises:
+        InputError: as for `neighbour_list`.
+    """
+    pairs = _search(frame, r_max, "P", closest)[0]
     degree = np.bincount(pairs[:, 0].astype(np.int64), minlength=len(frame))
     return len(pairs), int((degree == 0).sum())
 
 
-def _search(frame: Frame, r_max: float, quantities: str) -> tuple[NDArray[Any], ...]:
+def _search(frame: Frame, r_max: float, quantities: str, closest: float = TOUCHING) -> tuple[NDArray[Any], ...]:
     from vesin import NeighborList
 
     check_cutoff(r_max)
+    if not np.isfinite(frame.positions).all():
+        raise InputError(f"{frame.name or 'a frame'} has positions that are NaN or infinite: repair or remove it")
     periodic = frame.cell is not None and bool(frame.pbc.any())
-    found: tuple[NDArray[Any], ...] = NeighborList(cutoff=r_max, full_list=True, n_threads=1).compute(
+    *found, distances = NeighborList(cutoff=r_max, full_list=True, n_threads=1).compute(
         points=np.ascontiguousarray(frame.positions),
         box=np.ascontiguousarray(frame.cell) if periodic else np.zeros((3, 3)),
         periodic=frame.pbc if periodic else False,
-        quantities=quantities,
+        quantities=f"{quantities}d",
     )
-    return found
+    if len(distances) and distances.min() < closest:
+        a, b = found[0][distances.argmin()].tolist()
+        who = f"atoms {a} and {b} lie" if a != b else f"atom {a} and its own image lie"
+        raise InputError(
+            f"in {frame.name or 'a frame'}, {who} on top of one another ({distances.min():.2g} Å apart; atoms are "
+            "counted from 0): "
+            "repair or remove it"
+        )
+    return tuple(found)

@@ -1,6 +1,8 @@
 """The one format on disk: a folder of flat arrays that all ranks of a host map into memory, and a manifest."""
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import zlib
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpkit.data.frame import SYMBOLS, Frame
-from ddpkit.data.neighbours import count_edges
+from ddpkit.data.neighbours import TOUCHING, count_edges, is_free_atom
 from ddpkit.data.once import made_once
 from ddpkit.data.parallel import cores, ordered_map
 from ddpkit.errors import InputError
@@ -46,8 +48,11 @@ _COLUMNS: dict[str, tuple[str, tuple[int, ...], bool]] = {
     "cell": ("<f8", (3, 3), False),
     "pbc": ("|b1", (3,), False),
     "stress": ("<f8", (3, 3), False),
+    "digest": ("<u8", (), False),
 }
 _PERIODIC = ("cell", "pbc", "stress")
+_CONTENT = ("numbers", "positions", "forces", "atoms", "energy", "charge", "subset", "group", *_PERIODIC)
+_SAME_ENERGY = 1e-3  # eV; energies of isolated atoms of one element that differ by more contradict one another
 TESTED = ("charged", "unlabelled", "free atoms", "isolated atoms")
 """Why frames are left out, in the order in which they are tested for it."""
 
@@ -65,7 +70,7 @@ class Filters:
 class Block:
     """Some frames as flat arrays, filtered and with their edges counted: what readers hand to the writer.
 
-    Neutral free atoms (one atom, no cell) are no frames to train on: their energies become reference energies of the set.
+    Neutral free atoms (`is_free_atom`) are no frames to train on: their energies become reference energies of the set.
     """
 
     arrays: dict[str, NDArray[Any]]  # those of the prepared set but `subset` and `group`
@@ -76,8 +81,18 @@ class Block:
     atom_energies: dict[str, float]
 
     @classmethod
-    def of(cls, frames: Iterable[Frame], r_max: float, filters: Filters) -> "Block":
-        """Packs frames."""
+    def of(cls, frames: Iterable[Frame], r_max: float, filters: Filters, closest: float = TOUCHING) -> "Block":
+        """Packs frames.
+
+        Args:
+            frames: some.
+            r_max: cutoff in Å that edges are counted with.
+            filters: which frames to leave out.
+            closest: frames with atoms closer than this, in Å, are refused.
+
+        Raises:
+            InputError: a frame has no atoms or some on top of one another, or contradicts the energy of an isolated atom.
+        """
         kept, edges, atom_energies = [], [], {}
         dropped: Counter[str] = Counter()
         read = 0
@@ -90,18 +105,42 @@ class Block:
                 dropped["charged"] += 1
             elif filters.unlabelled and not finite:
                 dropped["unlabelled"] += 1
-            elif len(frame) == 1 and frame.cell is None and frame.charge == 0:
+            elif (frame.isolated or frame.charge == 0) and is_free_atom(frame, r_max):
                 dropped["free atoms"] += 1
-                atom_energies[SYMBOLS[int(frame.numbers[0])]] = frame.energy
+                if frame.charge == 0 and math.isfinite(frame.energy):
+                    _add_reference(atom_energies, SYMBOLS[int(frame.numbers[0])], frame.energy, frame.name)
             else:
-                count, isolated = count_edges(frame, r_max)
+                count, isolated = count_edges(frame, r_max, closest)
                 if filters.isolated and isolated:
                     dropped["isolated atoms"] += 1
                 else:
                     kept.append(frame)
                     edges.append(count)
+        if any(not len(frame) for frame in kept):
+            raise InputError(f"{next(f.name or 'a frame' for f in kept if not len(f))} has no atoms: remove it")
         arrays = {name: np.asarray(values, dtype=_COLUMNS[name][0]) for name, values in _columns(kept, edges).items()}
         return cls(arrays, [f.subset for f in kept], [f.group for f in kept], read, dict(dropped), atom_energies)
+
+
+def _add_reference(known: dict[str, float], symbol: str, energy: float, name: str) -> None:
+    """Adds the energy of an isolated atom, unless it contradicts one that is known."""
+    if abs(known.setdefault(symbol, energy) - energy) > _SAME_ENERGY:
+        raise InputError(
+            f"{name or 'a frame'} is an isolated {symbol} atom of {energy:.6g} eV, but another one has "
+            f"{known[symbol]:.6g} eV, and an "
+            "element has one reference energy: keep the one of the level of theory that is trained on"
+        )
+
+
+def _digest(frame: Frame) -> int:
+    """Tells structures apart: species, positions, cell and charge, to the last bit."""
+    found = hashlib.blake2b(digest_size=8)
+    for values, dtype in ((frame.numbers, "|u1"), (frame.positions, "<f8"), (frame.pbc, "|b1")):
+        found.update(np.ascontiguousarray(values, dtype=dtype).tobytes())
+    if frame.cell is not None:
+        found.update(np.ascontiguousarray(frame.cell, dtype="<f8").tobytes())
+    found.update(str(frame.charge).encode())
+    return int.from_bytes(found.digest(), "little")
 
 
 def _columns(frames: list[Frame], edges: list[int]) -> dict[str, Any]:
@@ -117,6 +156,7 @@ def _columns(frames: list[Frame], edges: list[int]) -> dict[str, Any]:
         "cell": np.reshape([np.zeros((3, 3)) if f.cell is None else f.cell for f in frames], (-1, 3, 3)),
         "pbc": np.reshape([f.pbc for f in frames], (-1, 3)),
         "stress": np.reshape([no_stress if f.stress is None else f.stress for f in frames], (-1, 3, 3)),
+        "digest": np.array([_digest(f) for f in frames], dtype=np.uint64),
     }
 
 
@@ -147,6 +187,8 @@ class Writer:
         self.read = 0
         self.dropped: dict[str, int] = {}
         self.atom_energies: dict[str, float] = {}
+        self.unlabelled = {"energy": 0, "forces": 0, "stress": 0}  # frames whose label is missing, NaN or infinite
+        self.edges = 0
         self._rows = dict.fromkeys(_COLUMNS, 0)
         self._crc = dict.fromkeys(_COLUMNS, 0)
         self._subsets: dict[str, int] = {}
@@ -168,7 +210,14 @@ class Writer:
         self.read += block.read
         for name, count in block.dropped.items():
             self.dropped[name] = self.dropped.get(name, 0) + count
-        self.atom_energies |= block.atom_energies
+        for symbol, energy in block.atom_energies.items():
+            _add_reference(self.atom_energies, symbol, energy, f"a frame of {self.path}")
+        finite = np.isfinite(block.arrays["forces"]).all(axis=1)
+        of_atom = np.repeat(np.arange(len(block.subset)), block.arrays["atoms"])
+        self.edges += int(np.sum(block.arrays["edges"]))
+        self.unlabelled["stress"] += int((~np.isfinite(block.arrays["stress"])).any(axis=(1, 2)).sum())
+        self.unlabelled["energy"] += int((~np.isfinite(block.arrays["energy"])).sum())
+        self.unlabelled["forces"] += len(np.unique(of_atom[~finite]))
         arrays = dict(block.arrays)
         arrays["subset"] = self._numbers_of(block.subset, self._subsets)
         arrays["group"] = self._numbers_of(block.group, self._groups)
@@ -199,6 +248,8 @@ class Writer:
             "read": self.read,
             "dropped": self.dropped,
             "atom_energies": self.atom_energies,
+            "unlabelled": self.unlabelled,
+            "edges": self.edges,
             "rows": self._rows,
             "crc": self._crc,
             "subsets": list(self._subsets),
@@ -230,10 +281,6 @@ class Writer:
             self._header(name)
             if name in _PERIODIC and not periodic:
                 (self._folder / f"{name}.npy").unlink()
-        atoms, edges = (
-            self._rows["numbers"],
-            int(np.load(self._folder / "edges.npy", mmap_mode="r").sum(dtype=np.int64)),
-        )
         manifest = {
             "format": "ddpkit prepared set",
             "version": VERSION,
@@ -241,8 +288,8 @@ class Writer:
             "atom_energies": self.atom_energies,
             **facts,
             "frames": self.frames,
-            "atoms": atoms,
-            "edges": edges,
+            "atoms": self._rows["numbers"],
+            "edges": self.edges,
             "r_max": self.r_max,
             "periodic": periodic,
             "species": {SYMBOLS[int(z)]: int(self._species[z]) for z in np.flatnonzero(self._species)},
@@ -250,6 +297,7 @@ class Writer:
             "groups": len(self._groups),
             "read": self.read,
             "dropped": self.dropped,
+            "unlabelled": self.unlabelled,
             "units": UNITS,
             "arrays": {
                 name: {"dtype": dtype, "shape": [self._rows[name], *shape], "crc32": f"{self._crc[name]:08x}"}
@@ -291,7 +339,8 @@ class Writer:
 
     def _can_resume(self) -> bool:
         try:
-            return bool(json.loads(self._state_path.read_text())["source"] == self._source)
+            state = json.loads(self._state_path.read_text())
+            return bool(state["source"] == self._source and state["rows"].keys() == _COLUMNS.keys())
         except (OSError, ValueError, KeyError):
             return False
 
@@ -306,7 +355,7 @@ class Writer:
     def _resume(self) -> None:
         state = json.loads(self._state_path.read_text())
         self.position, self.read, self.dropped = state["position"], state["read"], state["dropped"]
-        self.atom_energies = state["atom_energies"]
+        self.atom_energies, self.unlabelled, self.edges = state["atom_energies"], state["unlabelled"], state["edges"]
         self._rows, self._crc = state["rows"], state["crc"]
         self._subsets = {name: number for number, name in enumerate(state["subsets"])}
         self._species = np.array(state["species"], dtype=np.int64)
@@ -391,6 +440,42 @@ class PreparedSet:
     def atom_energies(self) -> dict[str, float]:
         """Energies of isolated atoms in eV by symbol, as far as they are known."""
         return dict(self.manifest.get("atom_energies") or {})
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What was read as labels: for each the key in the files (None where that is not known) and its unit."""
+        keys = self.manifest.get("keys") or {}
+        labels = ["energy", "forces"]
+        if self.periodic and self.manifest.get("unlabelled", {}).get("stress", 0) < len(self):
+            labels.append("stress")
+        theory = self.manifest.get("labels")
+        return {name: {"key": keys.get(name), "unit": UNITS[name]} for name in labels} | (
+            {"theory": theory} if theory else {}
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two sets hold the same frames and labels in the same order, by the checksums in the manifest."""
+        arrays = self.manifest["arrays"]
+        content = {name: [arrays[name]["shape"], arrays[name]["crc32"]] for name in _CONTENT if name in arrays}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all arrays."""
+        return sum(values.nbytes for values in self._arrays.values())
+
+    @property
+    def digests(self) -> NDArray[np.uint64] | None:
+        """`[frames]` numbers that are equal where structures are; None in a set of an older version."""
+        return self._arrays.get("digest")
+
+    def has_stress(self, indices: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of some frames have a stress."""
+        if "stress" not in self._arrays:
+            return np.zeros(len(indices), dtype=bool)
+        labelled: NDArray[np.bool_] = ~np.isnan(self._arrays["stress"][indices]).any(axis=(1, 2))
+        return labelled
 
     def array(self, name: str) -> NDArray[Any]:
         """A flat array of the set (read only): `numbers`, `positions`, `forces` by atom, `energy`, `cell` ... by frame."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ddpkit.data.neighbours import check_cutoff
 from ddpkit.data.parallel import cores, ordered_map
 from ddpkit.data.prepared import Block, Filters, PreparedSet, Writer
+from ddpkit.errors import InputError
 
 _MOST_PROCESSES = 12  # keeps all of them together below 2 GiB
 _SECONDS_BETWEEN_CHECKPOINTS = 10.0
@@ -54,6 +55,7 @@ def prepare(
     filters: Filters,
     processes: int | None = None,
     progress: bool = True,
+    resumable: bool = True,
 ) -> PreparedSet:
     """Turns an input into a prepared set.
 
@@ -67,9 +69,10 @@ def prepare(
         filters: which frames to leave out.
         processes: worker processes; 0 works in this one; as many as there are cores where None.
         progress: whether to show a bar.
+        resumable: whether what was done is kept for another start where this one is interrupted.
 
     Raises:
-        InputError: the folder exists, the input cannot be read, or no frame is left.
+        InputError: the folder exists, the input cannot be read, no frame is left, or none has an edge.
     """
     from tqdm import tqdm
 
@@ -93,9 +96,11 @@ def prepare(
                 writer.append(block)
                 position, progressed = pieces.next()
                 bar.update(progressed)
-                if time.monotonic() - last > _SECONDS_BETWEEN_CHECKPOINTS:
+                if resumable and time.monotonic() - last > _SECONDS_BETWEEN_CHECKPOINTS:
                     writer.checkpoint(position)
                     last = time.monotonic()
+        if writer.frames and not writer.edges:
+            raise InputError(f"no frame of {path} has two atoms within r_max={r_max:g} Å: raise the cutoff")
         return writer.finish(**source.facts)
 
 

@@ -20,6 +20,7 @@ class GlobalStep:
     frames: int  # in the global batch: all ranks, all micro-batches
     atoms: int
     edges: int
+    stresses: int | None = None  # frames of the global batch that have a stress, where that is known
 
     @property
     def indices(self) -> Indices:
@@ -44,6 +45,7 @@ class Sampler:
         rank: this one.
         accumulate: micro-batches that each rank divides its share into.
         seed: `data.seed`.
+        stresses: `[n]` whether each has a stress, for a loss on it.
 
     Raises:
         InputError: a batch larger than the set, or one with fewer frames than ranks times micro-batches.
@@ -60,6 +62,7 @@ class Sampler:
         rank: int = 0,
         accumulate: int = 1,
         seed: int = 0,
+        stresses: NDArray[np.bool_] | None = None,
     ) -> None:
         if min(batch_size, world_size, accumulate) < 1:
             raise InputError(f"{batch_size=}, {world_size=}, {accumulate=}: each must be at least 1")
@@ -72,7 +75,7 @@ class Sampler:
             raise InputError(f"train.batch_size={batch_size} exceeds the {len(indices)} training frames: lower it")
         self.indices, self.atoms, self.edges = np.asarray(indices), np.asarray(atoms), np.asarray(edges)
         self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
-        self.accumulate, self.seed = accumulate, seed
+        self.accumulate, self.seed, self.stresses = accumulate, seed, stresses
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,7 +89,7 @@ class Sampler:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[GlobalStep]:
         """The steps of an epoch (both counted from 0), from `start` on."""
-        order = self._order(epoch)
+        order = self.order(epoch)
         for step in range(start, self.steps_per_epoch):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
             mine = self._shares(chosen)[self.rank]
@@ -95,6 +98,7 @@ class Sampler:
                 frames=len(chosen),
                 atoms=int(self.atoms[chosen].sum()),
                 edges=int(self.edges[chosen].sum()),
+                stresses=None if self.stresses is None else int(self.stresses[chosen].sum()),
             )
 
     def imbalance(self, world_size: int | None = None, steps: int = 200) -> tuple[float, float]:
@@ -104,7 +108,7 @@ class Sampler:
             When frames are dealt out in equal numbers as they come, and as they are divided here.
         """
         ranks = world_size or self.world_size
-        order = self._order(0)
+        order = self.order(0)
         before, after = [], []
         for step in range(min(steps, self.steps_per_epoch)):
             edges = self.edges[order[step * self.batch_size : (step + 1) * self.batch_size]]
@@ -112,7 +116,8 @@ class Sampler:
             after.append(imbalance([edges[part].sum() for part in pack(edges, ranks)]))
         return float(np.mean(before)), float(np.mean(after))
 
-    def _order(self, epoch: int) -> Indices:
+    def order(self, epoch: int) -> Indices:
+        """`[n]` the order in which an epoch takes the frames, as places in `indices`."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.indices))
 
     def _shares(self, chosen: Indices) -> list[list[Indices]]:
@@ -140,11 +145,21 @@ class Sweep:
         batch_size: frames in a batch, over all ranks.
         world_size: number of ranks.
         rank: this one.
+        stresses: as for `Sampler`.
     """
 
     def __init__(
-        self, indices: Indices, atoms: Indices, edges: Indices, batch_size: int, *, world_size: int = 1, rank: int = 0
+        self,
+        indices: Indices,
+        atoms: Indices,
+        edges: Indices,
+        batch_size: int,
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        stresses: NDArray[np.bool_] | None = None,
     ) -> None:
+        self._stresses = None if stresses is None else int(stresses.sum())
         self.indices, self.atoms, self.edges = np.asarray(indices), np.asarray(atoms), np.asarray(edges)
         mine = pack(self.edges, world_size)[rank]
         size = max(1, batch_size // world_size)
@@ -159,7 +174,7 @@ class Sweep:
         """This rank's batches. The counts are those of the whole set, so that a loss summed over batches is its mean."""
         atoms, edges = int(self.atoms.sum()), int(self.edges.sum())
         for batch in self._batches[start:]:
-            yield GlobalStep((self.indices[batch],), len(self.indices), atoms, edges)
+            yield GlobalStep((self.indices[batch],), len(self.indices), atoms, edges, self._stresses)
 
 
 def pack(weights: Sequence[int] | Indices, bins: int) -> list[Indices]:

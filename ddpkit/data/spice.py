@@ -35,7 +35,8 @@ class Spice:
         self.files = [path]
         self.settings: dict[str, Any] = {"made_by": "ddpkit data prepare spice"}
         self.facts: dict[str, Any] = {
-            "labels": "dft_total_energy and dft_total_gradient of SPICE (wB97M-D3(BJ)/def2-TZVPPD)"
+            "labels": "dft_total_energy and dft_total_gradient of SPICE (wB97M-D3(BJ)/def2-TZVPPD)",
+            "keys": {"energy": "dft_total_energy", "forces": "dft_total_gradient"},
         }
         with _open(path) as file:
             self._names = list(file)
