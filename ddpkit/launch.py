@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 
 from ddpkit.errors import InputError, unusable_path
+from ddpkit.launchers import Place as Place  # noqa: PLC0414  (part of what this module offers)
+from ddpkit.launchers import place as place  # noqa: PLC0414
 
 T = TypeVar("T")
 
@@ -50,55 +52,7 @@ class Environment:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a launcher tells a process through its environment variables."""
-
-    launcher: str
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-
-
 _current: Environment | None = None
-
-
-def place(variables: Mapping[str, str] = os.environ) -> Place:
-    """Reads rank and sizes from the variables that launchers set."""
-
-    def integers(*names: str) -> list[int] | None:
-        if any(name not in variables for name in names):
-            return None
-        try:
-            return [int(variables[name]) for name in names]
-        except ValueError:
-            shown = ", ".join(f"{name}={variables[name]}" for name in names)
-            raise InputError(
-                f"The launcher's variables are not numbers ({shown}): unset them or start with mpirun."
-            ) from None
-
-    if found := integers("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        rank, size, local_rank = found
-        return Place("torchrun", rank, size, local_rank, int(variables.get("LOCAL_WORLD_SIZE", size)))
-    for launcher, names in {
-        "mpirun": (
-            "OMPI_COMM_WORLD_RANK",
-            "OMPI_COMM_WORLD_SIZE",
-            "OMPI_COMM_WORLD_LOCAL_RANK",
-            "OMPI_COMM_WORLD_LOCAL_SIZE",
-        ),
-        "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    }.items():
-        if found := integers(*names):
-            return Place(launcher, *found)
-    # A batch script that was not started by srun has SLURM_PROCID too, but is a step of one task.
-    if found := integers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
-        rank, size, local_rank = found
-        if size > 1:
-            tasks = variables.get("SLURM_STEP_TASKS_PER_NODE", str(size))
-            return Place("srun", rank, size, local_rank, int(re.match(r"\d+", tasks)[0]))  # type: ignore[index]
-    return Place("alone", 0, 1, 0, 1)
 
 
 def first_host(nodelist: str) -> str:

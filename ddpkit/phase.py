@@ -1,17 +1,37 @@
-"""Which phase of its life a run is in, for messages and for whoever watches the process.
+"""Which phase of its life a run is in and whether it waits for others, for messages and for whoever watches the process.
 
 The phase is the name of the process as `ps` and `top` show it (`ddpkit:data`), so that it can be seen from outside, also before
 the ranks have met.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 PHASES = ("import", "rendezvous", "data", "model", "compile", "step", "checkpoint", "validation", "end")
 
+
+@dataclass(frozen=True)
+class Wait:
+    """What a process waits for.
+
+    Attributes:
+        what: in words that follow "waits for".
+        since: `time.monotonic()` at its start.
+        patient: whether it may last for any time, since no rank of this run is to blame (another run's lock).
+    """
+
+    what: str
+    since: float
+    patient: bool
+
+
 _now = ("", time.monotonic())
+_waits: list[Wait] = []
+listeners: list[Callable[[], None]] = []
+"""Called after each change, by the thread that made it: by whoever watches this process."""
 
 
 def enter(phase: str) -> None:
@@ -23,6 +43,7 @@ def enter(phase: str) -> None:
     _now = phase, time.monotonic()
     with suppress(OSError):  # no /proc here
         Path("/proc/self/comm").write_text(f"ddpkit:{phase}"[:15])
+    _tell()
 
 
 def current() -> tuple[str, float]:
@@ -41,3 +62,36 @@ def during(phase: str) -> Iterator[None]:
     finally:
         if before:
             enter(before)
+
+
+@contextmanager
+def waiting(what: str, *, patient: bool = False) -> Iterator[None]:
+    """Around what does nothing but wait for other ranks, or with `patient` for another run: no lack of progress then.
+
+    Also a decorator of a function that waits.
+
+    Args:
+        what: in words that follow "waits for".
+        patient: whether it may last for any time.
+    """
+    _waits.append(Wait(what, time.monotonic(), patient))
+    _tell()
+    try:
+        yield
+    finally:
+        _waits.pop()
+        _tell()
+
+
+def waits() -> Wait | None:
+    """What this process waits for: the innermost, since the outermost began; None while it works."""
+    try:
+        first, last = _waits[0], _waits[-1]
+    except IndexError:
+        return None
+    return Wait(last.what, first.since, any(wait.patient for wait in _waits[:]))
+
+
+def _tell() -> None:
+    for listener in listeners:
+        listener()

@@ -8,7 +8,6 @@ import platform
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,8 @@ import torch
 from ddpkit.errors import InputError, writing
 from ddpkit.launch import Environment
 from ddpkit.lock import FolderLock
+from ddpkit.summary import record_failure as record_failure  # noqa: PLC0414  (part of what this module offers)
+from ddpkit.summary import write_atomically
 
 STEP_COLUMNS = (
     "step", "epoch", "loss", "loss_energy", "loss_forces", "loss_stress", "lr", "grad_norm", "atoms", "edges",
@@ -113,33 +114,6 @@ def drop_rows_after(path: Path, column: str, last: int) -> int:
     kept = [row for row in rows if row[where].isdigit() and int(row[where]) <= last]
     _write_rows(path, header, kept)
     return int(kept[-1][where]) if kept else 0
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that readers see the old one or the new one, never half of one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def record_failure(path: Path, error: str) -> None:
-    """Has the `summary.json` of a run that is said to be running tell that it failed, and why. Any rank may do this."""
-    summary = path / "summary.json"
-    facts = _json(summary)
-    if facts.get("status") != "running":
-        return
-    text = json.dumps(facts | {"status": "failed", "error": error}, indent=2) + "\n"
-    try:
-        write_atomically(summary, text)
-    except OSError:  # on a full disk there is still the room that the file has
-        with suppress(OSError), summary.open("r+") as file:
-            file.write(text)
-            file.truncate()
 
 
 class RunFolder:

@@ -1,6 +1,5 @@
 """What every strategy of gradient synchronisation has in common."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpkit.errors import InputError
+from ddpkit.launchers import place
 from ddpkit.sync import agreement
 from ddpkit.sync.comm import make_comm
 from ddpkit.sync.guard import Guard
@@ -207,9 +207,11 @@ def _require_process_group() -> None:
     """Refuses to train several ranks side by side that do not know of each other."""
     if dist.is_initialized():
         return
-    for variable in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(os.environ.get(variable) or 1) > 1:
-            raise InputError(
-                f"{variable}={os.environ[variable]} but there is no process group, so the ranks would train apart: call "
-                "ddpkit.init_process_group() first."
-            )
+    try:
+        here = place()
+    except InputError as error:
+        raise InputError(f"There is no process group (ddpkit.init_process_group() makes one): {error}") from None
+    if here.world_size > 1:
+        raise InputError(
+            f"{here.said}, but there is no process group, so the ranks would train apart: call ddpkit.init_process_group() first."
+        )

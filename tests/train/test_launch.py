@@ -39,6 +39,102 @@ from ddpkit.launch import Place, first_host, mpirun, place
             },
             Place("srun", 9, 16, 1, 8),
         ),
+        (
+            {
+                "PALS_RANKID": "3",
+                "PALS_DEPTH": "8",
+                "PALS_LOCAL_RANKID": "1",
+                "PMI_RANK": "3",
+                "PMI_SIZE": "4",
+                "PMI_LOCAL_RANK": "1",
+                "PMI_LOCAL_SIZE": "2",
+            },
+            Place("pals", 3, 4, 1, 2),
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_LOCAL_RANK": "1", "PALS_RANKID": "1"}, Place("pals", 1, 2, 1, 2)),
+        (
+            {
+                "MV2_COMM_WORLD_RANK": "1",
+                "MV2_COMM_WORLD_SIZE": "4",
+                "MV2_COMM_WORLD_LOCAL_RANK": "1",
+                "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+                "PMI_RANK": "1",
+                "PMI_SIZE": "4",
+            },
+            Place("mvapich", 1, 4, 1, 2),
+        ),
+        (
+            {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2", "FLUX_TASK_LOCAL_ID": "1", "PMI_RANK": "1", "PMI_SIZE": "2"},
+            Place("flux", 1, 2, 1, 2),
+        ),
+        (
+            {
+                "JSM_NAMESPACE_RANK": "5",
+                "JSM_NAMESPACE_SIZE": "6",
+                "JSM_NAMESPACE_LOCAL_RANK": "1",
+                "JSM_NAMESPACE_LOCAL_SIZE": "2",
+                "PMIX_RANK": "5",
+            },
+            Place("jsrun", 5, 6, 1, 2),
+        ),
+        # A Kubeflow PyTorchJob runs one rank in each pod.
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"},
+            Place("by hand", 1, 2, 0, 1),
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place("mpiexec", 1, 2, 0, 1)),
+        # mpirun in an allocation: its daemons are a step of SLURM, which hands its variables down.
+        (
+            {
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_LOCALID": "0",
+                "PMI_RANK": "1",
+                "PMI_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": "3",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            Place("mpirun", 3, 4, 1, 2),
+        ),
+        # What is left over from a shell that was one rank.
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "LOCAL_RANK": "0",
+                "PMIX_RANK": "1",
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            Place("mpirun", 1, 2, 1, 2),
+        ),
+        # torchrun started by mpirun, once on each host.
+        (
+            {
+                "TORCHELASTIC_RUN_ID": "none",
+                "RANK": "5",
+                "WORLD_SIZE": "8",
+                "LOCAL_RANK": "1",
+                "LOCAL_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+            },
+            Place("torchrun", 5, 8, 1, 4),
+        ),
+        # A step of several tasks that contains a shell of salloc or a batch script is no step of srun.
+        (
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "4294967291"},
+            Place("alone", 0, 1, 0, 1),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_NPROCS": "16"}, Place("alone", 0, 1, 0, 1)),
+        ({"PMIX_RANK": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Place("alone", 0, 1, 0, 1)),
+        ({"RANK": "0"}, Place("alone", 0, 1, 0, 1)),
+        ({"NODE_RANK": "1", "NNODES": "2"}, Place("alone", 0, 1, 0, 1)),
         # A batch script outside srun is alone, whatever the allocation.
         (
             {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"},
@@ -48,6 +144,31 @@ from ddpkit.launch import Place, first_host, mpirun, place
 )
 def test_place_under_each_launcher(variables, expected):
     assert place(variables) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set but RANK is not"),
+        ({"RANK": "1"}, "RANK=1 is set and not WORLD_SIZE"),
+        ({"PMIX_RANK": "0"}, "PMIX_RANK=0"),
+        ({"PMIX_RANK": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, "PMIX_RANK=1"),
+        ({"PALS_RANKID": "0"}, "PALS_RANKID=0"),
+        ({"ALPS_APP_PE": "3"}, "ALPS_APP_PE=3"),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, "SLURM_PROCID=2"),
+        ({"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_RANK is not"),
+        ({"NEW_TASK_RANK": "0", "NEW_JOB_SIZE": "2"}, "NEW_TASK_RANK=0 and NEW_JOB_SIZE=2 look like a launcher"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "no rank of a job"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            "contradict each other",
+        ),
+    ],
+)
+def test_what_tells_of_several_ranks_and_cannot_be_read_is_refused(variables, words):
+    with pytest.raises(InputError, match=words) as refused:
+        place(variables)
+    assert any(remedy in str(refused.value) for remedy in ("set RANK", "unset"))
 
 
 def test_launcher_variables_that_are_no_numbers():
