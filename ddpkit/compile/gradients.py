@@ -181,8 +181,9 @@ class CompiledGradients:
             code, sizes = found
             return self._compiled(code, leaves, sizes, self._targets(landing, reduces))
         if self._updates(reduces):
+            cause = self._variants[reduces].cause(leaves, structure)
             raise InputError(
-                f"The compiled step does not hold for a batch of {describe(sizes_of(Layout.of([batch]), batch))}, and with "
+                f"The compiled step does not hold for a batch of {describe(sizes_of(Layout.of([batch]), batch))}{cause}; with "
                 "optimizer_in_graph there is no eager code to fall back on: leave that option out."
             )
         result, shown, gradients = self._eager(batch)

@@ -6,8 +6,8 @@ compiler as it is: `torch.compile` would trace it twice again, by Dynamo and by 
 """
 
 import contextlib
+import itertools
 import re
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.scheduler import SchedulerNode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     SYMPY_INTERP,
     DimDynamic,
@@ -39,10 +39,12 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
 )
 from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
 from ddpkit.compile.kernels import compiled_together, look_at_the_processor
 from ddpkit.compile.layout import Layout, TensorLeaf
+from ddpkit.compile.lines import calling_line, failing_line, last_line
 from ddpkit.compile.script import as_python, remedy
 from ddpkit.errors import InputError
 
@@ -57,6 +59,25 @@ _ATTEMPTS = 3
 Function = Callable[..., Sequence[Tensor | None]]
 
 
+class _Questions(ShapeEnv):  # type: ignore[misc]
+    """Notes for each condition on sizes which line of the model asked for it.
+
+    Attributes:
+        lines: by place in `guards`; what torch itself asked for is not in it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.lines: dict[int, str] = {}
+
+    def evaluate_expr(self, *arguments: Any, **options: Any) -> Any:
+        before = len(self.guards)
+        answer = super().evaluate_expr(*arguments, **options)
+        if len(self.guards) > before and (line := calling_line()) is not None:
+            self.lines |= dict.fromkeys(range(before, len(self.guards)), line)
+        return answer
+
+
 class Symbols:
     """Symbolic sizes, and fake tensors that have them.
 
@@ -67,7 +88,7 @@ class Symbols:
     """
 
     def __init__(self, layout: Layout, sizes: Mapping[str, int], fixed: set[int]) -> None:
-        self.env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+        self.env = _Questions(specialize_zero_one=False, duck_shape=False)
         self.fake = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.sizes: dict[str, Any] = {}
         self.symbols: dict[str, sympy.Symbol] = {}
@@ -145,6 +166,9 @@ def trace(
         sizes: of the batch at hand.
         fixed: tensors of fixed shape.
         tangents: makes fake tensors that are given as a third argument.
+
+    Raises:
+        InputError: what the function does cannot be written as a graph; the message names its line.
     """
     symbols = Symbols(layout, sizes, {size for tensor in fixed for size in tensor.shape})
     fake_fixed = symbols.like(fixed)
@@ -153,7 +177,7 @@ def trace(
     present: list[bool] = []
 
     def flat(primals: list[Any], tangents: list[Tensor]) -> list[Tensor]:
-        with FunctionalTensorMode():
+        with _Draws(), FunctionalTensorMode():
             inner = [_functional(x) for x in primals]
             inner_tangents = [_functional(x) for x in tangents]
             batch = layout.fill(dict(zip(symbols.sizes, inner, strict=False)), inner[first_leaf:first_fixed])
@@ -177,16 +201,19 @@ def trace(
             graph = through(primals, fake_tangents)
     graph = fx.GraphModule(graph, fx_graph_cse(graph.graph))
     graph.graph.eliminate_dead_code()
+    _refuse_random_numbers(graph)
     values = iter([node.meta["val"] for node in output_of(graph).args[0]])  # type: ignore[union-attr]
     return Traced(graph, symbols, [*primals, *fake_tangents], [next(values) if there else None for there in present])
 
 
 @contextlib.contextmanager
 def _saying_what_cannot_be_traced(symbols: Symbols) -> Iterator[None]:
-    """Turns a question about values, and TorchScript that takes sizes for fixed ones, into one sentence."""
+    """Turns a question about values, TorchScript that takes sizes for fixed ones, and what else fails into one sentence."""
     with as_python() as scripts:
         try:
             yield
+        except InputError:
+            raise
         except (
             DataDependentOutputException,
             DynamicOutputShapeException,
@@ -195,22 +222,73 @@ def _saying_what_cannot_be_traced(symbols: Symbols) -> Iterator[None]:
         ) as error:
             if scripts:
                 raise InputError(f"The model cannot be compiled: {remedy(scripts)}.") from error
+            asked = getattr(error, "func", None) or str(error).split("\n", 1)[0]
             raise InputError(
-                f"The model cannot be compiled: what it does depends on the values of tensors ({_where(error)}): leave out "
-                ".item(), comparisons that Python looks at and boolean indexing, or train with compile=False."
+                f"The model cannot be compiled: what it does depends on the values of tensors ({failing_line(error) or asked}): "
+                "leave out .item(), comparisons that Python looks at and boolean indexing, or train with compile=False."
+            ) from error
+        except Exception as error:
+            line = failing_line(error)
+            if line is None:
+                raise
+            what = str(error).split("\n", 1)[0]
+            raise InputError(
+                f"The model cannot be compiled: {line} fails where sizes are symbols and tensors have no values "
+                f"({type(error).__name__}: {what}): change that line, or train with compile=False."
             ) from error
     if scripts and any(size.is_number for size in symbols.env.replacements.values()):
         raise InputError(f"The model cannot be compiled for batches of other sizes than the first: {remedy(scripts)}.")
 
 
-def _where(error: Exception) -> str:
-    """The line of the model that failed, or what was asked where no line is the model's."""
-    ours, torchs = (Path(file).parent for file in (__file__, torch.__file__))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]  # generated code
-    last = [f for f in frames if not Path(f.filename).is_relative_to(torchs)][-1]
-    if not Path(last.filename).is_relative_to(ours):
-        return f"{last.filename}, line {last.lineno}: {last.line}"
-    return str(getattr(error, "func", None) or str(error).split("\n", 1)[0])
+class _Draws(TorchDispatchMode):
+    """While tracing, notes at operations that draw random numbers which line of the model, or which of its modules, calls them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mode = get_proxy_mode() if torch.Tag.nondeterministic_seeded in func.tags else None
+        if mode is None:
+            return func(*args, **(kwargs or {}))
+        nodes = mode.tracer.graph.nodes
+        before = len(nodes)
+        result = func(*args, **(kwargs or {}))
+        for node in itertools.islice(reversed(nodes), len(nodes) - before):  # what it is decomposed into
+            node.meta[_DRAWN] = f"{func.overloadpacket.__name__} at {last_line() or 'a line unknown'}"
+        return result
+
+
+_DRAWN = "ddpkit_drawn"  # in a node's meta: what drew, and where
+
+
+def _refuse_random_numbers(graph: fx.GraphModule) -> None:
+    """Looks for random numbers that something is made of.
+
+    Raises:
+        InputError: names the operation and the line.
+    """
+    used: set[fx.Node] = set()
+    for node in reversed(graph.graph.nodes):  # torch keeps operations that draw, whatever becomes of their results
+        if node.op == "output" or node in used or (node.op == "call_function" and node.target in _WRITES):
+            used.update(node.all_input_nodes)
+    drawing = [node for node in graph.graph.nodes if node in used and _draws(node)]
+    if not drawing:
+        return
+    raise InputError(
+        f"The model cannot be compiled: it draws random numbers ({drawing[0].meta.get(_DRAWN, drawing[0].name)}), which compiled "
+        "code would draw otherwise than eager code: leave dropout and noise out (p=0), draw them outside and hand them over in "
+        "the batch, or train with compile=False."
+    )
+
+
+_WRITES = {torch.ops.aten.copy_.default}  # what is changed in place is used
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers; some do only where a probability or a flag among their arguments says so."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:  # noqa: SLF001
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # noqa: SLF001  (no public way)
+    given = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}  # noqa: SLF001
+    given |= dict(zip(names, node.args, strict=False)) | node.kwargs
+    return all(given.get(name, True) not in (0, False) for name in ("p", "dropout_p", "train", "training"))
 
 
 def _functional(x: Any) -> Any:
@@ -349,20 +427,26 @@ class Conditions:
         self.not_one: set[str] = set()
         self.ones: set[str] = set()
         tests: list[sympy.Basic] = []
-        for guard in symbols.env.guards:
+        self._lines: dict[int, str] = {}  # of the model, by place in the tests
+        for number, guard in enumerate(symbols.env.guards):
             symbol = _asks_for_one(guard.expr)
             if symbol is not None and symbol in names:
                 self.not_one.add(names[symbol])
             else:
+                if number in symbols.env.lines:
+                    self._lines[len(tests)] = symbols.env.lines[number]
                 tests.append(guard.expr)
         tests += [
             sympy.Eq(symbol, symbols.env.replacements[symbol]) for symbol in names if symbol in symbols.env.replacements
         ]
         self.text = [PythonPrinter().doprint(test) for test in tests]  # type: ignore[no-untyped-call]
-        arguments = ", ".join(str(symbol) for symbol in names)
-        source = f"lambda {arguments}: {' and '.join(f'({test})' for test in self.text) or 'True'}"
-        self._test = eval(source, dict(SYMPY_INTERP))  # noqa: S307  (printed by sympy from our own symbols)
+        self._arguments = ", ".join(str(symbol) for symbol in names)
+        self._test = self._function(" and ".join(f"({test})" for test in self.text) or "True")
         self._names = list(names.values())
+
+    def _function(self, expression: str) -> Callable[..., Any]:
+        """A function of the sizes."""
+        return eval(f"lambda {self._arguments}: {expression}", dict(SYMPY_INTERP))  # type: ignore[no-any-return]  # noqa: S307  (printed by sympy from our own symbols)
 
     def hold(self, sizes: Mapping[str, int], ones: Collection[str] = ()) -> bool:
         """Whether the graph may be used for these sizes.
@@ -378,6 +462,15 @@ class Conditions:
         ):
             return False
         return bool(self._test(*values))
+
+    def broken_at(self, sizes: Mapping[str, int]) -> str | None:
+        """The line of the model that fixed or compared a size, so that the graph does not hold for these; None if none did.
+
+        Args:
+            sizes: by name.
+        """
+        values = [sizes[name] for name in self._names]
+        return next((line for n, line in self._lines.items() if not self._function(self.text[n])(*values)), None)
 
 
 def _asks_for_one(test: sympy.Basic) -> sympy.Basic | None:

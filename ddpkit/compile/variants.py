@@ -13,6 +13,7 @@ from ddpkit.compile import parity
 from ddpkit.compile.graph import Conditions
 from ddpkit.compile.layout import Layout, describe, sizes_of
 from ddpkit.compile.ranks import in_turn, least_on_ranks, of_first_rank
+from ddpkit.errors import InputError
 from ddpkit.launch import agree
 
 _MOST = 8  # forms of batches; any further ones run eagerly
@@ -26,11 +27,13 @@ class Code:
         layout: the form.
         conditions: the sizes it holds for.
         is_checked: whether it has been compared with eager code.
+        fixed_at: the line of the model that fixed or compared a size, if a batch has been met for which it does not hold.
     """
 
     layout: Layout
     conditions: Conditions
     is_checked: bool = field(default=False, kw_only=True)
+    fixed_at: str | None = field(default=None, kw_only=True)
 
 
 C = TypeVar("C", bound=Code)
@@ -78,6 +81,7 @@ class Variants(Generic[C]):
         """Traces, compiles and checks the first code. All ranks come by together.
 
         Raises:
+            InputError: the model fixes sizes, so that the code would hold for no other batch.
             ParityError: it computes something else than eager code.
         """
         began = time.perf_counter()
@@ -86,6 +90,11 @@ class Variants(Generic[C]):
         code = in_turn(lambda: self._trace(examples, sizes), self._lower)
         with agree("comparing compiled with eager code"):
             self._check(code, examples)
+            if not code.is_checked and code.fixed_at is not None:
+                raise InputError(
+                    f"The model cannot be compiled for batches of other sizes than the first, because "
+                    f"{sizes_fixed(code.fixed_at)}, or train with compile=False."
+                )
         self.codes = [code]
         self.seconds += time.perf_counter() - began
 
@@ -106,11 +115,19 @@ class Variants(Generic[C]):
                 return code, sizes
         layout = Layout.of([batch])
         kin = [code for code in self.codes if code.layout.same_form(layout)]
+        shape, cause = describe(sizes_of(layout, batch)), self.cause(leaves, structure)
         if not self._grows or len(self.codes) >= _MOST or (kin and isinstance(batch, Batch)):
             self.eager += 1
-            shape = describe(sizes_of(layout, batch))
-            warnings.warn(f"A batch of {shape} runs eagerly: the compiled code does not hold for it.", stacklevel=4)
+            warnings.warn(
+                f"A batch of {shape} runs eagerly: the compiled code does not hold for it{cause}.", stacklevel=4
+            )
             return None
+        if cause:
+            warnings.warn(
+                f"The step is compiled anew for a batch of {shape}: the code so far does not hold for it{cause}. After {_MOST} "
+                "forms of batches others run eagerly.",
+                stacklevel=4,
+            )
         began = time.perf_counter()
         kept = [example for example in self._examples if Layout.of([example]).same_form(layout)][-3:]
         self._examples = [*kept, batch]
@@ -123,6 +140,20 @@ class Variants(Generic[C]):
             return code, sizes
         self.eager += 1
         return None
+
+    def cause(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> str:
+        """Why no code holds for a batch, as the end of a sentence; empty where no line of the model is why.
+
+        Args:
+            leaves: the batch, flattened.
+            structure: likewise.
+        """
+        for code in self.codes:
+            sizes = code.layout.sizes(leaves, structure)
+            line = None if sizes is None else code.conditions.broken_at(sizes)
+            if line is not None:
+                return f", because {sizes_fixed(line)}"
+        return ""
 
     def _is_good(self, code: C, batch: Any) -> bool:
         """Whether code has been checked; does so now if no batch was fit for that before."""
@@ -139,6 +170,8 @@ class Variants(Generic[C]):
             ones = {name for name, size in (sizes or {}).items() if size == 1}
             if sizes is not None and code.conditions.hold(sizes, ones):
                 ready.append((batch, leaves, sizes, ones))
+            elif sizes is not None:
+                code.fixed_at = code.fixed_at or code.conditions.broken_at(sizes)
         if not self._grows:
             ready = ready[: least_on_ranks(len(ready))]  # what averages over ranks is run equally often by all
         found: list[parity.Difference] = []
@@ -153,6 +186,18 @@ class Variants(Generic[C]):
         self.differences += found
         parity.require(found)
         code.is_checked = bool(found)
+
+
+def sizes_fixed(line: str) -> str:
+    """What a line of the model does to sizes, and what helps.
+
+    Args:
+        line: as `Conditions.broken_at` gives it.
+    """
+    return (
+        f"the model fixes or compares a size ({line}): use sizes as x.shape gives them, without len(), int(), range(), lists of "
+        "that length or comparisons"
+    )
 
 
 def _tuned_for(examples: Sequence[Any]) -> dict[str, int]:
