@@ -80,9 +80,12 @@ def table(differences: Sequence[Difference]) -> str:
             worst[d.name] = d
     width = max((len(name) for name in worst), default=0)
     lines = [f"batches of {'; '.join(shapes)}", f"{'tensor':<{width}}  difference  allowed"]
-    lines += [
-        f"{name:<{width}}  {d.error:10.2e}  {d.tolerance:7.0e}{'' if d.is_fine else '  <- too large'}"
-        for name, d in worst.items()
-    ]
+    lines += [f"{name:<{width}}  {d.error:10.2e}  {d.tolerance:7.0e}{_remark(d)}" for name, d in worst.items()]
     bad = sum(not d.is_fine for d in worst.values())
     return "\n".join([*lines, f"{len(worst)} tensors compared, {bad} differ" if bad else f"{len(worst)} tensors agree"])
+
+
+def _remark(difference: Difference) -> str:
+    if not difference.is_finite:
+        return "  <- NaN or infinite in both"
+    return "" if difference.is_fine else "  <- too large"

@@ -241,7 +241,7 @@ def _saying_what_cannot_be_traced(symbols: Symbols) -> Iterator[None]:
 
 
 class _Draws(TorchDispatchMode):
-    """While tracing, notes at operations that draw random numbers which line of the model, or which of its modules, calls them."""
+    """While tracing, notes at operations that draw random numbers which line of the model, or which module, calls them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         mode = get_proxy_mode() if torch.Tag.nondeterministic_seeded in func.tags else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ddpkit.batch import Batch
-from ddpkit.errors import ParityError
+from ddpkit.errors import InputError, ParityError
 
 # A parameter's gradient is measured against its own norm, but no less than this part of what its size makes one expect: where
 # gradients cancel, rounding is all that is left.
@@ -27,17 +27,19 @@ class Difference:
         error: norm of the difference over the norm of the eager value.
         tolerance: what is allowed.
         shape: the sizes of the batch.
+        is_finite: False for a loss or gradient that is NaN or infinite in both, so that nothing can be compared.
     """
 
     name: str
     error: float
     tolerance: float
     shape: str
+    is_finite: bool = True
 
     @property
     def is_fine(self) -> bool:
-        """Whether it is within the tolerance; NaN is not."""
-        return self.error <= self.tolerance
+        """Whether it is within the tolerance, or finite in neither; NaN in one of them is a difference."""
+        return not self.is_finite or self.error <= self.tolerance
 
 
 def tolerance_for(tensors: Sequence[Tensor]) -> float:
@@ -60,6 +62,9 @@ def differences(
 ) -> list[Difference]:
     """Compares tensors by name.
 
+    Numbers of an output that are NaN or infinite in both (the stress of a frame without a cell) are left out; a loss or gradient
+    with such numbers is not finite.
+
     Args:
         compiled: of the compiled code.
         eager: of eager code; None where a parameter is unused.
@@ -67,10 +72,11 @@ def differences(
         tolerance: allowed.
         shape: the sizes of the batch, in words.
     """
-    norms = {name: float(value.double().norm()) for name, value in eager.items() if value is not None}
+    norms = {name: float(_exact(value).norm()) for name, value in eager.items() if value is not None}
     there = {name: value for name in gradients if (value := eager[name]) is not None}
-    numbers = sum(value.numel() for value in there.values())
-    typical = sum(norms[name] ** 2 for name in there) ** 0.5 / max(1, numbers) ** 0.5
+    finite = [name for name in there if math.isfinite(norms[name])]
+    numbers = sum(there[name].numel() for name in finite)
+    typical = sum(norms[name] ** 2 for name in finite) ** 0.5 / max(1, numbers) ** 0.5
     result = []
     for name, value in eager.items():
         mine = compiled.get(name)
@@ -78,13 +84,36 @@ def differences(
             continue  # a buffer that stays as it is
         if value is None or mine is None:
             error = 0.0 if value is None and mine is None else float("inf")
+        elif (name in there or name == "loss") and not (torch.isfinite(value).all() or torch.isfinite(mine).all()):
+            result.append(Difference(name, math.nan, tolerance, shape, is_finite=False))
+            continue
         else:
             floor = _FLOOR * typical * value.numel() ** 0.5 if name in there else 0.0
-            scale = max(norms[name], floor)
-            gap = float((mine.double() - value.double()).norm())
-            error = gap / scale if scale else gap
+            error = relative_error(mine, value, floor)
         result.append(Difference(name, error, tolerance, shape))
     return result
+
+
+def relative_error(mine: Tensor, value: Tensor, floor: float = 0.0) -> float:
+    """The norm of the difference over that of `value`; infinite where they are not finite in the same places.
+
+    Args:
+        mine: another way to compute the same.
+        value: of any shape; where it is zero, the error is absolute.
+        floor: the least to divide by.
+    """
+    if mine.shape != value.shape:
+        return math.inf
+    finite = torch.isfinite(value)
+    if not torch.equal(finite, torch.isfinite(mine)):
+        return math.inf
+    mine, value = _exact(mine[finite]), _exact(value[finite])
+    gap, scale = float((mine - value).norm()), max(float(value.norm()), floor)
+    return gap / scale if scale else gap
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def named(output: Any) -> dict[str, Tensor]:
@@ -94,8 +123,8 @@ def named(output: Any) -> dict[str, Tensor]:
 
 
 def probe(outputs: Mapping[str, Tensor]) -> Tensor:
-    """A loss that depends on every number that has a derivative, each with a weight of its own."""
-    differentiable = [x for x in outputs.values() if x.requires_grad]
+    """A loss that depends on every finite number that has a derivative, each with a weight of its own."""
+    differentiable = [torch.where(torch.isfinite(x), x, 0) for x in outputs.values() if x.requires_grad]
     losses = []
     for x in differentiable:
         weights = torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
@@ -117,6 +146,26 @@ def require(found: Sequence[Difference]) -> None:
         f"Compiled and eager code differ: {worst.name!r} by {worst.error:.2g} relative (allowed {worst.tolerance:.0e}) on a "
         f"batch of {worst.shape}, and {len(bad) - 1} other tensors: train with compile=false, and see what in the model depends "
         "on sizes, random numbers or Python state."
+    )
+
+
+def require_finite(found: Sequence[Difference]) -> None:
+    """Raises where there was no batch on which the loss and all gradients are finite.
+
+    Args:
+        found: what was compared, of at least one batch.
+
+    Raises:
+        InputError: names the first tensor and its batch.
+    """
+    bad = [d for d in found if not d.is_finite]
+    if not bad or {d.shape for d in found} - {d.shape for d in bad}:
+        return
+    first = "loss" if bad[0].name == "loss" else f"gradient of {bad[0].name!r}"
+    others = f" (and {len({d.name for d in bad}) - 1} other tensors)" if len({d.name for d in bad}) > 1 else ""
+    raise InputError(
+        f"The {first}{others} is NaN or infinite on a batch of {bad[0].shape}, in eager code as in compiled code: look for labels "
+        "and positions that are no numbers, atoms on one place, and weights or settings with which the loss overflows."
     )
 
 

@@ -81,7 +81,7 @@ class Variants(Generic[C]):
         """Traces, compiles and checks the first code. All ranks come by together.
 
         Raises:
-            InputError: the model fixes sizes, so that the code would hold for no other batch.
+            InputError: the model fixes sizes, so that the code would hold for no other batch; or its loss is not finite.
             ParityError: it computes something else than eager code.
         """
         began = time.perf_counter()
@@ -89,7 +89,7 @@ class Variants(Generic[C]):
         sizes = of_first_rank(Layout.of(examples), _tuned_for(examples))
         code = in_turn(lambda: self._trace(examples, sizes), self._lower)
         with agree("comparing compiled with eager code"):
-            self._check(code, examples)
+            parity.require_finite(self._check(code, examples))
             if not code.is_checked and code.fixed_at is not None:
                 raise InputError(
                     f"The model cannot be compiled for batches of other sizes than the first, because "
@@ -161,8 +161,11 @@ class Variants(Generic[C]):
             self._check(code, [batch])
         return code.is_checked
 
-    def _check(self, code: C, examples: Sequence[Any]) -> None:
-        """Compares code with eager code; a size of 1 for which they differ is left to eager code."""
+    def _check(self, code: C, examples: Sequence[Any]) -> list[parity.Difference]:
+        """Compares code with eager code; a size of 1 for which they differ is left to eager code.
+
+        Batches on which neither has a finite loss or gradient tell nothing.
+        """
         ready = []
         for batch in [sample for example in examples for sample in parity.samples(example)]:
             leaves, structure = pytree.tree_flatten(batch)
@@ -185,7 +188,9 @@ class Variants(Generic[C]):
             found += differences
         self.differences += found
         parity.require(found)
-        code.is_checked = bool(found)
+        told = {d.shape for d in found} - {d.shape for d in found if not d.is_finite}
+        code.is_checked = bool(told)
+        return found
 
 
 def sizes_fixed(line: str) -> str:

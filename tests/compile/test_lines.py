@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from toy import Molecules, Toy, as_dict, random_batch
 from torch import nn
 from torch.nn import functional as F
+from toy import Molecules, Toy, as_dict, random_batch
 
 import ddpkit
 from ddpkit.compile.graph import Conditions, trace

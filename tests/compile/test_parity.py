@@ -4,8 +4,9 @@ import pytest
 import torch
 from toy import Toy, random_batch
 
+import ddpkit
 from ddpkit.compile import parity
-from ddpkit.errors import ParityError
+from ddpkit.errors import InputError, ParityError
 
 
 def test_the_worst_gradient_is_named():
@@ -53,3 +54,64 @@ def test_samples_have_one_two_and_three_frames_with_edges():
     samples = parity.samples(random_batch([1, 9, 4]))
     assert [sample.num_frames for sample in samples] == [1, 2, 3]
     assert all(sample.edge_index.shape[1] for sample in samples)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_finite_in_neither_is_no_difference(bad):
+    eager = {"loss": torch.tensor(bad), "forces": torch.ones(3), "a": torch.tensor([1.0, bad]), "b": torch.ones(4)}
+    compiled = {**eager, "a": torch.tensor([math.nan, 1.0])}
+    found = parity.differences(compiled, eager, ["a", "b"], 1e-4, "2 atoms")
+    assert {d.name: d.is_finite for d in found} == {"loss": False, "forces": True, "a": False, "b": True}
+    parity.require(found)
+    with pytest.raises(
+        InputError, match=r"The loss \(and 1 other tensors\) is NaN or infinite on a batch of 2 atoms, in eager"
+    ):
+        parity.require_finite(found)
+    good = parity.differences({"a": torch.ones(2)}, {"a": torch.ones(2)}, ["a"], 1e-4, "3 atoms")
+    parity.require_finite([*found, *good])
+
+
+@pytest.mark.parametrize("name", ["loss", "forces", "a"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_is_finite_in_one_of_them_is_a_difference(name, swap):
+    good = {"loss": torch.ones(()), "forces": torch.ones(3), "a": torch.ones(2)}
+    bad = {**good, name: good[name] * math.nan}
+    both = (good, bad) if swap else (bad, good)
+    with pytest.raises(ParityError, match=f"'{name}' by inf"):
+        parity.require(parity.differences(*both, ["a"], 1e-4, ""))
+
+
+def test_a_stress_that_neither_knows_is_left_out():
+    stress = torch.eye(3).repeat(2, 1, 1)
+    stress[1] = math.nan
+    found = parity.differences({"stress": stress}, {"stress": stress.clone()}, [], 1e-4, "")
+    assert [(d.error, d.is_fine) for d in found] == [(0.0, True)]
+    other = stress.clone()
+    other[0] *= 1.01
+    with pytest.raises(ParityError, match="'stress' by 0.01"):
+        parity.require(parity.differences({"stress": other}, {"stress": stress}, [], 1e-4, ""))
+
+
+def test_complex_gradients_are_compared_whole():
+    eager, compiled = torch.tensor([1 + 1j]), torch.tensor([1 + 2j])
+    with pytest.raises(ParityError, match="'a'"):
+        parity.require(parity.differences({"a": compiled}, {"a": eager}, ["a"], 1e-4, ""))
+
+
+def overflowing(out, batch):
+    return (out["energy"] - batch.energy).square().mean() + (out["forces"] * 1e200).square().mean()
+
+
+@pytest.mark.parametrize("strategy", ["custom", "standard"])
+def test_a_loss_that_is_not_finite_is_told_before_training(strategy):
+    model = Toy()
+    batch = random_batch([4, 5])
+    if strategy == "standard":
+        model.first.data[0] = math.inf
+    step = ddpkit.make_step(
+        model, overflowing, torch.optim.SGD(model.parameters(), lr=0.1), strategy=strategy, compile=True
+    )
+    with pytest.raises(
+        InputError, match=r"(loss|gradient of '\w+').* is NaN or infinite on a batch of .* in eager code as in"
+    ):
+        step.prepare(batch)
