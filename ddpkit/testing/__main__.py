@@ -1,6 +1,7 @@
-"""The command line: `python -m ddpkit.testing STRATEGY`."""
+"""The command line: `python -m ddpkit.testing STRATEGY`, or one of the campaigns of `CAMPAIGNS`."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +9,30 @@ from pathlib import Path
 from ddpkit.errors import InputError
 from ddpkit.testing.suite import run_conformance
 
+CAMPAIGNS = {"faults": "ddpkit.testing.faults.campaign"}
+"""Word -> module whose `main` takes the words that follow and returns the exit code."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the conformance suite."""
+    """Runs the conformance suite, or a campaign."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in CAMPAIGNS:
+        return int(importlib.import_module(CAMPAIGNS[words[0]]).main(words[1:]))
+    return _conformance(words)
+
+
+def _conformance(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m ddpkit.testing", description="Puts a strategy through its paces.")
     parser.add_argument(
-        "strategy", help="custom, overlap, standard, ingraph or an import path such as mypackage.MySync"
+        "strategy",
+        help="custom, overlap, standard, ingraph or an import path such as mypackage.MySync; "
+        f"or a campaign: {', '.join(CAMPAIGNS)} (each with --help)",
     )
     parser.add_argument("--world-size", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")
     parser.add_argument("--comm", nargs="+", default=["torch"], choices=["torch", "mpi"])
     parser.add_argument("--compile", action="store_true", help="through a compiled ddpkit.make_step")
     parser.add_argument("--cases", nargs="+", help="cases of ddpkit.sync.conformance; default: all that apply")
-    chosen = parser.parse_args(argv)
+    chosen = parser.parse_args(words)
     sys.path.insert(0, str(Path.cwd()))
     failures = 0
     for comm in chosen.comm:
