@@ -11,10 +11,12 @@ from types import TracebackType
 from typing import Self
 
 from ddpkit.launch import mpirun
+from ddpkit.phase import PHASES
 from ddpkit.testing.ranks import LAUNCHER_VARIABLES, RANK_VARIABLES
 
 MARK = "DDPKIT_CAMPAIGN"
 LOOK = 0.001  # seconds between looks at a rank's phase
+_NAMES = {f"ddpkit:{phase}"[:15]: phase for phase in PHASES}  # the system cuts names of processes
 REAPING = 5.0  # seconds that helpers of a rank get to notice its end
 
 
@@ -79,7 +81,7 @@ class Job:
             name = Path(f"/proc/{number}/comm").read_text().strip()
         except OSError:
             return "gone"
-        return "gone" if _facts(number)[0] in "ZX" else name.partition("ddpkit:")[2]
+        return "gone" if _facts(number)[0] in "ZX" else _NAMES.get(name, "")
 
     def left(self) -> dict[int, str]:
         """Number and command line of each process of the job that is still there."""

@@ -58,10 +58,10 @@ def report(out: Path) -> str:
     by_way = [f"{way} {sum(row['went_on'] == way for row in trials)}" for way in ways]
     seconds = sorted(float(row["seconds"]) for row in trials)
     if trials:
-        lines += [
+        lines.append(
             f"By run: {', '.join(by_run)}. Afterwards: {', '.join(by_way)}. Seconds from the fault until the last process had "
-            f"ended: median {seconds[len(seconds) // 2]:.1f}, largest {seconds[-1]:.1f}.",
-        ]
+            f"ended: median {seconds[len(seconds) // 2]:.1f}, largest {seconds[-1]:.1f}."
+        )
     for verdict in ("missed", "skipped"):
         if count := sum(row["verdict"] == verdict for row in latest.values()):
             lines.append(f"Not counted: {count} {verdict}.")

@@ -62,7 +62,8 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
         yield folder if mounted else None
     finally:
         if mounted:
-            subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
+            unmount = ["umount", "--lazy", str(folder)]
+            subprocess.run(unmount, capture_output=True, check=False)
 
 
 def make_room(disk: Path) -> None:
