@@ -88,7 +88,7 @@ def test_a_stress_that_neither_knows_is_left_out():
     assert [(d.error, d.is_fine) for d in found] == [(0.0, True)]
     other = stress.clone()
     other[0] *= 1.01
-    with pytest.raises(ParityError, match="'stress' by 0.01"):
+    with pytest.raises(ParityError, match=r"'stress' by 0\.01"):
         parity.require(parity.differences({"stress": other}, {"stress": stress}, [], 1e-4, ""))
 
 
