@@ -154,11 +154,11 @@ class Campaign:
         except InputError as error:
             return row | {"verdict": "skipped", "why": str(error)}
         folder = self.out / "trials" / f"{trial.seed}-{trial.number}"
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             with strikes.small_disk(folder / "disk") as disk:
-                found = self._attempt(trial, reference, folder, disk)
+                found = self._attempt(trial, reference, folder, disk, 0.5**attempt)
                 if found["verdict"] == "failed":
                     shutil.copytree(folder / "disk", folder / "kept", dirs_exist_ok=True)
             if found["verdict"] != "missed":
@@ -167,7 +167,10 @@ class Campaign:
             shutil.rmtree(folder, ignore_errors=True)
         return row | found
 
-    def _attempt(self, trial: Trial, reference: Reference, folder: Path, disk: Path | None) -> dict[str, Any]:
+    def _attempt(
+        self, trial: Trial, reference: Reference, folder: Path, disk: Path | None, earlier: float
+    ) -> dict[str, Any]:
+        """One go at a trial, `earlier` being the share of its delay that is waited for."""
         run = folder / "disk" / "run"
         cache = folder / "cache" if trial.phase == "data" else self.out / "cache"
         # Half of the compilations find no code on the disk. On GPUs another compilation may choose other kernels.
@@ -177,16 +180,16 @@ class Campaign:
         bound = self.timeout + 15.0 + 2 * reference.seconds + (60.0 if compiles else 0.0)
         full = disk if trial.rank == 0 else None  # a full disk or a limit of the size of files
         with self._start(words, folder / "struck.txt", trial.fault, compiler) as job:
-            hit = _await(job, trial, reference, time.monotonic() + _WHOLE)
-            if hit:
-                strikes.strike(trial.fault, job, trial.rank, full)
+            hit = _await(job, trial, reference, earlier, time.monotonic() + _WHOLE)
+            if hit and not strikes.strike(trial.fault, job, trial.rank, full):
+                hit = ""
             end = _end(job, bound, run, folder / "struck.txt")
         found = {
             "phase_hit": hit, "ended": int(end.ended), "seconds": f"{end.seconds:.1f}", "exit_code": end.code,
             "status": end.status, "sentence": end.sentence, "processes_left": len(end.left),
         }  # fmt: skip
         if not hit:
-            return found | {"verdict": "missed", "why": "the run had ended before the phase was seen"}
+            return found | {"verdict": "missed", "why": "the run had ended, or was about to"}
         if full is not None:
             strikes.make_room(full)
         wrong = judge.faults_of_end(trial, end)
@@ -265,11 +268,13 @@ class Campaign:
             return _end(job, bound, run, output)
 
 
-def _await(job: Job, trial: Trial, reference: Reference, deadline: float) -> str:
+def _await(job: Job, trial: Trial, reference: Reference, earlier: float, deadline: float) -> str:
     """Waits for the trial's moment. The phase that is under way then; empty if the run ended first."""
+    # What a run does at its end takes milliseconds, what Python does seconds.
+    share = trial.share**3 if trial.phase == "end" else trial.share
     lengths = [length for name, length in reference.phases if name == trial.phase]
     wanted = int(trial.entry * len(lengths))
-    delay = trial.share * lengths[wanted] if lengths else 0.0
+    delay = earlier * share * lengths[wanted] if lengths else 0.0
     before, seen = "", -1
     while time.monotonic() < deadline:
         now = job.phase(trial.rank)

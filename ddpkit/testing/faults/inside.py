@@ -21,7 +21,7 @@ def _stick() -> None:
 
 def _freeze() -> None:
     """As a library that waits for ever: heeds no signal, and no other thread of this interpreter runs."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     ctypes.PyDLL(None).sleep(10**6)
 
 

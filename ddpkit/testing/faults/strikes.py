@@ -21,8 +21,11 @@ _SIGNALS = {
 _DISK = 16 << 20  # bytes
 
 
-def strike(fault: str, job: Job, rank: int, disk: Path | None) -> None:
+def strike(fault: str, job: Job, rank: int, disk: Path | None) -> bool:
     """Does it, now.
+
+    Returns:
+        Whether it was done; a process that is about to end may no longer heed signals.
 
     Args:
         fault: a name of `plan.FAULTS`.
@@ -34,6 +37,8 @@ def strike(fault: str, job: Job, rank: int, disk: Path | None) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         if fault.startswith("mpirun-"):
             job.mpirun.send_signal(signal.Signals[f"SIG{fault.removeprefix('mpirun-').upper()}"])
+        elif fault in ACTIONS and not _catches(number, signal.SIGUSR2):
+            return False
         elif fault in _SIGNALS:
             os.kill(number, _SIGNALS[fault])
         elif fault == "pause":
@@ -47,6 +52,8 @@ def strike(fault: str, job: Job, rank: int, disk: Path | None) -> None:
         else:
             for each in job.ranks().values():
                 _limit(each, resource.RLIMIT_FSIZE, 0)
+        return True
+    return False
 
 
 @contextmanager
@@ -88,6 +95,15 @@ def _fill(disk: Path) -> None:
 def _limit(number: int, what: int, most: int) -> None:
     _, hard = resource.prlimit(number, what)
     resource.prlimit(number, what, (most, hard))
+
+
+def _catches(number: int, what: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{number}/status").read_text().splitlines())
+    except OSError:
+        return False
+    return bool(int(lines["SigCgt"], 16) >> (what - 1) & 1)
 
 
 def _virtual_memory(number: int) -> int:

@@ -1,0 +1,185 @@
+"""The campaign itself: that it plans, judges and counts as it says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ddpkit import phase
+from ddpkit.errors import InputError
+from ddpkit.testing.__main__ import main
+from ddpkit.testing.faults import judge
+from ddpkit.testing.faults.campaign import COLUMNS, Campaign, Record
+from ddpkit.testing.faults.job import _NAMES
+from ddpkit.testing.faults.judge import End
+from ddpkit.testing.faults.plan import FAULTS, RUNS, Plan, Run, Trial
+from ddpkit.testing.faults.report import report, upper_bound
+
+
+def test_a_trial_follows_from_seed_and_number_alone_and_all_pairs_come_once():
+    plan = Plan(3)
+    pairs = [(plan.trial(n).fault, plan.trial(n).phase) for n in range(1, len(plan.cells) + 1)]
+    assert sorted(pairs) == sorted(plan.cells)
+    assert {phase for _, phase in pairs} == set(phase.PHASES)
+    assert {fault for fault, _ in pairs} == set(FAULTS)
+    assert [Plan(3).trial(n) for n in (150, 7)] == [plan.trial(150), plan.trial(7)]
+    assert [Plan(4).trial(n).fault for n in range(1, 20)] != [plan.trial(n).fault for n in range(1, 20)]
+
+
+def test_a_compilation_is_struck_in_compiled_runs_alone():
+    trials = [Plan(0).trial(n) for n in range(1, 300)]
+    assert all(trial.run.compiled for trial in trials if trial.phase == "compile")
+    assert {trial.run for trial in trials} == set(RUNS)
+    assert {trial.rank for trial in trials} == {0, 1}
+
+
+def test_only_what_was_asked_for():
+    plan = Plan(0, only=["kill", "stop", "step", "overlap"])
+    assert set(plan.cells) == {("kill", "step"), ("stop", "step")}
+    assert plan.runs == [Run("overlap", compiled=False)]
+    with pytest.raises(InputError, match="called flood"):
+        Plan(0, only=["flood"])
+    with pytest.raises(InputError, match="No run"):
+        Plan(0, only=["compile", "custom"])
+
+
+def test_every_phase_has_a_name_of_its_own():
+    assert sorted(_NAMES.values()) == sorted(phase.PHASES)
+
+
+KILLED = Trial(0, 1, "kill", "step", Run("custom", compiled=False), 1, 0.0, 0.0)
+SLOW = Trial(0, 1, "slow", "step", Run("custom", compiled=False), 1, 0.0, 0.0)
+GOOD = End(True, 1.0, 137, [], "failed", "At step 3 rank 1 (process 5 on host) ended without a word.", "")
+
+
+@pytest.mark.parametrize(
+    ("trial", "change", "complaint"),
+    [
+        (KILLED, {}, ""),
+        (KILLED, {"status": "finished", "error": ""}, ""),
+        (KILLED, {"status": "", "error": "", "output": "mpirun noticed that rank 1 exited on signal 9"}, ""),
+        (KILLED, {"code": 0, "error": "stopped by SIGTERM after step 3, rank 1"}, ""),
+        (KILLED, {"ended": False}, "not ended"),
+        (KILLED, {"left": ["python worker"]}, "processes left: python worker"),
+        (KILLED, {"code": 0}, "exit code 0"),
+        (KILLED, {"status": "running"}, "says running"),
+        (KILLED, {"error": "At step 3 rank 0 ended."}, "does not say"),
+        (KILLED, {"error": "At step 3 rank 11 ended."}, "does not say"),
+        (KILLED, {"error": "rank 1\nTraceback"}, "more than a sentence"),
+        (KILLED, {"status": "", "error": ""}, "no word"),
+        (SLOW, {}, "harmless"),
+        (SLOW, {"status": "finished", "error": "", "code": 0}, ""),
+        (SLOW, {"status": "finished", "error": "", "code": 1}, "exit code 1"),
+    ],
+)
+def test_an_end_is_judged(trial, change, complaint):
+    said = "; ".join(judge.faults_of_end(trial, End(**vars(GOOD) | change)))
+    assert (complaint in said) if complaint else not said
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two equal run folders."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    (one / "checkpoints").mkdir(parents=True)
+    (one / "steps.csv").write_text("step,loss,lr,seconds\n1,0.5,0.1,1.0\n2,0.25,0.1,1.0\n3,0.125,0.1,1.0\n")
+    (one / "epochs.csv").write_text("epoch,val_loss,seconds\n1,0.5,1.0\n")
+    torch.save({"model": {"w": torch.ones(3)}, "progress": {"seconds": 1.0}}, one / "checkpoints" / "last.pt")
+    shutil.copytree(one, other)
+    return one, other
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "complaint"),
+    [
+        ("steps.csv", "2,0.25,0.1,1.0", "2,0.25,0.1,9.0", ""),
+        ("steps.csv", "0.25,", "0.25000000000000006,", "step 2: loss is 0.25000000000000006, not 0.25"),
+        ("steps.csv", "2,0.25,0.1,1.0\n", "", "step 1, 3, not 1-3"),
+        ("steps.csv", "3,0.125", "2,0.125", "step 1-2, 2, not 1-3"),
+        ("steps.csv", "3,0.125,0.1,1.0\n", "3,0.1", "step 1-2, not 1-3"),
+        ("epochs.csv", "1,0.5", "1,0.75", "val_loss is 0.75"),
+    ],
+)
+def test_one_bit_makes_a_difference(runs, name, before, after, complaint):
+    one, other = runs
+    text = (one / name).read_text()
+    assert before in text
+    (one / name).write_text(text.replace(before, after))
+    said = judge.differences(one, other)
+    assert (complaint in said) if complaint else not said
+
+
+def test_weights_make_a_difference(runs):
+    one, other = runs
+    assert not judge.differences(one, other)
+    torch.save({"model": {"w": torch.ones(3).nextafter(torch.zeros(3))}}, one / "checkpoints" / "last.pt")
+    assert "/model/w" in judge.differences(one, other)
+    (one / "checkpoints" / "last.pt").write_bytes(b"torn")
+    assert "cannot be read" in judge.differences(one, other)
+
+
+def test_rows_that_were_written_before_the_checkpoint_must_stay():
+    before = [{"step": "1", "seconds": "2.0"}, {"step": "2", "seconds": "2.0"}, {"step": "3", "seconds": "2.0"}]
+    after = [{"step": "1", "seconds": "2.0"}, {"step": "2", "seconds": "2.5"}, {"step": "3", "seconds": "2.5"}]
+    assert not judge.lost(before, after, "step", 1)
+    assert judge.lost(before, after, "step", 2) == "rows of step 2 were lost"
+
+
+def test_what_no_failure_among_so_many_shows():
+    assert upper_bound(0, 150) == pytest.approx(1 - 0.05 ** (1 / 150))
+    assert upper_bound(0, 150) < 0.02
+    assert upper_bound(1, 150) > 0.03
+    assert upper_bound(3, 3) == 1.0
+
+
+def test_the_table_counts_what_was_hit(tmp_path, capsys):
+    record = Record(tmp_path / "trials.csv")
+    row = dict.fromkeys(COLUMNS, "") | {
+        "seed": 1,
+        "strategy": "custom",
+        "compiled": 1,
+        "seconds": 2.0,
+        "went_on": "resumed",
+    }
+    for number, (fault, hit, verdict) in enumerate(
+        [("kill", "step", "failed"), ("kill", "step", "passed"), ("kill", "data", "passed"), ("stop", "", "missed")], 1
+    ):
+        record.add(row | {"trial": number, "fault": fault, "phase_hit": hit, "verdict": verdict, "why": "it\nfell"})
+    record.add(row | {"trial": 1, "fault": "kill", "phase_hit": "step", "verdict": "passed"})  # made again
+    assert Record(tmp_path / "trials.csv").known == {(1, n) for n in range(1, 5)}
+    text = report(tmp_path)
+    assert "| SIGKILL to one rank | 1/1 | 2/2 | 3/3 |" in text
+    assert "3 faults (seed 1), 0 failures: at most 63.2% fail" in text
+    assert "1 missed" in text
+    assert main(["faults", "--report", str(tmp_path)]) == 0
+    assert text in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"no trials\.csv"):
+        report(tmp_path / "elsewhere")
+
+
+# -- real runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    return Campaign(tmp_path_factory.mktemp("faults"), timeout=20.0)
+
+
+def _trial(fault, when, rank, strategy="custom"):
+    return Trial(0, 1, fault, when, Run(strategy, compiled=False), rank, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        _trial("kill", "import", 1),
+        _trial("slow", "validation", 1),
+        _trial("nan", "step", 1, "overlap"),
+        _trial("disk", "step", 0),
+    ],
+    ids=lambda trial: f"{trial.fault}-{trial.phase}",
+)
+def test_a_struck_run_goes_on_bit_for_bit(campaign, trial):
+    row = campaign.run(trial)
+    assert row["verdict"] == "passed", json.dumps(row, indent=1)
