@@ -166,20 +166,16 @@ def campaign(tmp_path_factory):
     return Campaign(tmp_path_factory.mktemp("faults"), timeout=20.0)
 
 
-def _trial(fault, when, rank, strategy="custom"):
-    return Trial(0, 1, fault, when, Run(strategy, compiled=False), rank, 0.5, 0.5)
-
-
 @pytest.mark.parametrize(
-    "trial",
-    [
-        _trial("kill", "import", 1),
-        _trial("slow", "validation", 1),
-        _trial("nan", "step", 1, "overlap"),
-        _trial("disk", "step", 0),
-    ],
-    ids=lambda trial: f"{trial.fault}-{trial.phase}",
+    ("fault", "when", "rank"),
+    [("kill", "import", 1), ("slow", "validation", 1), ("nan", "step", 1), ("disk", "step", 0)],
 )
-def test_a_struck_run_goes_on_bit_for_bit(campaign, trial):
-    row = campaign.run(trial)
+def test_a_struck_run_goes_on_bit_for_bit(campaign, fault, when, rank):
+    row = campaign.run(Trial(0, 1, fault, when, Run("overlap", compiled=False), rank, 0.5, 0.5))
     assert row["verdict"] == "passed", json.dumps(row, indent=1)
+
+
+@pytest.mark.long
+def test_a_campaign_has_no_failures(tmp_path):
+    words = ["faults", "--count", "30", "--seed", "11", "--jobs", "2", "--timeout", "30", "--out", str(tmp_path)]
+    assert main(words) == 0, (tmp_path / "report.md").read_text()
