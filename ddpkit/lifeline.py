@@ -92,11 +92,11 @@ class Lifeline:
 
         Takes a few seconds at most.
         """
+        if isinstance(error, NonFiniteGradientError):  # on every rank
+            return _everywhere(NonFiniteGradientError(f"During step {self.step()}: {error}"))
         alone = self._here.world_size == 1 or not isinstance(error, Exception)
         if alone or getattr(error, "everywhere", False):
             return error
-        if isinstance(error, NonFiniteGradientError):  # on every rank
-            return _everywhere(NonFiniteGradientError(f"During step {self.step()}: {error}"))
         if isinstance(error, FloatingPointError):
             return _everywhere(error)
         error = unusable_path(error) or error

@@ -224,6 +224,8 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     if found := re.search(r"Key '([^']+)' (?:is )?not in", text):
         full = next((o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].endswith(found[1])), found[1])
         return f"{full} is no configuration key: {_nearest(full)}."
+    if found := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
+        return f"{found[1]} is a key already: write {found[1]}=... without the +."
     why = (str(cause) or str(error)).splitlines()[0].rstrip(".")
     if found := re.search(r"Error (?:merging|parsing) override '?([^']+)", text):
         return f"The override {found[1]} cannot be used: {why}."

@@ -1,0 +1,172 @@
+"""Runs that meet in a folder, and runs that are gone on with."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+
+from ddpkit import checkpoint
+from ddpkit.errors import InputError
+from ddpkit.experiments import run as command
+from ddpkit.experiments.cli import _dispatch
+from ddpkit.experiments.config import read
+
+
+@pytest.fixture
+def endless(clusters, cache, tmp_path):
+    """A run without checkpoints that is under way; it is ended afterwards."""
+    from conftest import TINY
+
+    words = [
+        *TINY,
+        f"data.path={clusters}",
+        f"data.cache={cache}",
+        "train.checkpoint_every=0",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "ddpkit.experiments", "run", *words, "train.max_epochs=100000"])
+    deadline = time.monotonic() + 60
+    while (
+        not (tmp_path / "run" / "epochs.csv").exists() or (tmp_path / "run" / "epochs.csv").read_text().count("\n") < 2
+    ):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_running_run_is_left_alone_and_a_failed_one_kept(endless, ddpkit_run, tmp_path):
+    run = tmp_path / "run"
+    before = (run / "config.yaml").read_text()
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    attempts = [(f"run_dir={run}", "seed=5"), (f"run_dir={link}",), (f"resume={run}",)]
+    with ThreadPoolExecutor() as pool:
+        refused = list(pool.map(lambda words: ddpkit_run(*words, check=False), attempts))
+    for done in refused:
+        assert done.returncode == 2, done.stderr
+        assert f"is being written by another run (process {endless.pid} on " in done.stderr
+        assert "Traceback" not in done.stderr
+    endless.send_signal(signal.SIGKILL)
+    endless.wait()
+    rows = (run / "steps.csv").read_bytes()
+    assert (run / "config.yaml").read_text() == before
+    assert pd.read_csv(run / "steps.csv").step.is_monotonic_increasing
+    done = ddpkit_run(f"run_dir={run}", "seed=5")  # the first one has no checkpoint
+    assert f"its files are in {run / 'previous-1'} now" in done.stderr
+    assert (run / "previous-1" / "steps.csv").read_bytes() == rows
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    assert pd.read_csv(run / "steps.csv").step.tolist() == list(range(1, 13))
+    assert not (run / ".lock").exists()
+
+
+def test_two_that_start_together_do_not_mix(ddpkit_run, tmp_path):
+    run = tmp_path / "run"
+    with ThreadPoolExecutor() as pool:
+        seeds = (1, 2)
+        both = list(pool.map(lambda seed: ddpkit_run(f"run_dir={run}", f"seed={seed}", check=False, ranks=2), seeds))
+    codes = [done.returncode for done in both]
+    assert sorted(codes) == [0, 2], [done.stderr for done in both]
+    assert f"seed: {seeds[codes.index(0)]}" in (run / "config.yaml").read_text()
+    assert len(pd.read_csv(run / "steps.csv")) == 12
+    assert both[codes.index(2)].stderr.count("ddpkit: ") == 1
+
+
+def test_runs_of_one_second_have_folders_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = {str(command._dated(read([]))) for _ in range(5)}
+    assert len(names) == 5
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, clusters, cache):
+    from conftest import TINY
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    _dispatch(["run", *TINY, f"data.path={clusters}", f"data.cache={cache}", "train.max_epochs=1", f"run_dir={run}"])
+    return run
+
+
+def refusal(*words):
+    with pytest.raises(InputError) as raised:
+        _dispatch(["run", *words])
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("optimizer.lr=0.1", "optimizer.lr=0.1"),
+        ("seed=7", "seed=7"),
+        ("model.num_layers=5", "model.num_layers=5"),
+        ("model=nequip_tiny", "model=nequip_tiny"),
+        ("experiment=mptrj", "experiment=mptrj"),
+        ("strategy=standard", "strategy=standard"),
+        ("train.plateau.factor=0.5", "train.plateau.factor=0.5"),
+    ],
+)
+def test_the_override_that_does_not_fit_is_named(word, named, finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    said = refusal(f"resume={finished}", word)
+    assert said.startswith(f"{named} is not what the run in "), said
+    assert f"leave {named} out" in said
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_overrides_that_fit_need_not_be_complete(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    _dispatch(["run", f"resume={run}", "train.batch_size=8", "seed=1", "train.max_epochs=2"])
+    assert checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["epoch"] == 2
+    assert pd.read_csv(run / "steps.csv").step.tolist() == list(range(1, 13))
+    (environment,) = json.loads((run / "environment.json").read_text())["earlier"]
+    assert environment["world_size"] == 1
+
+
+def test_a_run_of_an_older_version_goes_on_under_the_new_columns(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    table = pd.read_csv(run / "steps.csv", dtype=str)
+    table.drop(columns=["loss_stress", "grad_norm"]).assign(old="1").to_csv(run / "steps.csv", index=False)
+    state = checkpoint.load(run / "checkpoints" / "last.pt")
+    progress = {key: value for key, value in state["progress"].items() if key not in ("skipped", "eager_steps")}
+    checkpoint.save(run / "checkpoints" / "last.pt", state | {"progress": progress})
+    _dispatch(["run", f"resume={run}", "train.max_epochs=2"])
+    after = pd.read_csv(run / "steps.csv", dtype=str)
+    assert list(after) == [*table, "old"]
+    assert after.step.astype(int).tolist() == list(range(1, 13))
+    assert after.loss[:6].tolist() == table.loss.tolist()
+    assert after.lr.astype(float).between(0, 0.1).all()
+    assert after.grad_norm.isna().tolist() == [True] * 6 + [False] * 6
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run_dir={run}", "init_from={run}"], "is the folder of the new run itself"),
+        (["run_dir={run}/checkpoints/last.pt"], "is a file or lies below one"),
+        (["run_dir={run}/checkpoints/last.pt/run"], "is a file or lies below one"),
+        (["run_dir=/sys/run"], "/sys/run could not be written"),
+        (["resume={run}", "run_dir=elsewhere"], "leave run_dir=elsewhere out"),
+        (["resume={run}/checkpoints"], "no run folder"),
+        (["init_from={run}/nothing"], "no checkpoint"),
+    ],
+)
+def test_folders_that_cannot_be_the_runs(words, expected, finished, clusters, cache, tmp_path, monkeypatch):
+    from conftest import TINY
+
+    monkeypatch.chdir(tmp_path)
+    own = () if words[0].startswith("resume") else (*TINY, f"data.path={clusters}", f"data.cache={cache}")
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert expected in refusal(*own, *(word.format(run=finished) for word in words))
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.rglob("config.yaml"))
