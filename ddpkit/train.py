@@ -26,6 +26,7 @@ from ddpkit.evaluate import Errors
 from ddpkit.gather import Gather
 from ddpkit.launch import Environment
 from ddpkit.ledger import Ledger, name_bad
+from ddpkit.projection import Projection
 from ddpkit.record import STEP_COLUMNS, RunFolder, finite
 from ddpkit.step import Step
 
@@ -69,6 +70,7 @@ class TrainConfig:
     plateau: PlateauConfig = field(default_factory=PlateauConfig)
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     tensorboard: bool = False
+    projection: bool = False
     turns: str | None = None
 
 
@@ -121,6 +123,7 @@ class Trainer:
         here: where this process stands.
         model_spec: plain values that the model can be built from again; kept in checkpoints.
         data: likewise what tells the data apart from others.
+        projection: records the trajectory of the parameters; None on every rank but rank 0.
         after_epoch: called on every rank after each whole epoch; returns a signal to stop by, or 0.
     """
 
@@ -139,6 +142,7 @@ class Trainer:
         here: Environment,
         model_spec: dict[str, Any],
         data: dict[str, str] | None = None,
+        projection: Projection | None = None,
         after_epoch: "Callable[[Trainer], int] | None" = None,
     ) -> None:
         self.model, self.step, self.optimizer, self.criterion = model, step, optimizer, criterion
@@ -156,6 +160,7 @@ class Trainer:
         self._seconds_logging, self._rows = 0.0, 0
         self.stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
+        self._projection = projection
         self._after_epoch = after_epoch
         self._out_of_time = False
         self._started = time.monotonic()
@@ -210,6 +215,8 @@ class Trainer:
         except NonFiniteGradientError:  # told by the strategy, before the step had ended
             self.progress.skipped += 1
             raise
+        if self._projection is not None and self.stopped_by is None:
+            self._projection.after(self.progress.step, ends=True)
         self._writer.wait()
 
     def facts(self) -> dict[str, int]:
@@ -254,6 +261,8 @@ class Trainer:
                 p.step += 1
                 p.step_in_epoch += 1
                 row_steps += 1
+                if self._projection is not None:
+                    self._projection.after(p.step)
                 stop = False
                 if p.step % c.log_every == 0:
                     stop = self._log_previous(bar)

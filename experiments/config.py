@@ -89,11 +89,13 @@ class RunConfig:
     optimizer: Any = MISSING
     seed: int = 1
     compile: bool = False
+    compiler: str = "inductor"
     precision: str = "mixed"
     tf32: bool = False
     device: str = "auto"
     comm: str = "torch"
     deterministic: bool = False
+    nccl_algo: str | None = None
     run_dir: str | None = None
     resume: str | None = None
     init_from: str | None = None
@@ -176,6 +178,7 @@ def _check(config: DictConfig) -> None:
         "precision": PRECISIONS,
         "device": ("auto", "cpu", "cuda"),
         "comm": ("torch", "mpi"),
+        "compiler": ("inductor", "interpreted"),
         "data.source": SOURCES,
         "data.split_by": ("frame", "group"),
         "data.shifts": ("isolated", "fitted"),

@@ -31,6 +31,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ddpkit import checkpoint, launch, phase
+from ddpkit.compile.digest import digest
 from ddpkit.errors import InputError, writing
 from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import flat, keys_of, read, read_saved
@@ -65,6 +66,7 @@ def main(overrides: Sequence[str]) -> None:
     if prints:
         print(OmegaConf.to_yaml(config), end="")
         return
+    setup.set_numerics(_as_started(config))  # before NCCL, which reads its environment once
     phase.enter("rendezvous")
     here = launch.init_process_group(
         None if config.device == "auto" else config.device, timeout=timedelta(seconds=config.train.timeout)
@@ -74,12 +76,11 @@ def main(overrides: Sequence[str]) -> None:
     try:
         with lifeline.listening():
             phase.enter("data")
-            setup.set_numerics(config)
             job.open(overrides)
             _train(job, lifeline)
     except BaseException as error:
         failure = lifeline.explain(error)
-        job.close_failed(str(failure) or type(failure).__name__)
+        job.close_failed(failure)
         if failure is error:
             raise
         raise failure from error
@@ -149,11 +150,13 @@ class Job:
         if self.run_dir is not None:
             record_failure(self.run_dir, sentence)
 
-    def close_failed(self, why: str) -> None:
+    def close_failed(self, failure: BaseException) -> None:
         """Records the failure, with how far training has come, and lets go of the folder."""
+        why, kind = str(failure) or type(failure).__name__, type(failure).__name__
+        facts = self.trainer.facts() if self.trainer else {}
         with suppress(InputError):  # a full disk, say
             if self.folder is not None:
-                self.folder.summarize(status="failed", error=why, **(self.trainer.facts() if self.trainer else {}))
+                self.folder.summarize(status="failed", error=why, error_kind=kind, **facts)
         self.record_failure(why)
         with suppress(InputError):
             self.close()
@@ -203,6 +206,7 @@ def _train(job: Job, lifeline: Lifeline) -> None:
     done = trainer.progress
     facts = trainer.facts() | {
         "bytes_per_step": trainer.step.sync.stats.bytes,
+        "code": digest() if config.compile else None,
         "seconds_logging_per_row": trainer.seconds_logging,
         "data_share": done.seconds_data / done.seconds_steps if done.seconds_steps else None,
     }
@@ -261,6 +265,14 @@ def _dated(config: DictConfig) -> Path:
             path.mkdir()  # another run may have started in the same second
             break
     return path
+
+
+def _as_started(config: DictConfig) -> DictConfig:
+    """The configuration that a resumed run was started with; the given one otherwise, or where that cannot be read."""
+    if config.resume is not None:
+        with suppress(InputError):  # told later, on every rank
+            return read_saved(Path(config.resume))
+    return config
 
 
 def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -21,15 +21,26 @@ from ddpkit.experiments.run_data import Data, changed, fingerprint
 from ddpkit.experiments.turns import wait_for
 from ddpkit.launch import Environment, agree, share
 from ddpkit.loss import EnergyForcesLoss
+from ddpkit.projection import Projection
 from ddpkit.record import RunFolder
 from ddpkit.step import make_step
+from ddpkit.sync.emulated import EveryRank
 from ddpkit.train import Trainer, moving_average
+
+PROBE = 8
+"""Frames of the fixed batch whose loss is recorded beside the projection: the first ones to validate."""
 
 
 def set_numerics(config: DictConfig) -> None:
-    """Switches that hold for the whole process: determinism and TF32."""
+    """Switches that hold for the whole process, set before a communicator is made: determinism, TF32, NCCL, the compiler."""
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.compile:
+        from ddpkit.compile.graph import Interpreted
+
+        Interpreted.enabled = config.compiler == "interpreted"
+    if config.nccl_algo is not None:
+        os.environ["NCCL_ALGO"] = config.nccl_algo
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")  # NVLS sums in no fixed order
@@ -155,6 +166,7 @@ def build_trainer(
         here=here,
         model_spec=spec,
         data=seen,
+        projection=None if folder is None else _projection(config, here, data, spec, model, criterion, folder, state),
         after_epoch=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
     )
     if state is not None:
@@ -169,15 +181,46 @@ def build_trainer(
     return trainer
 
 
+def _projection(
+    config: DictConfig,
+    here: Environment,
+    data: Data,
+    spec: dict[str, Any],
+    model: nn.Module,
+    criterion: EnergyForcesLoss,
+    folder: RunFolder,
+    state: dict[str, Any] | None,
+) -> Projection | None:
+    """What records the trajectory in `projection.csv`, where the configuration asks for it."""
+    if not config.train.projection:
+        return None
+    frames, r_max = (data.validation if len(data.validation) else data.train)[:PROBE], float(config.model.r_max)
+    sweep = Sweep(frames, data.frames.atoms[frames], data.frames.edges(r_max)[frames], PROBE)
+    _, [batch] = next(Loader(data.frames, sweep, spec["species"], r_max, device=here.device).epoch(0))
+
+    def probe() -> float:
+        was_training = model.training
+        model.eval()
+        loss = float(criterion(model(batch), batch)["loss"]) / here.world_size  # the criterion gives a rank's share
+        model.train(was_training)
+        return loss
+
+    resume_from = state["progress"]["step"] if state else 0
+    return Projection(model, probe, folder.path / "projection.csv", resume_from=resume_from)
+
+
 def train_sampler(config: DictConfig, data: Data, here: Environment) -> Sampler:
     """What deals out the training frames.
 
     Raises:
         InputError: a batch that is too small for the ranks, or larger than the set.
     """
-    return Sampler(
+    make, world_size, rank = Sampler, here.world_size, here.rank
+    if strategy_name(config) == "emulated" and here.world_size == 1:
+        make, world_size, rank = EveryRank, config.strategy.ranks, 0
+    return make(
         data.train, data.frames.atoms[data.train], data.frames.edges(float(config.model.r_max))[data.train],
-        config.train.batch_size, world_size=here.world_size, rank=here.rank, accumulate=config.train.accumulate,
+        config.train.batch_size, world_size=world_size, rank=rank, accumulate=config.train.accumulate,
         seed=config.data.seed, stresses=data.frames.has_stress(data.train) if config.loss.stress else None,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -42,6 +42,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
+from ddpkit.compile import digest
 from ddpkit.compile.kernels import compiled_together, look_at_the_processor
 from ddpkit.compile.layout import Layout, TensorLeaf
 from ddpkit.compile.lines import calling_line, failing_line, last_line
@@ -315,6 +316,31 @@ def output_of(graph: fx.GraphModule) -> fx.Node:
 Kernel = Callable[[list[Any]], Sequence[Any]]  # empties the list of inputs
 
 
+class Interpreted:
+    """Runs a traced graph operation by operation, as eager code would: what the trace changes, without the compiler.
+
+    Args:
+        graph: the graph.
+
+    Attributes:
+        output_strides: that the outputs were traced with.
+    """
+
+    enabled: ClassVar[bool] = False  # whether `lower` makes these, in this process
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._module = _copy(graph)
+        values = [getattr(node, "meta", {}).get("val") for node in output_of(graph).args[0]]  # type: ignore[union-attr]
+        self.output_strides = [v.stride() if isinstance(v, Tensor) else None for v in values]
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Any]:
+        """Empties the list of inputs, as compiled code does."""
+        given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        inputs.clear()
+        with torch.no_grad():
+            return self._module(*given)  # type: ignore[no-any-return]
+
+
 def lower(
     graph: fx.GraphModule,
     symbols: Symbols,
@@ -324,7 +350,7 @@ def lower(
     backward: bool = False,
     inference: bool = True,
 ) -> Kernel:
-    """Compiles a graph with Inductor, or takes it from Inductor's cache on disk.
+    """Compiles a graph with Inductor, or takes it from Inductor's cache on disk; `Interpreted` where that is enabled.
 
     Args:
         graph: what to compile.
@@ -342,9 +368,11 @@ def lower(
         output = output_of(graph)
         # outputs keep the strides they were traced with
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
+        if Interpreted.enabled:
+            return Interpreted(graph)
         for left in range(_ATTEMPTS - 1, -1, -1):
             try:
-                return compile_fx_inner(  # type: ignore[return-value]
+                kernel = compile_fx_inner(
                     _copy(graph),
                     list(inputs),
                     static_input_idxs=list(fixed),
@@ -354,6 +382,9 @@ def lower(
             except (InductorError, ImportError, OSError) as error:
                 if not (left and _removed_torn_library(error)):
                     raise
+            else:
+                digest.note(kernel)
+                return kernel  # type: ignore[return-value]
         raise AssertionError
 
 
@@ -383,6 +414,8 @@ def _order_kept() -> Iterator[None]:
 def strides_of(kernel: Kernel, symbols: Symbols) -> list[tuple[Any, ...] | None]:
     """The strides that each output of a compiled graph really has, as symbolic sizes; None for outputs that are no tensors."""
     found = kernel.output_strides  # type: ignore[attr-defined]  # Inductor's own
+    if isinstance(kernel, Interpreted):
+        return list(found)
     return [None if one is None else tuple(symbols.env.deserialize_symexpr(x) for x in one) for one in found]
 
 

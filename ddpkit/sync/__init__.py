@@ -19,6 +19,7 @@ STRATEGIES = {
     "overlap": "ddpkit.sync.overlap.OverlapSync",
     "ingraph": "ddpkit.sync.ingraph.InGraphSync",
     "none": "ddpkit.sync.none.NoSync",
+    "emulated": "ddpkit.sync.emulated.EmulatedSync",
 }
 
 Strategy = str | type[GradientSync] | Callable[..., GradientSync]

@@ -1,0 +1,134 @@
+"""The numerics of many ranks on one process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ddpkit.data.sampler import Indices, Sampler
+from ddpkit.errors import InputError
+from ddpkit.sync.base import GradientSync
+from ddpkit.sync.buckets import Bucket, by_kind, by_size
+from ddpkit.sync.flat import ROW
+from ddpkit.sync.orders import ORDERS
+
+MIB = 2**20
+
+
+class EmulatedSync(GradientSync):
+    """Adds the gradients of many shards, computed one after another by this process, in the order of a collective.
+
+    Each step gets one micro-batch for every emulated rank (`EveryRank` deals them out), whose gradient is set aside when its
+    `no_sync()` ends, or by `synchronize()` for the last. They are laid out as `custom` lays them out, its flags included, since a
+    ring's order depends on where in the buffer a number stands. Takes memory for the gradients of all ranks.
+
+    The bits are those of real ranks where their number is a power of two; otherwise they scale by 1 / ranks, and round.
+
+    Args:
+        module: any module.
+        others: further modules with trained parameters.
+        ranks: how many to emulate.
+        order: `"ring"` (gloo's), `"ring_up"` and `"halving_doubling"` (Open MPI's), `"tree"` (NCCL's between hosts) or
+            `"linear"`: see `ddpkit.sync.orders`.
+        bucket_mb: add in buckets of so many MiB, cut from the last parameter backwards as `overlap` and `standard` do; None: in
+            one.
+        options: those of `GradientSync`.
+    """
+
+    separable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *others: nn.Module,
+        ranks: int = 64,
+        order: str = "ring",
+        bucket_mb: float | None = None,
+        **options: Any,
+    ) -> None:
+        if order not in ORDERS:
+            raise InputError(f"strategy.order={order} is unknown: use one of {', '.join(ORDERS)}.")
+        if ranks < 1 or (bucket_mb is not None and not bucket_mb > 0):
+            raise InputError(f"strategy.ranks={ranks} must be at least 1 and strategy.bucket_mb={bucket_mb} positive.")
+        self.emulated = ranks
+        self._add, self._bucket_mb = ORDERS[order], bucket_mb
+        super().__init__(module, *others, **options)
+
+    def attach(self) -> None:
+        """Lays out what shards leave.
+
+        Raises:
+            InputError: there are other ranks.
+        """
+        if self.world_size > 1:
+            raise InputError(
+                f"strategy=emulated stands for many ranks on one process, not on {self.world_size}: start a single one."
+            )
+        self._trained = list(self.parameters.values())
+        numbers = list(range(len(self._trained)))
+        if self._bucket_mb is None:
+            plan = by_kind(self._trained, numbers)
+        else:
+            size = round(self._bucket_mb * MIB)
+            plan = by_size(self._trained, numbers[::-1], size, size)
+        tail = len(numbers) + ROW * self.emulated
+        self._buckets = [
+            Bucket(self._trained, mine, tail if n == len(plan) - 1 else 0, None) for n, mine in enumerate(plan)
+        ]
+        self._shards = [bucket.wire.new_zeros((self.emulated, len(bucket.wire))) for bucket in self._buckets]
+        self._taken, self._present = 0, [False] * len(numbers)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, the gradient of one shard comes about; it is set aside in the end."""
+        with super().no_sync():
+            yield
+        self._take()
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Adds the shards up.
+
+        Raises:
+            InputError: there were more or fewer shards than emulated ranks.
+        """
+        self._take()
+        taken, self._taken = self._taken, 0
+        if taken != self.emulated:
+            raise InputError(
+                f"strategy=emulated adds {self.emulated} shards a step and got {taken}: give it a list of micro-batches, one "
+                "for each rank."
+            )
+        for bucket, shards in zip(self._buckets, self._shards, strict=True):
+            bucket.wire.copy_(self._add(shards))
+            self.comm.bytes += bucket.wire.nbytes
+            self.comm.collectives += 1
+            for n, view in zip(bucket.numbers, bucket.views, strict=True):
+                self._trained[n].grad = view if self._present[n] else None
+        self._present = [False] * len(self._trained)
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        """Sets the gradients at hand aside as those of the next shard."""
+        if self._trained != list(self.parameters.values()):
+            raise InputError("Parameters were frozen or unfrozen under strategy=emulated: make it again.")
+        gradients: list[Tensor | None] = [p.grad for p in self._trained]
+        for bucket, shards in zip(self._buckets, self._shards, strict=True):
+            bucket.fill([gradients[n] for n in bucket.numbers])
+            bucket.begin()
+            if self._taken < self.emulated:
+                shards[self._taken].copy_(bucket.wire)
+        self._present = [a or b is not None for a, b in zip(self._present, gradients, strict=True)]
+        self._taken += 1
+        for parameter in self._trained:
+            parameter.grad = None
+
+
+class EveryRank(Sampler):
+    """Deals out the micro-batches of all ranks, rank by rank, to one process. Arguments are those of `Sampler`."""
+
+    def _shares(self, chosen: Indices) -> list[list[Indices]]:
+        shares = super()._shares(chosen)
+        return [[part for share in shares for part in share]]
