@@ -257,6 +257,10 @@ def first_rank_first(what: str = "this", *, per_host: bool = False) -> Iterator[
         yield False
 
 
+MPIRUN_SETTINGS = ("OMPI_ALLOW_", "OMPI_MCA_plm_rsh_agent")
+"""How the names begin of variables that tell `mpirun` how to work, and not a rank where it stands."""
+
+
 def mpirun(ranks: int) -> tuple[list[str], dict[str, str]]:
     """How to start `ranks` processes on this host: the head of the command, and its environment.
 
@@ -272,6 +276,9 @@ def mpirun(ranks: int) -> tuple[list[str], dict[str, str]]:
     command, variables = [program, "-n", str(ranks), "--bind-to", "none"], dict(os.environ)
     if os.geteuid() == 0:
         variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    # Open MPI refuses to start where it finds no ssh, as in containers, although this host alone needs none.
+    if not (shutil.which("ssh") or shutil.which("rsh")):
+        variables.setdefault("OMPI_MCA_plm_rsh_agent", shutil.which("false") or "/bin/false")
     # In a job the ranks have cores of several hosts.
     if "SLURM_JOB_ID" not in variables and ranks > len(os.sched_getaffinity(0)):
         command += ["--oversubscribe"]

@@ -167,10 +167,10 @@ def _run_processes(command: list[str], size: int, variables: dict[str, str], fol
 
 
 def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
-    from ddpkit.launch import mpirun
+    from ddpkit.launch import MPIRUN_SETTINGS, mpirun
 
     head, needed = mpirun(size)
-    variables |= {name: value for name, value in needed.items() if name.startswith("OMPI_ALLOW")}
+    variables |= {name: value for name, value in needed.items() if name.startswith(MPIRUN_SETTINGS)}
     with (folder / "output0").open("wb") as output:
         process = subprocess.Popen(
             [*head, *command],

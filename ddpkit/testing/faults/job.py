@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ddpkit.launch import mpirun
+from ddpkit.launch import MPIRUN_SETTINGS, mpirun
 from ddpkit.phase import PHASES
 from ddpkit.testing.ranks import LAUNCHER_VARIABLES, RANK_VARIABLES
 
@@ -38,7 +38,7 @@ class Job:
         kept = {
             name: value
             for name, value in base.items()
-            if name.startswith("OMPI_ALLOW") or not (name.startswith(LAUNCHER_VARIABLES) or name in RANK_VARIABLES)
+            if name.startswith(MPIRUN_SETTINGS) or not (name.startswith(LAUNCHER_VARIABLES) or name in RANK_VARIABLES)
         }
         self._mark = mark
         with output.open("wb") as file:
