@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from ddpkit.compile.objective import Criterion, apart, loss_of, total
+from ddpkit.compile.objective import Criterion, apart, differentiable, total
 from ddpkit.errors import InputError
 from ddpkit.sync import GradientSync, Strategy, find_strategy, make_sync
+from ddpkit.trained import Trained, beside
 
 if TYPE_CHECKING:
     from ddpkit.compile.forces import CompiledForces
@@ -43,12 +44,18 @@ def make_step(
     that act after the backward pass get the gradients of one graph that holds the criterion too; for those that act during it
     (`standard`, `overlap`) the model is compiled by `ddpkit.compile_forces` and autograd goes through it.
 
+    Whatever the optimizer holds is trained and averaged, beyond the model's parameters too. What the caller changes between steps is
+    obeyed, compiled or not: frozen and unfrozen parameters, modes, all settings of the optimizer, and attributes of model,
+    criterion and the objects that they hold; a change for which other code is needed is compiled then. Compiled code does not see
+    changes of closures and globals, random numbers are refused, and other parameters need another step.
+
     Args:
         model: any module; called with a batch.
         criterion: called with the model's output and the batch; returns the loss as a 0-d tensor, or a dict of tensors with the
             loss under `"loss"`. Gradients of several micro-batches add up and ranks are averaged, so its terms are scaled
-            with `ddpkit.global_mean`.
-        optimizer: over the model's parameters. With `fused=True` a non-finite gradient is skipped without waiting for the device.
+            with `ddpkit.global_mean`. It may have parameters of its own; with `compile` it must then be a module.
+        optimizer: over the model's parameters, and others. With `fused=True` a non-finite gradient is skipped without waiting for
+            the device.
         strategy: name, import path or class of the gradient synchronisation.
         compile: trace the step to one graph and compile it.
         comm: `"torch"` or `"mpi"`.
@@ -65,6 +72,8 @@ def make_step(
         raise InputError(f"clip_norm={clip_norm} is no bound for a norm: give a positive number or None.")
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("The model has no parameter to train: give one with requires_grad.")
+    others = beside(model, criterion, optimizer)
+    trained = Trained(optimizer, model, *others)
     make = find_strategy(strategy)
     kind = make.func if isinstance(make, partial) else make
     gradients: Gradients
@@ -72,27 +81,27 @@ def make_step(
         if not compile:
             raise InputError(f"strategy={strategy} is part of the compiled step: use compile=True.")
         try:
-            sync = make(model, comm=comm, **options)
+            sync = make(model, *others, comm=comm, **options)
         except TypeError as error:
             raise InputError(f"strategy={strategy} refuses its options: {error}.") from error
     elif compile and not getattr(kind, "separable", True):
         from ddpkit.compile.forces import CompiledForces
 
         core = CompiledForces(model, tolerance=tolerance, examples=examples)
-        sync = make_sync(strategy, core, comm=comm, **options)
-        gradients = EagerGradients(sync, criterion, optimizer, core)
-        return Step(model, optimizer, sync, gradients, clip_norm)
+        sync = make_sync(strategy, core, *others, comm=comm, **options)
+        gradients = EagerGradients(sync, criterion, trained, core)
+        return Step(trained, optimizer, sync, gradients, clip_norm)
     else:
-        sync = make_sync(strategy, model, comm=comm, **options)
+        sync = make_sync(strategy, model, *others, comm=comm, **options)
     if compile:
         from ddpkit.compile.gradients import CompiledGradients
-        from ddpkit.compile.update import GraphUpdate
+        from ddpkit.compile.update import InGraph
 
-        update = GraphUpdate(optimizer, clip_norm) if getattr(sync, "optimizer_in_graph", False) else None
+        update = InGraph(optimizer, clip_norm) if getattr(sync, "optimizer_in_graph", False) else None
         gradients = CompiledGradients(model, criterion, sync, tolerance, examples, update)
     else:
-        gradients = EagerGradients(sync, criterion, optimizer)
-    return Step(model, optimizer, sync, gradients, clip_norm)
+        gradients = EagerGradients(sync, criterion, trained)
+    return Step(trained, optimizer, sync, gradients, clip_norm)
 
 
 class Step:
@@ -108,7 +117,7 @@ class Step:
 
     def __init__(
         self,
-        model: nn.Module,
+        trained: Trained,
         optimizer: Optimizer,
         sync: GradientSync,
         gradients: "Gradients",
@@ -116,11 +125,11 @@ class Step:
     ) -> None:
         self.sync = sync
         self.module = sync.module
-        self._names, self._parameters = zip(*model.named_parameters(), strict=True)
+        self._trained = trained
         self._optimizer = optimizer
         self._gradients = gradients
         self._clip_norm = clip_norm
-        device = self._parameters[0].device
+        device = trained.parameters[0].device
         self._clock = Clock(device)
         self.grad_norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -136,6 +145,8 @@ class Step:
         """
         batches = batch if isinstance(batch, list) else [batch]
         self.prepare(batches)
+        for parameter in self._trained.parameters:
+            parameter.grad = None
         self._clock.start()
         with self.sync.around_backward():
             output = self._gradients(batches)
@@ -159,8 +170,10 @@ class Step:
             batch: a batch, or list of micro-batches, that is going to be trained on.
 
         Raises:
+            InputError: the model, the criterion or the optimizer has other parameters than when the step was made.
             ParityError: compiled code computes something else than eager code.
         """
+        self._trained.require_same()
         batches = batch if isinstance(batch, list) else [batch]
         self._gradients.prepare(batches[0], accumulates=len(batches) > 1)
 
@@ -199,7 +212,7 @@ class Step:
 
     def _update(self) -> None:
         """Clips and applies the gradient, unless it is not finite."""
-        trained = [p for p in self._parameters if p.requires_grad and p.grad is not None]
+        trained = [p for p in self._trained.parameters if p.requires_grad and p.grad is not None]
         gradients = [p.grad for p in trained if p.grad is not None]
         not_finite = self._note(torch.nn.utils.get_total_norm(gradients))
         if self._clip_norm is not None:
@@ -218,7 +231,7 @@ class Step:
     def _warn_of_skipped(self) -> None:
         bad = [
             name
-            for name, p in zip(self._names, self._parameters, strict=True)
+            for name, p in zip(self._trained.names, self._trained.parameters, strict=True)
             if p.requires_grad and p.grad is not None and not torch.isfinite(p.grad).all()
         ]
         others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -274,16 +287,15 @@ class EagerGradients:
     Args:
         sync: its module is called.
         criterion: see `make_step`.
-        optimizer: drops the gradients of the last step.
+        trained: by what is differentiated.
         core: the compiled part of the module, if there is one.
     """
 
     def __init__(
-        self, sync: GradientSync, criterion: Criterion, optimizer: Optimizer, core: "CompiledForces | None" = None
+        self, sync: GradientSync, criterion: Criterion, trained: Trained, core: "CompiledForces | None" = None
     ) -> None:
-        self._sync, self._criterion, self._optimizer, self._core = sync, criterion, optimizer, core
+        self._sync, self._criterion, self._trained, self._core = sync, criterion, trained, core
         self.applied = None
-        self._parameters = list(sync.module.parameters())
 
     @property
     def seconds(self) -> float:
@@ -308,7 +320,6 @@ class EagerGradients:
 
     def __call__(self, batches: Sequence[Any]) -> Any:
         """Returns the criterion's output, detached and summed over the batches."""
-        self._optimizer.zero_grad()
         outputs = []
         for batch in batches[:-1]:
             with self._sync.no_sync():
@@ -319,13 +330,9 @@ class EagerGradients:
     def _backward(self, batch: Any) -> Any:
         output = self._criterion(self._sync.module(apart(batch)), batch)
         # Named, because there are other leaves: what the forces are derivatives by. Their gradients cost as much again.
-        loss_of(output).backward(inputs=self._trained())  # type: ignore[no-untyped-call]
+        inputs = [p for p in self._trained.parameters if p.requires_grad]
+        differentiable(output).backward(inputs=inputs)  # type: ignore[no-untyped-call]
         return pytree.tree_map_only(Tensor, Tensor.detach, output)
-
-    def _trained(self) -> list[Tensor]:
-        """Everything that may be trained: the module's parameters, and others that the optimizer has."""
-        groups = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
-        return [p for p in dict.fromkeys(itertools.chain(self._parameters, groups)) if p.requires_grad]
 
 
 class Clock:

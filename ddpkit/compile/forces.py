@@ -27,8 +27,11 @@ from ddpkit.compile.graph import (
     trace,
 )
 from ddpkit.compile.layout import Layout, describe
-from ddpkit.compile.objective import State, apart, undisturbed
-from ddpkit.compile.variants import Code, Variants
+from ddpkit.compile.objective import State, apart
+from ddpkit.compile.randomness import NoRandomNumbers
+from ddpkit.compile.situations import Situations
+from ddpkit.compile.snapshot import Snapshot
+from ddpkit.compile.variants import Code, Tally, Variants
 
 
 def compile_forces(
@@ -115,6 +118,21 @@ class _Apply(torch.autograd.Function):
         return None, None, None, *mine, *([None] * (ctx.states - len(mine)))
 
 
+@dataclass
+class Situation:
+    """What belongs to a state of the model.
+
+    Attributes:
+        state: its tensors.
+        variants: code.
+        steps_to_wait: calls before anything is compiled.
+    """
+
+    state: State
+    variants: Variants[ForcesCode]
+    steps_to_wait: int = 0
+
+
 class CompiledForces(nn.Module):
     """Made by `compile_forces`.
 
@@ -134,12 +152,26 @@ class CompiledForces(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._kind: tuple[bool, ...] = ()
-        self._variants = Variants(self._trace, self._lower, self._compare, self._examples)
+        self._begun = False
+        self._tally = Tally(self._examples)
+        self._situations = Situations({"model": self.model}, self._make)
+
+    def _make(self, snapshot: Snapshot) -> Situation:
+        """What belongs to a state of the model."""
+        state = State(snapshot, {name: p for name, p in self.model.named_parameters() if p.requires_grad})
+        return Situation(
+            state,
+            Variants(
+                lambda examples, sizes: self._trace(state, examples, sizes),
+                self._lower,
+                lambda code, batch, leaves, sizes: self._compare(state, code, batch, leaves, sizes),
+                self._tally,
+            ),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy compiles anew: code belongs to the process."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_variants", "_state")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_situations", "_tally")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -148,7 +180,7 @@ class CompiledForces(nn.Module):
     @property
     def seconds_compile(self) -> float:
         """Seconds spent on tracing, compiling and checking."""
-        return self._variants.seconds
+        return self._tally.seconds
 
     @property
     def eager(self) -> int:
@@ -158,19 +190,24 @@ class CompiledForces(nn.Module):
     @property
     def differences(self) -> list[parity.Difference]:
         """What the checks against eager code have found."""
-        return self._variants.differences
+        return self._tally.differences
 
     def forward(self, batch: Any) -> Any:
         """Calls the model's compiled code, or the model itself where there is nothing to differentiate."""
         if not self.training or not torch.is_grad_enabled():
             return self.model(batch)
-        self._note_kind()
+        now = self._situations.now()
+        if now.steps_to_wait:
+            now.steps_to_wait -= 1
+            return self.model(batch)
+        if not now.variants.codes and self._begun:
+            self._compile(now, batch, together=False)
         leaves, structure = pytree.tree_flatten(batch)
-        found = self._variants.find(batch, leaves, structure)
-        return self.model(batch) if found is None else self._call(*found, leaves)
+        found = now.variants.find(batch, leaves, structure)
+        return self.model(batch) if found is None else self._call(now.state, *found, leaves)
 
     def prepare(self, batch: Any) -> None:
-        """Traces, compiles and checks, if that has not been done. All ranks come by together.
+        """Traces, compiles and checks, if that has not been done. All ranks come by together for the first time.
 
         Args:
             batch: one that is going to be trained on.
@@ -178,38 +215,37 @@ class CompiledForces(nn.Module):
         Raises:
             ParityError: compiled code computes something else than eager code.
         """
-        self._note_kind()
-        if not self._variants.codes and self.training:
-            self._variants.prepare(batch)
+        if not self._begun and self.training:
+            self._compile(self._situations.now(), batch, together=True)
 
-    def _call(self, code: ForcesCode, sizes: dict[str, int], leaves: Sequence[Any]) -> Any:
+    def _compile(self, now: Situation, batch: Any, *, together: bool) -> None:
+        now.variants.prepare(batch, together=together)
+        self._begun = True
+        self._situations.ignore(now.state.rewritten)
+
+    @property
+    def _variants(self) -> Variants[ForcesCode]:
+        """The code for the present state."""
+        return self._situations.now().variants
+
+    def _call(self, state: State, code: ForcesCode, sizes: dict[str, int], leaves: Sequence[Any]) -> Any:
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        outputs = iter(_Apply.apply(code, sizes, tensors, *self._state.tensors()))  # type: ignore[no-untyped-call]
+        outputs = iter(_Apply.apply(code, sizes, tensors, *state.tensors()))  # type: ignore[no-untyped-call]
         constants = iter(code.constants)
         return pytree.tree_unflatten(
             [next(outputs) if tensor else next(constants) for tensor in code.is_tensor], code.result
         )
 
-    def _note_kind(self) -> None:
-        """Forgets the code where another set of parameters is trained, or modules have changed between train and eval."""
-        kind = (*(p.requires_grad for p in self.parameters()), *(m.training for m in self.modules()))
-        if kind != self._kind:
-            self._kind = kind
-            self._variants.clear()
-            self._state = State(self.model, [p for p in self.model.parameters() if p.requires_grad])
-
-    def _trace(self, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, dict[str, Any]]:
-        """The joint graph of outputs and gradients, and what else there is to an code."""
+    def _trace(self, state: State, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, dict[str, Any]]:
+        """The joint graph of outputs and gradients, and what else there is to a code."""
         layout = Layout.of(examples)
         found: dict[str, Any] = {"layout": layout}
-        state = self._state
 
-        def run(batch: Any, fixed: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
-            values = dict(zip(state.names, fixed, strict=True))
-            trained = {name: values[name].detach().requires_grad_() for name in state.names[: state.trained]}
-            rest = {name: values[name].clone() for name in state.names[state.trained :]}
-            with torch.enable_grad():
-                result = state.call({**rest, **trained}, batch)
+        def run(batch: Any, fixed: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+            trained = [tensor.detach().requires_grad_() for tensor in fixed[: state.trained]]
+            rest = [tensor.clone() for tensor in fixed[state.trained :]]
+            with torch.enable_grad(), NoRandomNumbers():
+                result = state.call([*trained, *rest], self.model, batch)
             leaves, found["result"] = pytree.tree_flatten(result)
             found["is_tensor"] = [isinstance(leaf, Tensor) for leaf in leaves]
             found["constants"] = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
@@ -224,10 +260,11 @@ class CompiledForces(nn.Module):
 
         def function(batch: Any, fixed: list[Tensor], given: list[Tensor] | None = None) -> list[Tensor | None]:
             outputs, trained, rest = run(batch, fixed)
-            gradients = torch.autograd.grad(
-                [x for x in outputs if x.requires_grad], list(trained.values()), given, allow_unused=True
-            )
-            changed = {state.names.index(name): value for name, value in rest.items() if is_changed(value)}
+            with NoRandomNumbers():
+                gradients = torch.autograd.grad(
+                    [x for x in outputs if x.requires_grad], trained, given, allow_unused=True
+                )
+            changed = {n: value for n, value in enumerate(rest, state.trained) if is_changed(value)}
             found["updated"] = list(changed)
             found["used"] = [gradient is not None for gradient in gradients]
             return [*(x.detach() for x in outputs), *changed.values(), *gradients]
@@ -264,18 +301,18 @@ class CompiledForces(nn.Module):
         )
 
     def _compare(
-        self, code: ForcesCode, batch: Any, leaves: Sequence[Any], sizes: dict[str, int]
+        self, state: State, code: ForcesCode, batch: Any, leaves: Sequence[Any], sizes: dict[str, int]
     ) -> list[parity.Difference]:
         """Differences from eager code of the outputs, and of the gradient of a loss on them; leaves everything as it was."""
-        state = self._state.tensors()
-        names = self._state.names[: self._state.trained]
+        tensors = state.tensors()
+        names = state.names[: state.trained]
         both = []
-        for call in (lambda: self._call(code, sizes, leaves), lambda: self.model(apart(batch))):
-            with undisturbed(state[len(names) :]) as before:
+        for call in (lambda: self._call(state, code, sizes, leaves), lambda: self.model(apart(batch))):
+            with state.undisturbed() as before:
                 outputs = parity.named(call())
-                gradients = torch.autograd.grad(parity.probe(outputs), state[: len(names)], allow_unused=True)
+                gradients = torch.autograd.grad(parity.probe(outputs), tensors[: len(names)], allow_unused=True)
                 values = {k: v.detach() for k, v in outputs.items()}
-                both.append(values | dict(zip(names, gradients, strict=True)) | self._state.moved(before))
-        tolerance = self._tolerance or parity.tolerance_for(state)
+                both.append(values | dict(zip(names, gradients, strict=True)) | state.moved(before))
+        tolerance = self._tolerance or parity.tolerance_for(tensors)
         compiled, eager = both
         return parity.differences(compiled, eager, names, tolerance, describe(sizes))

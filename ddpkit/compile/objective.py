@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ddpkit.batch import Batch
+from ddpkit.compile.snapshot import Snapshot
 from ddpkit.errors import InputError
 
 Criterion = Callable[[Any, Any], Any]
@@ -25,6 +25,14 @@ def loss_of(output: Any) -> Tensor:
     return loss
 
 
+def differentiable(output: Any) -> Tensor:
+    """The loss in what a criterion returned, before its backward pass."""
+    loss = loss_of(output)
+    if not loss.requires_grad:
+        raise InputError("The loss does not depend on any parameter that is trained: see what is frozen or detached.")
+    return loss
+
+
 def apart(batch: Any) -> Any:
     """The batch in containers of its own: some models write their output into the dict that they are given, over the targets."""
     return batch if isinstance(batch, Tensor | Batch) else pytree.tree_map(lambda leaf: leaf, batch)
@@ -37,21 +45,18 @@ def total(outputs: Sequence[Any]) -> Any:
     return pytree.tree_map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *outputs)
 
 
-class Objective(nn.Module):
-    """Model and criterion as one module.
+class Objective:
+    """Model and criterion as one function of a batch.
 
     Args:
         model: called with a batch.
-        criterion: called with the model's output and the batch. What it holds as a module is read at every step; what it holds
-            otherwise is part of the compiled code.
+        criterion: called with the model's output and the batch.
     """
 
     def __init__(self, model: nn.Module, criterion: Criterion) -> None:
-        super().__init__()
-        self.model = model
-        self.criterion = criterion
+        self.model, self.criterion = model, criterion
 
-    def forward(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
+    def __call__(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
         """What the criterion returned, and what the model did."""
         output = self.model(apart(batch))
         named = output if isinstance(output, Mapping) else {}
@@ -60,65 +65,135 @@ class Objective(nn.Module):
 
 
 class State:
-    """Parameters and buffers of a module, found once.
+    """The tensors that some objects hold: what compiled code is given beside the batch.
+
+    Args:
+        snapshot: of the objects.
+        trained: parameters by name.
 
     Attributes:
         names: of the tensors; those that are trained come first.
         trained: how many are.
+        rewritten: paths of what the objects themselves change when they are called, tensors apart.
+
+    Raises:
+        InputError: none of the objects holds one of the trained parameters.
     """
 
-    def __init__(self, module: nn.Module, trained: Sequence[nn.Parameter]) -> None:
-        wanted = {id(p) for p in trained}
-        everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        first = {name: t for name, t in everything.items() if id(t) in wanted}
-        rest = {name: t for name, t in everything.items() if id(t) not in wanted}
-        self.names = [*first, *rest]
-        self.trained = len(first)
-        self._module = module
-        self._homes = [_home(module, name) for name in self.names]
-        name_of = {id(tensor): name for name, tensor in everything.items()}
-        # Every place once: a shared tensor has several, a shared module has one under several names.
-        self._places = [
-            (f"{path}.{last}" if path else last, name_of[id(tensor)])
-            for path, owner in module.named_modules()
-            for last, tensor in (*owner._parameters.items(), *owner._buffers.items())  # noqa: SLF001  (as `_home`)
-            if tensor is not None
-        ]
-
-    def call(self, values: Mapping[str, Tensor], *arguments: Any) -> Any:
-        """Calls the module with other tensors in the places of its own.
-
-        Args:
-            values: by the names in `names`.
-            arguments: of the module.
-        """
-        everywhere = {place: values[name] for place, name in self._places}
-        # Not by its own ties: where a module has two names, it would leave a tensor of ours in it (torch 2.13).
-        return functional_call(self._module, everywhere, arguments, tie_weights=False)
+    def __init__(self, snapshot: Snapshot, trained: Mapping[str, Tensor]) -> None:
+        number = {id(tensor): n for n, tensor in enumerate(trained.values())}
+        self.names, self.trained = list(trained), len(trained)
+        self.rewritten: set[str] = set()
+        self._snapshot = snapshot
+        homes: dict[int, tuple[Any, Any]] = {}
+        self._places: list[tuple[Any, Any, int]] = []
+        for place in snapshot.places:
+            n = number.setdefault(id(place.tensor), len(number))
+            if n == len(self.names):
+                self.names.append(place.path.removeprefix("model."))
+            homes.setdefault(n, (place.home, place.key))
+            self._places.append((place.home, place.key, n))
+        for n, name in enumerate(self.names):
+            if n not in homes:
+                raise InputError(
+                    f"The optimizer trains {name!r}, which neither the model nor the criterion holds, so compiled code would take "
+                    "it for a constant: make the criterion a torch.nn.Module that has it as a parameter, or train with "
+                    "compile=False."
+                )
+        self._homes = [homes[n] for n in range(len(self.names))]
 
     def tensors(self) -> list[Tensor]:
         """The tensors as they are now."""
-        return [home[name] for home, name in self._homes]
+        return [home[key] for home, key in self._homes]
+
+    def call(self, values: Sequence[Tensor], function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function of the objects with other tensors in the places of theirs, and leaves the objects as they were.
+
+        What the objects replace is changed in place in the tensors given instead.
+
+        Args:
+            values: in the order of `names`.
+            function: what to call.
+            arguments: of the function.
+
+        Raises:
+            InputError: the objects count their calls.
+        """
+        before = [(path, form, home, _copy(home)) for path, form, home in self._snapshot.homes]
+        try:
+            for home, key, n in self._places:
+                home[key] = values[n]
+            result = function(*arguments)
+            self._carry_out(values)
+            for path, form, home, old in before:
+                self._note_rewritten(path + form, home, old)
+            return result
+        finally:
+            for _, _, home, old in before:
+                _restore(home, old)
+
+    def _carry_out(self, values: Sequence[Tensor]) -> None:
+        """Where a tensor has been replaced, brings the new value into the one that was there."""
+        for home, key, n in self._places:
+            now = home[key] if key in home or isinstance(home, list) else values[n]
+            if now is values[n]:
+                continue
+            if not isinstance(now, Tensor) or now.shape != values[n].shape or now.dtype != values[n].dtype:
+                raise InputError(
+                    f"The model cannot be compiled: when called, it replaces {self.names[n]!r} by something of another shape or "
+                    "type: let it change the tensor in place (copy_), or train with compile=False."
+                )
+            values[n].copy_(now.detach())
+
+    def _note_rewritten(self, form: str, home: Any, old: Any) -> None:
+        """Takes down what else has been changed."""
+        now, then = (dict(enumerate(x)) if isinstance(x, list) else x for x in (home, old))
+        changed = [(form.format(k), then.get(k), x) for k, x in now.items() if k not in then or x is not then[k]]
+        for where, one, two in changed:
+            if isinstance(two, Tensor) and isinstance(one, Tensor):
+                continue
+            if type(one) in (int, float) and type(two) in (int, float) and one != two:
+                raise InputError(
+                    f"The model cannot be compiled: it counts in {where!r} whenever it is called, which compiled code would not: "
+                    "make that a buffer and change it in place, or train with compile=False."
+                )
+            self.rewritten.add(where)
 
     def moved(self, before: Sequence[Tensor]) -> dict[str, Tensor]:
         """By how much those that are not trained have changed, by name."""
         now = zip(self.names[self.trained :], self.tensors()[self.trained :], before, strict=True)
         return {name: tensor.detach() - old for name, tensor, old in now if tensor.dtype is not torch.bool}
 
+    @contextmanager
+    def undisturbed(self, others: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
+        """Puts back what happens inside to the objects, their parameters apart, and to other tensors.
 
-def _home(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    path, _, last = name.rpartition(".")
-    owner = module.get_submodule(path)
-    return (owner._parameters if last in owner._parameters else owner._buffers), last  # noqa: SLF001  (no public way by name that is as fast)
+        Yields:
+            Copies of the tensors that are not trained.
+        """
+        homes = [(home, _copy(home)) for _, _, home in self._snapshot.homes]
+        tensors = [*self.tensors()[self.trained :], *others]
+        before = [t.detach().clone() for t in tensors]
+        try:
+            yield before[: len(self.names) - self.trained]
+        finally:
+            for home, old in homes:
+                _restore(home, old)
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
 
 
-@contextmanager
-def undisturbed(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Puts back what happens to tensors inside; yields copies of them."""
-    before = [t.detach().clone() for t in tensors]
-    try:
-        yield before
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+def _copy(home: Any) -> Any:
+    return list(home) if isinstance(home, list) else dict(home.items())
+
+
+def _restore(home: Any, old: Any) -> None:
+    if isinstance(home, list):
+        home[:] = old
+        return
+    for key in [key for key in home if key not in old]:
+        del home[key]
+    for key, value in old.items():
+        if key not in home or home[key] is not value:
+            home[key] = value

@@ -60,10 +60,10 @@ def of_first_rank(layout: Layout, sizes: Mapping[str, int]) -> dict[str, int]:
     return dict(zip(names, theirs, strict=True)) if their_form == form else dict(sizes)
 
 
-def least_on_ranks(count: int) -> int:
-    """The smallest of the ranks' counts (one collective)."""
+def most_on_ranks(count: int) -> int:
+    """The largest of the ranks' counts (one collective)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return count
     counts = [0] * dist.get_world_size()
     dist.all_gather_object(counts, count)
-    return min(counts)
+    return max(counts)

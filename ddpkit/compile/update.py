@@ -1,7 +1,8 @@
 """The optimizer's step as part of a traced graph."""
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +14,19 @@ from ddpkit.errors import InputError
 
 _ADAM, _SGD = ("exp_avg", "exp_avg_sq", "step"), ("momentum_buffer",)
 _LEFT_OUT = ("amsgrad", "maximize", "differentiable", "dampening")
+_FLAGS = ("nesterov", "decoupled_weight_decay", "fused", "capturable")
+_NUMBERS = {True: ("lr", "weight_decay", "beta1", "beta2", "eps"), False: ("lr", "weight_decay", "momentum")}
 
 
-class GraphUpdate:
-    """Adam, AdamW or SGD as operations that can be traced, with clipping, and without effect where the gradient is not finite.
-
-    The state stays where the optimizer keeps it and in its form, so that checkpoints and schedulers work as ever. Formulas:
-    Kingma and Ba, arXiv:1412.6980; Loshchilov and Hutter, arXiv:1711.05101.
+class InGraph:
+    """An optimizer whose step becomes part of graphs.
 
     Args:
         optimizer: whose update is traced; its hooks are not called.
         clip_norm: upper bound of the norm of the global gradient.
 
     Raises:
-        InputError: the optimizer is another one, or has an option that is not served.
+        InputError: the optimizer is another one than Adam, AdamW and SGD, or has an option that is not served.
     """
 
     def __init__(self, optimizer: Optimizer, clip_norm: float | None) -> None:
@@ -34,46 +34,102 @@ class GraphUpdate:
             raise InputError(
                 f"optimizer_in_graph serves Adam, AdamW and SGD, not {type(optimizer).__name__}: leave it out."
             )
-        for group in optimizer.param_groups:
+        self._optimizer, self._clip_norm = optimizer, clip_norm
+        self.form()
+
+    def form(self) -> Hashable:
+        """All that graphs depend on: which parameters are in which group, and every setting that is no number.
+
+        Raises:
+            InputError: an option is set that is not served.
+        """
+        groups = self._optimizer.param_groups
+        for group in groups:
             for option in _LEFT_OUT:
                 if group.get(option):
                     raise InputError(
                         f"optimizer_in_graph does not serve {option}={group[option]}: leave one of them out."
                     )
+        return tuple((*map(group.get, _FLAGS), _has_momentum(group), *map(id, group["params"])) for group in groups)
+
+    def of(self, trained: Mapping[str, Tensor]) -> "GraphUpdate":
+        """The update of some parameters, by name."""
+        return GraphUpdate(self._optimizer, self._clip_norm, trained)
+
+
+def _has_momentum(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("momentum"))
+
+
+class GraphUpdate:
+    """Adam, AdamW or SGD as operations that can be traced, with clipping, and without effect where the gradient is not finite.
+
+    The state stays where the optimizer keeps it and in its form, so that checkpoints and schedulers work as ever. Learning
+    rates, moments and all other numbers are read at every step. Formulas: Kingma and Ba, arXiv:1412.6980; Loshchilov and
+    Hutter, arXiv:1711.05101.
+
+    Args:
+        optimizer: whose update is traced.
+        clip_norm: upper bound of the norm of the global gradient.
+        trained: what is trained, by name.
+
+    Raises:
+        InputError: the optimizer lacks a parameter, or has one that is not among them.
+    """
+
+    def __init__(self, optimizer: Optimizer, clip_norm: float | None, trained: Mapping[str, Tensor]) -> None:
         self._optimizer, self._clip_norm = optimizer, clip_norm
         self._is_adam = not isinstance(optimizer, SGD)
-        momentum = any(group.get("momentum") for group in optimizer.param_groups)
-        self._keys: tuple[str, ...] = _ADAM if self._is_adam else _SGD if momentum else ()
-        self._numbers: tuple[float, ...] = ()
-        self._hyper = torch.empty(0)
-
-    def adopt(self, parameters: Sequence[Tensor]) -> None:
-        """Takes over what is trained."""
-        group_of = {p: n for n, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
-        if missing := sum(p not in group_of for p in parameters):
+        self._last: list[float] = []
+        parameters = list(trained.values())
+        group_of = {p: n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        if missing := [name for name, p in trained.items() if p not in group_of]:
             raise InputError(
-                f"The optimizer lacks {missing} trained parameters, so optimizer_in_graph cannot update them."
+                f"The optimizer lacks {len(missing)} trained parameters ({missing[0]!r} ...), so optimizer_in_graph cannot update "
+                "them: give them to the optimizer, freeze them, or leave that option out."
             )
         if others := {p for p in group_of if p.requires_grad} - set(parameters):
             raise InputError(
                 f"The optimizer has {len(others)} parameters that are not the model's: leave optimizer_in_graph out."
             )
-        self._parameters = list(parameters)
+        self._parameters = parameters
         self._groups = [group_of[p] for p in parameters]
-        if self._is_adam:
-            for p in parameters:
-                settings = self._optimizer.param_groups[group_of[p]]
-                if p.is_cuda and not (settings["fused"] or settings["capturable"]):
-                    raise InputError("optimizer_in_graph counts steps on the GPU: make the optimizer with fused=True.")
+        for p, n in zip(parameters, self._groups, strict=True):
+            settings = optimizer.param_groups[n]
+            if self._is_adam and p.is_cuda and not (settings["fused"] or settings["capturable"]):
+                raise InputError("optimizer_in_graph counts steps on the GPU: make the optimizer with fused=True.")
+        count = len(_NUMBERS[self._is_adam]) * len(optimizer.param_groups)
+        self._hyper = torch.zeros(count, dtype=torch.float64, device=parameters[0].device)
 
-    def _state(self, p: Tensor) -> list[Tensor]:
+    def _keys(self, group: int) -> tuple[str, ...]:
+        """What the optimizer keeps of a parameter."""
+        if self._is_adam:
+            return _ADAM
+        return _SGD if _has_momentum(self._optimizer.param_groups[group]) else ()
+
+    def _state(self, p: Tensor, group: int) -> list[Tensor]:
         """The optimizer's state of a parameter; what it would make at its first step where there is none."""
-        state = self._optimizer.state[p]
-        for key in self._keys:
+        keys = self._keys(group)
+        state = self._optimizer.state[p] if keys else {}
+        for key in keys:
             if state.get(key) is None:
                 is_count = key == "step"
                 state[key] = torch.zeros((), device=p.device) if is_count else torch.zeros_like(p, requires_grad=False)
-        return [state[key] for key in self._keys]
+        return [state[key] for key in keys]
+
+    def _read_numbers(self) -> None:
+        """Brings the numbers of all groups to where the graph reads them."""
+        numbers: list[Any] = []
+        for group in self._optimizer.param_groups:
+            numbers += [group["lr"], group["weight_decay"]]
+            numbers += [*group["betas"], group["eps"]] if self._is_adam else [group["momentum"]]
+        on_device = {n: x for n, x in enumerate(numbers) if isinstance(x, Tensor) and x.is_cuda}
+        plain = [0.0 if n in on_device else float(x) for n, x in enumerate(numbers)]
+        if plain != self._last:
+            self._last = plain
+            self._hyper.copy_(torch.tensor(plain, dtype=torch.float64))
+        for n, x in on_device.items():  # the host does not wait for them
+            self._hyper[n].copy_(x.detach().reshape(()))
 
     def tensors(self, present: Tensor) -> list[Tensor]:
         """What the graph reads and writes besides parameters and gradients.
@@ -81,12 +137,9 @@ class GraphUpdate:
         Args:
             present: `[parameters]` bool, which parameters have a gradient on any rank.
         """
-        groups = self._optimizer.param_groups
-        numbers = tuple(float(group[key]) for group in groups for key in ("lr", "weight_decay"))
-        if numbers != self._numbers:
-            self._numbers = numbers
-            self._hyper = torch.tensor(numbers, dtype=torch.float64, device=present.device)
-        return [present, self._hyper, *(tensor for p in self._parameters for tensor in self._state(p))]
+        self._read_numbers()
+        pairs = zip(self._parameters, self._groups, strict=True)
+        return [present, self._hyper, *(tensor for p, group in pairs for tensor in self._state(p, group))]
 
     def __call__(
         self,
@@ -98,7 +151,7 @@ class GraphUpdate:
         """Updates parameters and state in place.
 
         Args:
-            parameters: those adopted.
+            parameters: what is trained.
             gradients: averaged, in the same order.
             flat: all averaged gradients, zeros between them; for the norm.
             tensors: as from `tensors()`.
@@ -110,16 +163,17 @@ class GraphUpdate:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(body) for body in flat]))
         applied = torch.isfinite(norm) & present
         factor = None if self._clip_norm is None else (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        many = len(self._keys)
+        many = len(_NUMBERS[self._is_adam])
+        rest = iter(state)
         for n, (p, g, group) in enumerate(zip(parameters, gradients, self._groups, strict=True)):
-            kept = state[many * n : many * (n + 1)]
+            kept = [next(rest) for _ in self._keys(group)]
             settings = self._optimizer.param_groups[group]
-            step = _adam if self._is_adam else _sgd
+            numbers = [hyper[many * group + i] for i in range(many)]
             if factor is not None:
                 g = g * factor.to(g.dtype)  # noqa: PLW2901
-            new = step(settings, hyper[2 * group], hyper[2 * group + 1], p, g, *kept)
+            new = (_adam if self._is_adam else _sgd)(settings, *numbers, p, g, *kept)
             for old, value in zip((p, *kept), new, strict=True):
-                old.copy_(torch.where(applied[n], value, old))
+                old.copy_(torch.where(applied[n], value.to(old.dtype), old))
         return norm
 
     @torch.no_grad()
@@ -135,7 +189,7 @@ class GraphUpdate:
         """How far the graph's update is from the optimizer's own, beyond the rounding of the parameters; nothing changes.
 
         Args:
-            names: of the parameters adopted, which are as before the update.
+            names: of the parameters, which are as before the update.
             updated: what the graph made of them.
             gradients: averaged.
             present: as in `tensors()`.
@@ -159,9 +213,9 @@ class GraphUpdate:
         mine = [copies[p] for p in self._parameters]
         for q, gradient, there in zip(mine, gradients, present.tolist(), strict=True):
             q.grad = gradient.clone() if there else None
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(mine, self._clip_norm)
-        twin.step()
+        norm = torch.nn.utils.clip_grad_norm_(mine, math.inf if self._clip_norm is None else self._clip_norm)
+        if torch.isfinite(norm):
+            twin.step()
         return mine
 
     def note(self) -> None:
@@ -170,9 +224,12 @@ class GraphUpdate:
 
 
 def _adam(
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     lr: Tensor,
     decay: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
     p: Tensor,
     g: Tensor,
     mean: Tensor,
@@ -180,26 +237,38 @@ def _adam(
     step: Tensor,
 ) -> tuple[Tensor, ...]:
     """Parameter and state after a step; the bias corrections are computed in float64."""
-    (beta1, beta2), eps = settings["betas"], settings["eps"]
+    kind = _precise(p)
     if settings["decoupled_weight_decay"]:
-        p = p * (1 - lr * decay).to(p.dtype)
+        p = p * (1 - lr * decay).to(kind)
     else:
-        g = g + p * decay.to(p.dtype)
-    mean = mean + (g - mean) * (1 - beta1)
-    square = square * beta2 + g * g * (1 - beta2)
+        g = g + p * decay.to(kind)
+    mean = mean + (g - mean) * (1 - beta1).to(kind)
+    square = square * beta2.to(kind) + g * g * (1 - beta2).to(kind)
     step = step + 1
-    rate = (lr / (1 - beta1 ** step.double())).to(p.dtype)
-    root = (1 - beta2 ** step.double()).sqrt().to(p.dtype)
-    return p - rate * (mean / (square.sqrt() / root + eps)), mean, square, step
+    rate = (lr / (1 - beta1 ** step.double())).to(kind)
+    root = (1 - beta2 ** step.double()).sqrt().to(kind)
+    return p - rate * (mean / (square.sqrt() / root + eps.to(kind))), mean, square, step
 
 
 def _sgd(
-    settings: dict[str, Any], lr: Tensor, decay: Tensor, p: Tensor, g: Tensor, momentum: Tensor | None = None
+    settings: Mapping[str, Any],
+    lr: Tensor,
+    decay: Tensor,
+    momentum: Tensor,
+    p: Tensor,
+    g: Tensor,
+    velocity: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Parameter and state after a step."""
-    g = g + p * decay.to(p.dtype)
-    if momentum is None:
-        return (p - lr.to(p.dtype) * g,)
-    momentum = momentum * settings["momentum"] + g
-    g = g + momentum * settings["momentum"] if settings["nesterov"] else momentum
-    return p - lr.to(p.dtype) * g, momentum
+    lr, decay, momentum = (number.to(_precise(p)) for number in (lr, decay, momentum))
+    g = g + p * decay
+    if velocity is None:
+        return (p - lr * g,)
+    velocity = velocity * momentum + g
+    g = g + velocity * momentum if settings["nesterov"] else velocity
+    return p - lr * g, velocity
+
+
+def _precise(p: Tensor) -> torch.dtype:
+    """The dtype for numbers that a parameter is computed with: no coarser than float32."""
+    return torch.promote_types(p.dtype, torch.float32)

@@ -2,7 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +13,7 @@ from ddpkit.batch import Batch
 from ddpkit.compile import parity
 from ddpkit.compile.graph import Conditions
 from ddpkit.compile.layout import Layout, describe, sizes_of
-from ddpkit.compile.ranks import in_turn, least_on_ranks, of_first_rank
+from ddpkit.compile.ranks import in_turn, most_on_ranks, of_first_rank
 from ddpkit.errors import InputError
 from ddpkit.launch import agree
 
@@ -36,6 +37,23 @@ class Code:
     fixed_at: str | None = field(default=None, kw_only=True)
 
 
+@dataclass
+class Tally:
+    """What all code of a model has cost and shown.
+
+    Attributes:
+        examples: batches of other shapes than the first, to tell what varies in them and to check with.
+        differences: what the checks have found so far, good or bad.
+        seconds: spent on tracing, compiling and checking.
+        eager: batches so far for which eager code had to do.
+    """
+
+    examples: list[Any]
+    differences: list[parity.Difference] = field(default_factory=list)
+    seconds: float = 0.0
+    eager: int = 0
+
+
 C = TypeVar("C", bound=Code)
 T = TypeVar("T")
 
@@ -47,14 +65,12 @@ class Variants(Generic[C]):
         trace: example batches and sizes to tune for -> a graph.
         lower: the graph -> code.
         compare: code, batch, its leaves and sizes -> differences from eager code.
-        examples: batches of other shapes than the first, to tell what varies in them and to check with.
-        grows: whether this rank may compile and check alone later on.
+        tally: shared with what has been compiled for other states of the model.
+        stand_in: where comparing communicates, does so in place of a comparison for which this rank has no batch. All code is
+            then made and checked by all ranks together.
 
     Attributes:
         codes: what there is, the latest first.
-        differences: what the checks have found so far, good or bad.
-        seconds: spent on tracing, compiling and checking.
-        eager: batches so far for which eager code had to do.
     """
 
     def __init__(
@@ -62,41 +78,51 @@ class Variants(Generic[C]):
         trace: Callable[[Sequence[Any], dict[str, int]], T],
         lower: Callable[[T], C],
         compare: Callable[[C, Any, Sequence[Any], dict[str, int]], Sequence[parity.Difference]],
-        examples: Iterable[Any] = (),
-        *,
-        grows: bool = True,
+        tally: Tally,
+        stand_in: Callable[[], None] | None = None,
     ) -> None:
-        self._trace, self._lower, self._compare, self._grows = trace, lower, compare, grows
-        self._examples = list(examples)
+        self._trace, self._lower, self._compare, self._tally, self._stand_in = trace, lower, compare, tally, stand_in
         self.codes: list[C] = []
-        self.differences: list[parity.Difference] = []
-        self.seconds = 0.0
-        self.eager = 0
 
-    def clear(self) -> None:
-        """Forgets all code."""
-        self.codes = []
+    def prepare(self, batch: Any, *, together: bool = True, before_check: Callable[[C], None] | None = None) -> None:
+        """Traces, compiles and checks the first code.
 
-    def prepare(self, batch: Any) -> None:
-        """Traces, compiles and checks the first code. All ranks come by together.
+        Args:
+            batch: one that it is for.
+            together: whether all ranks come by, so that one on each host compiles.
+            before_check: is told of the code before that is compared.
 
         Raises:
-            InputError: the model fixes sizes, so that the code would hold for no other batch; or its loss is not finite.
+            InputError: the model fixes sizes, so that the code would hold for no other batch; or, with `together`, its loss is
+                not finite.
             ParityError: it computes something else than eager code.
         """
         began = time.perf_counter()
-        examples = [batch, *self._examples]
-        sizes = of_first_rank(Layout.of(examples), _tuned_for(examples))
-        code = in_turn(lambda: self._trace(examples, sizes), self._lower)
-        with agree("comparing compiled with eager code"):
-            parity.require_finite(self._check(code, examples))
+        examples = [batch, *self._tally.examples] if together else [batch, *self._kin(batch)]
+        sizes = _tuned_for(examples)
+        if together:
+            sizes = of_first_rank(Layout.of(examples), sizes)
+            code = in_turn(lambda: self._trace(examples, sizes), self._lower)
+        else:
+            code = self._lower(self._trace(examples, sizes))
+        if before_check is not None:
+            before_check(code)
+        with agree("comparing compiled with eager code") if together else nullcontext():
+            found = self._check(code, examples)
+            if together:
+                parity.require_finite(found)
             if not code.is_checked and code.fixed_at is not None:
                 raise InputError(
                     f"The model cannot be compiled for batches of other sizes than the first, because "
                     f"{sizes_fixed(code.fixed_at)}, or train with compile=False."
                 )
         self.codes = [code]
-        self.seconds += time.perf_counter() - began
+        self._tally.seconds += time.perf_counter() - began
+
+    def _kin(self, batch: Any) -> list[Any]:
+        """The examples that a batch may share code with."""
+        layout = Layout.of([batch])
+        return [example for example in self._tally.examples if Layout.of([example]).same_form(layout)]
 
     def find(self, batch: Any, leaves: Sequence[Any], structure: pytree.TreeSpec) -> tuple[C, dict[str, int]] | None:
         """The code for a batch, and the batch's sizes; None where eager code has to do.
@@ -116,8 +142,8 @@ class Variants(Generic[C]):
         layout = Layout.of([batch])
         kin = [code for code in self.codes if code.layout.same_form(layout)]
         shape, cause = describe(sizes_of(layout, batch)), self.cause(leaves, structure)
-        if not self._grows or len(self.codes) >= _MOST or (kin and isinstance(batch, Batch)):
-            self.eager += 1
+        if self._stand_in is not None or len(self.codes) >= _MOST or (kin and isinstance(batch, Batch)):
+            self._tally.eager += 1
             warnings.warn(
                 f"A batch of {shape} runs eagerly: the compiled code does not hold for it{cause}.", stacklevel=4
             )
@@ -129,16 +155,16 @@ class Variants(Generic[C]):
                 stacklevel=4,
             )
         began = time.perf_counter()
-        kept = [example for example in self._examples if Layout.of([example]).same_form(layout)][-3:]
-        self._examples = [*kept, batch]
-        code = self._lower(self._trace(self._examples, _tuned_for(self._examples)))
-        self._check(code, self._examples)
+        examples = [*self._kin(batch)[-3:], batch]
+        self._tally.examples[:] = examples
+        code = self._lower(self._trace(examples, _tuned_for(examples)))
+        self._check(code, examples)
         self.codes.insert(0, code)
-        self.seconds += time.perf_counter() - began
+        self._tally.seconds += time.perf_counter() - began
         sizes = sizes_of(code.layout, batch)
         if code.conditions.hold(sizes) and code.is_checked:
             return code, sizes
-        self.eager += 1
+        self._tally.eager += 1
         return None
 
     def cause(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> str:
@@ -157,7 +183,7 @@ class Variants(Generic[C]):
 
     def _is_good(self, code: C, batch: Any) -> bool:
         """Whether code has been checked; does so now if no batch was fit for that before."""
-        if not code.is_checked and self._grows:
+        if not code.is_checked and self._stand_in is None:
             self._check(code, [batch])
         return code.is_checked
 
@@ -175,8 +201,8 @@ class Variants(Generic[C]):
                 ready.append((batch, leaves, sizes, ones))
             elif sizes is not None:
                 code.fixed_at = code.fixed_at or code.conditions.broken_at(sizes)
-        if not self._grows:
-            ready = ready[: least_on_ranks(len(ready))]  # what averages over ranks is run equally often by all
+        # What averages over ranks is run equally often by all.
+        missing = 0 if self._stand_in is None else most_on_ranks(len(ready)) - len(ready)
         found: list[parity.Difference] = []
         for batch, leaves, sizes, ones in ready:
             before = code.conditions.ones
@@ -186,10 +212,13 @@ class Variants(Generic[C]):
                 code.conditions.ones = before
                 continue
             found += differences
-        self.differences += found
+        for _ in range(missing):
+            assert self._stand_in is not None
+            self._stand_in()
+        self._tally.differences += found
         parity.require(found)
         told = {d.shape for d in found} - {d.shape for d in found if not d.is_finite}
-        code.is_checked = bool(told)
+        code.is_checked = bool(told or missing)
         return found
 
 

@@ -1,7 +1,7 @@
 """All-reduces as nodes of the compiled step."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
@@ -91,11 +91,11 @@ class InGraphSync(GradientSync):
                 found[self._named[n][0]] = part.permute([order.index(d) for d in range(view.dim())])
         return found
 
-    def reduce_in_graph(self, gradients: Sequence[Tensor | None], flat: Sequence[Tensor]) -> None:
+    def reduce_in_graph(self, gradients: Mapping[str, Tensor | None], flat: Sequence[Tensor]) -> None:
         """Writes averaged gradients into the buckets, by operations that can be traced.
 
         Args:
-            gradients: of the trained parameters; None counts as zero.
+            gradients: by the parameters' names; none counts as zero.
             flat: the buckets.
         """
         started = []
@@ -109,7 +109,7 @@ class InGraphSync(GradientSync):
         for packed, body in zip(started, flat, strict=True):
             body.copy_(torch.ops._c10d_functional.wait_tensor(packed) if self.world_size > 1 else packed)  # noqa: SLF001
 
-    def _packed(self, bucket: Bucket, gradients: Sequence[Tensor | None], body: Tensor) -> Tensor:
+    def _packed(self, bucket: Bucket, gradients: Mapping[str, Tensor | None], body: Tensor) -> Tensor:
         """The gradients of a bucket one after another, in the order of memory, with zeros between the slices."""
         parts: list[Tensor] = []
         end = 0
@@ -117,7 +117,7 @@ class InGraphSync(GradientSync):
             start = int(view.storage_offset() - bucket.body.storage_offset())
             if start > end:
                 parts.append(body.new_zeros(start - end))
-            gradient = gradients[n]
+            gradient = gradients.get(self._named[n][0])
             parts.append(
                 body.new_zeros(view.numel()) if gradient is None else gradient.permute(_by_memory(view)).reshape(-1)
             )
@@ -127,15 +127,19 @@ class InGraphSync(GradientSync):
         return torch.cat(parts)
 
     @torch.no_grad()
-    def used_anywhere(self, used: Sequence[bool]) -> list[bool]:
-        """Which trained parameters have a gradient on any rank (one collective); warns of those that have none on this one."""
+    def used_anywhere(self, used: Mapping[str, bool]) -> dict[str, bool]:
+        """Which parameters have a gradient on any rank (one collective); warns of those that have none on this one.
+
+        Args:
+            used: by name, which have one here; the same names on every rank.
+        """
         if self.world_size == 1:
-            return list(used)
-        flags = torch.tensor(used, dtype=torch.int32, device=self.flat[0].device)
+            return dict(used)
+        flags = torch.tensor(list(used.values()), dtype=torch.int32, device=self.flat[0].device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        anywhere = [bool(flag) for flag in flags.tolist()]
-        for (name, _), here, elsewhere in zip(self._named, used, anywhere, strict=True):
-            if elsewhere and not here:
+        anywhere = dict(zip(used, map(bool, flags.tolist()), strict=True))
+        for name, elsewhere in anywhere.items():
+            if elsewhere and not used[name]:
                 warnings.warn(
                     f"Parameter {name!r} has no gradient on rank {self.rank} but has one elsewhere: it counts as zero here.",
                     stacklevel=4,
@@ -149,14 +153,14 @@ class InGraphSync(GradientSync):
             self.all_reduce(body)
 
     @torch.no_grad()
-    def averaged(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """Averages of other gradients, zero where there is none."""
-        filled = [
-            torch.zeros_like(p) if g is None else g.clone() for g, (_, p) in zip(gradients, self._named, strict=True)
-        ]
-        for gradient in filled:
-            self.all_reduce(gradient)
-        return filled
+    def averaged(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Averages of other gradients by name, zero where there is none."""
+        averages = {}
+        for name, parameter in self._named:
+            gradient = gradients.get(name)
+            averages[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+            self.all_reduce(averages[name])
+        return averages
 
     @contextmanager
     def around_backward(self) -> Iterator[None]:
@@ -183,6 +187,6 @@ def _cut(parameters: Sequence[Tensor], numbers: Sequence[int], parts: int) -> li
     done = 0
     for n in numbers:
         middle = done + parameters[n].nbytes / 2
-        cut.setdefault(int(parts * middle / whole), []).append(n)
+        cut.setdefault(min(parts - 1, int(parts * middle / max(1, whole))), []).append(n)
         done += parameters[n].nbytes
     return list(cut.values())
