@@ -44,10 +44,11 @@ def make_step(
     that act after the backward pass get the gradients of one graph that holds the criterion too; for those that act during it
     (`standard`, `overlap`) the model is compiled by `ddpkit.compile_forces` and autograd goes through it.
 
-    Whatever the optimizer holds is trained and averaged, beyond the model's parameters too. What the caller changes between steps is
-    obeyed, compiled or not: frozen and unfrozen parameters, modes, all settings of the optimizer, and attributes of model,
-    criterion and the objects that they hold; a change for which other code is needed is compiled then. Compiled code does not see
-    changes of closures and globals, random numbers are refused, and other parameters need another step.
+    Whatever the optimizer holds is trained and averaged, beyond the model's parameters too. What the caller changes between steps
+    is obeyed, compiled or not: frozen and unfrozen parameters, modes, all settings of the optimizer, and attributes of model,
+    criterion and the objects that they hold. Where that needs other code, it is compiled then; an attribute that changes more
+    than three times is better a buffer. Compiled code does not see changes of closures and globals, random numbers in it are
+    refused, and with other parameters the step must be made again.
 
     Args:
         model: any module; called with a batch.

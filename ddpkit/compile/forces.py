@@ -28,7 +28,6 @@ from ddpkit.compile.graph import (
 )
 from ddpkit.compile.layout import Layout, describe
 from ddpkit.compile.objective import State, apart
-from ddpkit.compile.randomness import NoRandomNumbers
 from ddpkit.compile.situations import Situations
 from ddpkit.compile.snapshot import Snapshot
 from ddpkit.compile.variants import Code, Tally, Variants
@@ -185,7 +184,7 @@ class CompiledForces(nn.Module):
     @property
     def eager(self) -> int:
         """Batches run eagerly, because the compiled code does not hold for them."""
-        return self._variants.eager
+        return self._tally.eager
 
     @property
     def differences(self) -> list[parity.Difference]:
@@ -199,6 +198,7 @@ class CompiledForces(nn.Module):
         now = self._situations.now()
         if now.steps_to_wait:
             now.steps_to_wait -= 1
+            self._tally.eager += 1
             return self.model(batch)
         if not now.variants.codes and self._begun:
             self._compile(now, batch, together=False)
@@ -244,7 +244,7 @@ class CompiledForces(nn.Module):
         def run(batch: Any, fixed: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
             trained = [tensor.detach().requires_grad_() for tensor in fixed[: state.trained]]
             rest = [tensor.clone() for tensor in fixed[state.trained :]]
-            with torch.enable_grad(), NoRandomNumbers():
+            with torch.enable_grad():
                 result = state.call([*trained, *rest], self.model, batch)
             leaves, found["result"] = pytree.tree_flatten(result)
             found["is_tensor"] = [isinstance(leaf, Tensor) for leaf in leaves]
@@ -260,10 +260,7 @@ class CompiledForces(nn.Module):
 
         def function(batch: Any, fixed: list[Tensor], given: list[Tensor] | None = None) -> list[Tensor | None]:
             outputs, trained, rest = run(batch, fixed)
-            with NoRandomNumbers():
-                gradients = torch.autograd.grad(
-                    [x for x in outputs if x.requires_grad], trained, given, allow_unused=True
-                )
+            gradients = torch.autograd.grad([x for x in outputs if x.requires_grad], trained, given, allow_unused=True)
             changed = {n: value for n, value in enumerate(rest, state.trained) if is_changed(value)}
             found["updated"] = list(changed)
             found["used"] = [gradient is not None for gradient in gradients]

@@ -26,7 +26,6 @@ from ddpkit.sync.base import GradientSync
 from ddpkit.sync.flat import FlatSync
 from ddpkit.sync.ingraph import InGraphSync
 
-
 _NO_EAGER = "with optimizer_in_graph there is no eager code to fall back on: leave that option out."
 
 
@@ -211,7 +210,8 @@ class CompiledGradients:
                 "where the others gave one: under strategy=ingraph give a list of several on every rank, or one batch on each."
             )
         raise InputError(
-            f"{name_ranks(unlike).capitalize()} train other parameters than rank 0: freeze and unfreeze the same ones on every rank."
+            f"{name_ranks(unlike).capitalize()} train other parameters than rank 0: freeze and unfreeze the same ones on every "
+            "rank."
         )
 
     def _note_used(self, now: Situation, used: Sequence[bool], reduces: bool) -> None:

@@ -96,8 +96,8 @@ class State:
         for n, name in enumerate(self.names):
             if n not in homes:
                 raise InputError(
-                    f"The optimizer trains {name!r}, which neither the model nor the criterion holds, so compiled code would take "
-                    "it for a constant: make the criterion a torch.nn.Module that has it as a parameter, or train with "
+                    f"The optimizer trains {name!r}, which neither the model nor the criterion holds, so compiled code would "
+                    "take it for a constant: make the criterion a torch.nn.Module that has it as a parameter, or train with "
                     "compile=False."
                 )
         self._homes = [homes[n] for n in range(len(self.names))]

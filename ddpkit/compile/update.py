@@ -85,8 +85,8 @@ class GraphUpdate:
         group_of = {p: n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
         if missing := [name for name, p in trained.items() if p not in group_of]:
             raise InputError(
-                f"The optimizer lacks {len(missing)} trained parameters ({missing[0]!r} ...), so optimizer_in_graph cannot update "
-                "them: give them to the optimizer, freeze them, or leave that option out."
+                f"The optimizer lacks {len(missing)} trained parameters ({missing[0]!r} ...), so optimizer_in_graph cannot "
+                "update them: give them to the optimizer, freeze them, or leave that option out."
             )
         if others := {p for p in group_of if p.requires_grad} - set(parameters):
             raise InputError(

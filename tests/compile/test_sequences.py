@@ -7,15 +7,16 @@ import contextlib
 import copy
 import random
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted import interpreted
 from torch import nn
 
 import ddpkit
+from ddpkit.compile.graph import Interpreted
 from ddpkit.testing import run_ranks
 
 ARMS = {
@@ -67,6 +68,11 @@ class Criterion(nn.Module):
     def forward(self, output, batch):
         error = (output[:, 0] - batch.sum(1)).square().mean()
         return {"loss": self.weight * torch.exp(-self.scale) * error + self.scale, "error": error}
+
+
+def interpreted():
+    """Inside, graphs are not compiled."""
+    return mock.patch.object(Interpreted, "enabled", True)
 
 
 OPTIMIZERS = {
@@ -199,8 +205,8 @@ def compare(compiled, eager, where):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(optimizer=st.sampled_from(list(OPTIMIZERS)), actions=st.lists(st.sampled_from(ACTIONS), max_size=12))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(optimizer=st.sampled_from(list(OPTIMIZERS)), actions=st.lists(st.sampled_from(ACTIONS), max_size=10))
 def test_any_sequence_on_one_rank(arm, optimizer, actions):
     with interpreted():
         run(arm, optimizer, actions)
@@ -208,7 +214,7 @@ def test_any_sequence_on_one_rank(arm, optimizer, actions):
 
 def some_sequences(count, *, compiles):
     rank = torch.distributed.get_rank()
-    choice = random.Random(0)  # noqa: S311
+    choice = random.Random(0)
     with contextlib.nullcontext() if compiles else interpreted():
         for number in range(count):
             arm = list(ARMS)[number % len(ARMS)]
@@ -217,7 +223,7 @@ def some_sequences(count, *, compiles):
 
 
 def test_sequences_on_two_ranks():
-    run_ranks(some_sequences, 2, 18, compiles=False, timeout=300)
+    run_ranks(some_sequences, 2, 12, compiles=False, timeout=300)
 
 
 @pytest.mark.long
@@ -233,7 +239,7 @@ def test_everything_in_turn_with_the_compiler(arm):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_everything_in_turn(arm, optimizer):
+def test_everything_in_turn(arm):
+    optimizer = list(OPTIMIZERS)[list(ARMS).index(arm) % 2]
     with interpreted():
         run(arm, optimizer, [x for what in [*ACTIONS[2:], "rate as a tensor"] for x in (what, "step")])
