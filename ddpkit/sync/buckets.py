@@ -35,11 +35,12 @@ class Bucket:
         tail: int,
         wire_dtype: torch.dtype | None,
         *,
+        home: Tensor | None = None,
         scale: float = 1.0,
         check_finite: bool = False,
     ) -> None:
         mine = [parameters[n] for n in numbers]
-        first = mine[0]
+        first = mine[0] if home is None else home
         dtype = first.dtype.to_real()
         if wire_dtype is not None and any(p.is_complex() for p in mine):
             raise InputError("reduce_dtype does not serve complex parameters: leave it out.")

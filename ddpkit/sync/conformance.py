@@ -29,6 +29,9 @@ CANNOT = {
     "standard": {
         "unfrozen": "DistributedDataParallel never synchronises parameters that were frozen when it was built",
         "unfrozen_on_one_rank": "DistributedDataParallel never looks again at what is trained",
+        "unfrozen_on_one_rank_from_nothing": "DistributedDataParallel never looks again at what is trained",
+        "frozen_after_backward": "DistributedDataParallel never looks again at what is trained",
+        "no_backward_on_some": "DistributedDataParallel communicates in backward(), so that every rank needs one",
         "not_finite": "DistributedDataParallel averages NaN into all ranks without a word",
         "calls": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
         "no_gradient": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
@@ -307,6 +310,34 @@ def changing_use(setting: Setting) -> None:
         setting,
         [["abc"] * (rest + 1), ["a"] + ["ab"] * rest, ["c"] * rest + ["a"], ["abc"] * (rest + 1), ["b"] * (rest + 1)],
     )
+
+
+@case(ranks=2)
+def no_backward_on_some(setting: Setting) -> None:
+    """A rank without any backward pass counts as zero: in the first step, later, and after another set was trained."""
+    last = setting.size - 1
+    for away in (0, last):
+        _with_ranks_away(setting, away)
+
+
+def _with_ranks_away(setting: Setting, away: int) -> None:
+    """Trains while one rank has no backward pass in some steps, and compares with the sum over the others."""
+    model = Potential()
+    sync = setting.sync(model)
+    reference = copy.deepcopy(model)
+    for step in range(7):
+        for m in (model, reference):
+            m.inner.bias.requires_grad_(not 3 <= step < 5)
+            m.zero_grad(set_to_none=step % 2 == 0)
+            m.inner.bias.grad = None
+        present = [rank for rank in range(setting.size) if rank != away or step in (1, 4)]
+        if setting.rank in present:
+            _backward(force_loss(setting, sync.module, setting.points(setting.rank, step), step))
+        sync.synchronize()
+        for rank in present:
+            _backward(force_loss(setting, reference, setting.points(rank, step), step) / setting.size)
+        assert_gradients(model, reference)
+    assert_equal_on_ranks(setting, [p.grad for p in model.parameters() if p.grad is not None])
 
 
 @case()
@@ -611,6 +642,47 @@ def unfrozen_on_one_rank(setting: Setting) -> None:
     with _expects(RankDisagreementError, f"rank {setting.size - 1}"):
         sync.synchronize()
         sync.stats  # noqa: B018  (looks at the flags)
+
+
+@case(ranks=2)
+def unfrozen_on_one_rank_from_nothing(setting: Setting) -> None:
+    """A rank that begins to train where no rank has trained anything."""
+    model = Potential().requires_grad_(False)
+    sync = setting.sync(model)
+    sync.synchronize()
+    if setting.rank == setting.size - 1:
+        model.requires_grad_(True)
+        _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
+    with _expects(RankDisagreementError, f"rank {setting.size - 1}", "requires_grad"):
+        sync.synchronize()
+
+
+@case(ranks=2)
+def frozen_after_backward(setting: Setting) -> None:
+    """What is frozen between the backward pass and `synchronize()`, on all ranks or on one, is agreed upon first."""
+    model = Potential()
+    sync = setting.sync(model)
+    reference = copy.deepcopy(model)
+    for step in range(4):
+        model.zero_grad()
+        reference.zero_grad()
+        _backward(force_loss(setting, sync.module, setting.points(setting.rank, step), step))
+        if step == 1:
+            model.inner.weight.requires_grad_(False)
+        sync.synchronize()
+        for rank in range(setting.size):
+            _backward(force_loss(setting, reference, setting.points(rank, step), step) / setting.size)
+        if step:
+            model.inner.weight.grad = reference.inner.weight.grad
+        assert_gradients(model, reference)
+    model.zero_grad()
+    _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
+    if setting.rank == 0:
+        model.outer.bias.requires_grad_(False)
+    with _expects(RankDisagreementError, "rank 0", "requires_grad"):
+        sync.synchronize()
+        _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
+        sync.synchronize()
 
 
 @case(ranks=2)

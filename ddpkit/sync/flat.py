@@ -97,16 +97,18 @@ class FlatSync(GradientSync):
         self._trained = [p.requires_grad for p in self._all]
         numbers = [n for n, trained in enumerate(self._trained) if trained]
         self._unseen: tuple[Tensor, torch.cuda.Event | None, int] | None = None
-        plan = self._plan(numbers)
+        plan = self._plan(numbers) or ([[]] if self._all else [])  # an empty one carries the flags
         tail = len(numbers) + ROW * self.world_size
-        self._on_device = bool(plan) and self._all[plan[-1][0]].is_cuda
+        homes = [self._all[mine[0]] if mine else _home(self._all) for mine in plan]
+        self._on_device = bool(plan) and homes[-1].is_cuda
         self._buckets = [
             Bucket(
                 self._all,
                 mine,
                 tail if i == len(plan) - 1 else 0,
                 self._wire_dtype,
-                scale=1.0 if self.comm.averages(self._all[mine[0]].device) else 1 / self.world_size,
+                home=homes[i],
+                scale=1.0 if self.comm.averages(homes[i].device) else 1 / self.world_size,
                 check_finite=self._check_finite and not self._on_device,
             )
             for i, mine in enumerate(plan)
@@ -131,16 +133,14 @@ class FlatSync(GradientSync):
     def reduce(self) -> None:
         """Gathers, all-reduces, and puts the slices in place."""
         self._look_back()
-        stale = self._stale()
-        if stale and not self._buckets:
-            self._lay_out_anew()
-            return self.reduce()
         if not self._buckets:
             return None
+        stale = self._stale()
         gradients = self._gradients(self._order)
         for number, bucket in enumerate(self._buckets):
             if not bucket.launched:
                 self._launch(number, gradients, stale=stale)
+        stale = self._told_stale  # what the others know of this rank: a change that came later waits for the next call
         self._hand_over(gradients)
         del gradients
         for work in self._works:
@@ -195,8 +195,8 @@ class FlatSync(GradientSync):
         On the CPU the host looks right after the collective and finds the parameter in the average, so any sums do, such as the
         buckets' own. On a GPU it looks when the average may be gone.
         """
-        norms = torch._foreach_norm(bucket.wire_views, 1)  # noqa: SLF001  (as torch's own clipping does)
-        self._norms[number] = torch.stack(norms)
+        norms = torch._foreach_norm(bucket.wire_views, 1) if bucket.numbers else []  # noqa: SLF001  (as torch's own clipping does)
+        self._norms[number] = torch.stack(norms) if norms else bucket.tail[:0]
 
     def _fill_tail(self, gradients: dict[int, Tensor | None], *, stale: bool) -> None:
         """Writes which parameters have a gradient here, and what this rank says of itself."""
@@ -210,6 +210,7 @@ class FlatSync(GradientSync):
         torch.mul(self._template, scale, out=tail)
         start = count + ROW * self.rank
         tail[start + STEPS].fill_(self._guard.steps % 128 * scale)
+        self._told_stale = stale
         if stale:
             tail[start + STALE].fill_(scale)
         if not self._check_finite:
@@ -242,7 +243,7 @@ class FlatSync(GradientSync):
             values = tail.tolist()
             self._judge(values, self._calls, stale=stale)
             present = [value > 0 for value in values[: len(self._order)]]
-            if not any(present) and not stale:
+            if present and not any(present) and not stale:
                 self._refuse_empty()
             if self._missing:
                 self._warn(present)
@@ -351,3 +352,9 @@ class FlatSync(GradientSync):
         """What the last `synchronize()` did. On a GPU, reading waits for it, and raises what its flags say."""
         self._look_back()
         return super().stats
+
+
+def _home(parameters: Sequence[Tensor]) -> Tensor:
+    """A tensor of the device and dtype in which flags travel where no parameter is trained."""
+    first = parameters[0]
+    return first if first.dtype.is_floating_point else torch.empty(0, device=first.device)

@@ -83,7 +83,7 @@ class OverlapSync(FlatSync):
         try:
             self._refuse_changed()
             super().reduce()
-            if self._arrivals is None and self._arrived and self._buckets is layout:
+            if self._arrivals is None and len(layout) > 1 and self._buckets is layout:
                 self._agree_on_order()
         finally:
             self._begin()
@@ -192,11 +192,14 @@ class OverlapSync(FlatSync):
     @torch.no_grad()
     def _agree_on_order(self) -> None:
         """Cuts the buckets anew, in the order in which gradients arrived on rank 0."""
+        self._look_back()  # the new buckets know nothing of this step's flags
         box: list[list[int]] = [list(dict.fromkeys(self._arrived))]
         if self.world_size > 1:
             dist.broadcast_object_list(box, 0)
-        self._arrivals = box[0]
         self._arrived = []
+        if not box[0]:  # rank 0 has seen none: the next step tells
+            return
+        self._arrivals = box[0]
         kept = [p.grad for p in self._all]
         self._lay_out()
         for bucket in self._buckets:

@@ -32,7 +32,7 @@ class ManyBuckets(OverlapSync):
     """`overlap` whose buckets hold a parameter or two of a model in a test."""
 
     def __init__(self, module, *others, **options):
-        super().__init__(module, *others, bucket_mb=2e-4, first_bucket_mb=1e-5, **options)
+        super().__init__(module, *others, bucket_mb=1e-4, first_bucket_mb=1e-5, **options)
 
 
 class ModelAlone(ddpkit.GradientSync):
