@@ -92,6 +92,19 @@ def make_sync(strategy: Strategy, module: nn.Module, *others: nn.Module, **optio
     return sync
 
 
+def takes_option(strategy: Strategy, option: str) -> bool:
+    """Whether a strategy has an option of this name that its partial, if it is one, has not set."""
+    make: Any = find_strategy(strategy)
+    if isinstance(make, partial):
+        return option not in make.keywords and takes_option(make.func, option)
+    for kind in make.__mro__ if isinstance(make, type) else ():
+        if "__init__" in vars(kind):
+            accepted = inspect.signature(vars(kind)["__init__"]).parameters
+            if option in accepted or not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+                return option in accepted
+    return not isinstance(make, type) and option in inspect.signature(make).parameters
+
+
 def _refuse_others(make: Any, count: int) -> None:
     """Says of a strategy without a place for further modules what it lacks."""
     accepted = inspect.signature(make).parameters.values()

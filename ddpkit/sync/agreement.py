@@ -1,6 +1,7 @@
 """That all ranks hold the same model, and the same values in it."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,18 +28,27 @@ def _form(tensor: Tensor) -> dict[str, object]:
     return {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype), "device": tensor.device.type}
 
 
-def verify(module: Named) -> None:
-    """Compares the description of this rank's module with those of the others (one collective).
+def meet(timeout: float) -> None:
+    """Waits for the other ranks, no longer than `timeout` seconds; other collectives here wait as long as the group does."""
+    options = dist.AllreduceOptions()
+    options.timeout = timedelta(seconds=timeout)
+    on_host = torch.device("cpu") in dist.group.WORLD._device_types  # type: ignore[union-attr]  # noqa: SLF001
+    knock = torch.zeros(1, device="cpu" if on_host else torch.device("cuda", torch.cuda.current_device()))
+    dist.group.WORLD.allreduce([knock], options).wait()  # type: ignore[union-attr]
+
+
+def verify(described: Description) -> None:
+    """Compares what this rank describes with what the others do (one collective).
 
     Raises:
         RankDisagreementError: on all ranks, naming rank and parameter.
     """
     everyone: list[Description] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, describe(module))
+    dist.all_gather_object(everyone, described)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise RankDisagreementError(
-                f"{_difference(rank, theirs, everyone[0])}: build the same model on every rank."
+                f"{_difference(rank, theirs, everyone[0])}: give the same model and the same strategy on every rank."
             )
 
 

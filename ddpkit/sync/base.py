@@ -98,11 +98,12 @@ class GradientSync:
         self.rank, self.world_size = self.comm.rank, self.comm.world_size
         self.timeout = timeout
         self._watch = Watch(timeout, aborts=comm == "mpi") if self.world_size > 1 else None
-        if self.world_size > 1:
-            agreement.verify(self._modules)
-            agreement.broadcast(self._modules)
-        else:
-            agreement.describe(self._modules)
+        description = [*self._describe(), *agreement.describe(self._modules)]
+        if self._watch is not None:
+            with self._watch.waiting(0):
+                agreement.meet(timeout)
+                agreement.verify(description)
+                agreement.broadcast(self._modules)
         self._cuda = any(p.is_cuda for _, p in self._modules.named_parameters())
         self._guard = Guard(self._modules, averaged=self.averages and self.world_size > 1, look=self._look_back)
         self.attach()
@@ -116,6 +117,17 @@ class GradientSync:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters of all modules by name, shared ones once."""
         return {name: p for name, p in self._modules.named_parameters() if p.requires_grad}
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What ranks must have chosen alike; for a strategy to extend by its own."""
+        return {"check_every": self._check_every}
+
+    def _describe(self) -> agreement.Description:
+        kind = type(self)
+        return [
+            ("strategy", f"{kind.__module__}.{kind.__qualname__}", {"comm": type(self.comm).__name__, **self.options})
+        ]
 
     def attach(self) -> None:
         """Sets up what `reduce()` needs; for a strategy to override."""
@@ -160,6 +172,31 @@ class GradientSync:
         self._end(start)
         self._sent = self.comm.bytes, self.comm.collectives
         self.comm.reset()  # what the next backward pass sends belongs to the next call
+
+    def begin_batch(self) -> None:
+        """Counts a batch of this rank, for `meet` to compare."""
+        if self._watch is not None:
+            self._watch.begin_batch()
+
+    def elsewhere(self, what: str) -> AbstractContextManager[None]:
+        """Around other collectives, in words: `meet` on another rank then knows where this one waits."""
+        return nullcontext() if self._watch is None else self._watch.elsewhere(what)
+
+    def meet(self, what: str) -> None:
+        """Waits for the other ranks at the end of a loop, and says which of them has not come to the end of its own.
+
+        A rank with fewer batches than the others would else go on while they wait for it. All ranks must call it. Where
+        they call `begin_batch()` before each batch, it is found out also if they wait outside of `synchronize()`.
+
+        Args:
+            what: the place, in words: `"the end of epoch 3"`.
+
+        Raises:
+            RankDisagreementError: a rank waits in a `synchronize()` that this one does not make, has made another number of
+                them, or did not come within `timeout`.
+        """
+        if self._watch is not None:
+            self._watch.meet(what, self._calls)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ddpkit.errors import InputError
 
@@ -100,18 +101,24 @@ class MpiComm(Comm):
                 f"comm=mpi: torch.distributed calls this rank {theirs[0]} of {theirs[1]}, MPI rank {self.rank} of "
                 f"{self.world_size}: start with the mpirun of the MPI that mpi4py was built with, or use comm=torch."
             )
-        self._host: dict[int, Tensor] = {}
+        self._host = WeakTensorKeyDictionary()  # by the tensor on the GPU
         self._under_way: list[MpiWork] = []
 
     def progress(self) -> None:
         """Open MPI moves nonblocking collectives only inside its own calls."""
         self._under_way = [work for work in self._under_way if not work.test()]
 
+    def _host_of(self, tensor: Tensor) -> Tensor:
+        """Memory of the host for a tensor, made once: to lock pages takes longer than to copy them."""
+        if tensor not in self._host:
+            self._host[tensor] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return self._host[tensor]  # type: ignore[no-any-return]
+
     def _start(self, tensor: Tensor, overlapped: bool) -> Work:
         host = tensor
         if tensor.is_cuda:
-            host = self._host.setdefault(tensor.data_ptr(), torch.empty_like(tensor, device="cpu", pin_memory=True))
-            host.copy_(tensor)
+            host = self._host_of(tensor)
+            host.copy_(tensor)  # on its stream, and so after what the last call still copies back from there
         kind, add = _sum_of(tensor.dtype)
         message = [self._mpi.memory.fromaddress(host.data_ptr(), host.nbytes), host.numel(), kind]
         if overlapped:

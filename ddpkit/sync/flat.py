@@ -18,8 +18,8 @@ from ddpkit.sync.comm import Work
 from ddpkit.sync.guard import parse_dtype
 
 # What each rank says of itself in the tail, after one number per parameter.
-STEPS, STALE, BAD = 0, 1, 2
-ROW = 3
+STEPS, STALE, REPLACED, BAD = range(4)
+ROW = 4
 
 
 class FlatSync(GradientSync):
@@ -64,6 +64,11 @@ class FlatSync(GradientSync):
         self._check_finite = check_finite
         super().__init__(module, *others, comm=comm, timeout=timeout, check_every=check_every)
 
+    @property
+    def options(self) -> dict[str, object]:
+        """What ranks must have chosen alike."""
+        return super().options | {"reduce_dtype": self._wire_dtype, "check_finite": self._check_finite}
+
     def attach(self) -> None:
         """Lays out the flat buffers."""
         named = self._chosen()
@@ -96,7 +101,7 @@ class FlatSync(GradientSync):
         """Makes the buffers for the parameters that are trained now."""
         self._trained = [p.requires_grad for p in self._all]
         numbers = [n for n, trained in enumerate(self._trained) if trained]
-        self._unseen: tuple[Tensor, torch.cuda.Event | None, int] | None = None
+        self._unseen: tuple[torch.cuda.Event | None, int] | None = None
         plan = self._plan(numbers) or ([[]] if self._all else [])  # an empty one carries the flags
         tail = len(numbers) + ROW * self.world_size
         homes = [self._all[mine[0]] if mine else _home(self._all) for mine in plan]
@@ -120,9 +125,11 @@ class FlatSync(GradientSync):
         if not self._buckets:
             return
         last = self._buckets[-1].wire
+        self._host = torch.empty(tail, dtype=last.dtype, device="cpu", pin_memory=last.is_cuda)
         self._template = torch.ones(tail, dtype=last.dtype, device=last.device)
         self._template[len(numbers) :] = 0
         self._missing: list[int] = []
+        self._replaced: list[str] = []
         self._bad = torch.zeros((), device=last.device)
         self._norms: dict[int, Tensor] = {}  # of each bucket
         self._guard.arm(self._bad)
@@ -163,7 +170,7 @@ class FlatSync(GradientSync):
     def _lay_out_anew(self) -> None:
         """Makes new buffers, once all ranks have said that they will."""
         if self.world_size > 1:
-            agreement.verify(self._modules)
+            agreement.verify(agreement.describe(self._modules))
         self._lay_out()
 
     def _gradients(self, numbers: Sequence[int]) -> dict[int, Tensor | None]:
@@ -207,12 +214,15 @@ class FlatSync(GradientSync):
             self._template[:count] = 1
             self._template[missing] = 0
             self._missing = missing
+            self._replaced = self._no_longer_held() if missing and self.world_size > 1 else []
         torch.mul(self._template, scale, out=tail)
         start = count + ROW * self.rank
         tail[start + STEPS].fill_(self._guard.steps % 128 * scale)
         self._told_stale = stale
         if stale:
             tail[start + STALE].fill_(scale)
+        if self._replaced:
+            tail[start + REPLACED].fill_(scale)
         if not self._check_finite:
             return
         device = tail.device
@@ -225,6 +235,11 @@ class FlatSync(GradientSync):
             sums = [x.to(device, torch.float32) for bucket in self._buckets for x in bucket.sums]
             if sums:
                 tail[start + BAD].copy_(torch.stack(sums).sum().mul_(0))
+
+    def _no_longer_held(self) -> list[str]:
+        """Names of parameters that the modules have given up since."""
+        now = {p for _, p in self._chosen()}
+        return [name for name, p in zip(self._names, self._all, strict=True) if p not in now]
 
     def _hand_over(self, gradients: dict[int, Tensor | None]) -> None:
         """Puts the slices in place while they travel."""
@@ -279,22 +294,21 @@ class FlatSync(GradientSync):
         # Whoever looks at the gradient (clipping, another optimizer) sees that it is not to be used.
         first = self._buckets[0].body[:1]
         first.add_(torch.where(fine, 0.0, torch.nan).to(first))
-        host = torch.empty(tail.shape, dtype=tail.dtype, device="cpu", pin_memory=tail.is_cuda)
-        host.copy_(tail, non_blocking=True)
+        self._host.copy_(tail, non_blocking=True)  # whoever looked at the last one has waited for it
         event = torch.cuda.Event() if tail.is_cuda else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        self._unseen = host, event, self._calls
+        self._unseen = event, self._calls
 
     def _look_back(self) -> None:
         """Raises what the flags of the last step say, if nobody has looked yet."""
         if self._unseen is None:
             return
-        host, event, call = self._unseen
+        event, call = self._unseen
         self._unseen = None
         if event is not None:
             self._wait_for(event)
-        self._judge(host.tolist(), call, stale=False)
+        self._judge(self._host.tolist(), call, stale=False)
 
     def _wait_for(self, event: torch.cuda.Event) -> None:
         """Waits for the device as long as the other ranks may take."""
@@ -315,6 +329,13 @@ class FlatSync(GradientSync):
             raise RankDisagreementError(
                 f"{where} requires_grad of parameters had changed on {name_ranks(changed)} but not on {name_ranks(same)}"
                 f"{self._which_changed()}: freeze and unfreeze the same parameters on every rank."
+            )
+        replaced = [rank for rank, row in enumerate(rows) if row[REPLACED] > 0]
+        if replaced:
+            here = f" (here {self._replaced[0]!r})" if self._replaced else ""
+            raise RankDisagreementError(
+                f"{where} the modules on {name_ranks(replaced)} held other parameters than make_sync() was given{here}, so that "
+                "gradients would not be averaged: call make_sync() after whatever replaces or removes parameters."
             )
         steps = [round(row[STEPS] * self.world_size) for row in rows]
         if len(set(steps)) > 1:

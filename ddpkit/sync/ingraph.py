@@ -52,6 +52,11 @@ class InGraphSync(GradientSync):
         self.optimizer_in_graph = optimizer_in_graph
         super().__init__(module, *others, comm=comm, timeout=timeout, check_every=check_every)
 
+    @property
+    def options(self) -> dict[str, object]:
+        """What ranks must have chosen alike."""
+        return super().options | {"buckets": self._count, "optimizer_in_graph": self.optimizer_in_graph}
+
     def attach(self) -> None:
         """Lays out the buckets."""
         self._named = list(self.parameters.items())

@@ -71,6 +71,11 @@ class OverlapSync(FlatSync):
             check_finite=check_finite,
         )
 
+    @property
+    def options(self) -> dict[str, object]:
+        """What ranks must have chosen alike."""
+        return super().options | {"first_bucket_bytes": self._bytes[0], "bucket_bytes": self._bytes[1]}
+
     def close(self) -> None:
         """Lets go of the module: removes its hooks."""
         super().close()

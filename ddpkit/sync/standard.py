@@ -57,6 +57,11 @@ class StandardSync(GradientSync):
         """The wrapper, which must be called instead of the module."""
         return self._module if self._wrapper is None else self._wrapper
 
+    @property
+    def options(self) -> dict[str, object]:
+        """What ranks must have chosen alike."""
+        return super().options | {"compressed": self._compressed} | {k: repr(v) for k, v in self._options.items()}
+
     def attach(self) -> None:
         """Wraps the module, where there are other ranks."""
         if self.world_size == 1:
@@ -82,7 +87,7 @@ class StandardSync(GradientSync):
         if self._compressed:
             self._wrapper.register_comm_hook(self.world_size, _send_bfloat16)
         # On the wrapper, not on the module, which users copy and pickle.
-        self._handle = self._wrapper.register_forward_pre_hook(lambda *_: setattr(self, "_called", True))
+        self._handle = self._wrapper.register_forward_pre_hook(self._note_call)
 
     def reduce(self) -> None:
         """Averages the further modules' gradients; the wrapper has averaged the model's during the backward pass."""
@@ -94,10 +99,18 @@ class StandardSync(GradientSync):
             self.comm.collectives += self._beside.comm.collectives
             self._beside.comm.reset()
 
+    def _note_call(self, wrapper: DistributedDataParallel, batch: Any) -> None:
+        """Notes that a forward pass came through the wrapper whose backward pass communicates."""
+        del batch
+        self._called = self._called or (wrapper.require_backward_grad_sync and torch.is_grad_enabled())
+
     def _note_wrapper(self) -> None:
         """Counts what the wrapper has sent."""
-        if not self._called and any(p.grad is not None for p in self._sent_parameters):
-            raise InputError("The model was called past its DistributedDataParallel wrapper: call sync.module(batch).")
+        if not self._called:
+            raise InputError(
+                "No forward pass since the last synchronize() came through the DistributedDataParallel wrapper: call "
+                "sync.module(batch) on every rank, with the last micro-batch outside of no_sync()."
+            )
         self._called = False
         self.comm.bytes = sum(p.numel() * (2 if self._compressed else p.element_size()) for p in self._sent_parameters)
         self.comm.collectives = self._buckets()
@@ -111,7 +124,11 @@ class StandardSync(GradientSync):
     @contextmanager
     def around_backward(self) -> Iterator[None]:
         """Where the wrapper communicates: if that fails, says which ranks are missing."""
-        with nullcontext() if self._watch is None else self._watch.waiting(self._calls + 1, computes=True):
+        with (
+            nullcontext()
+            if self._watch is None or self._paused
+            else self._watch.waiting(self._calls + 1, computes=True)
+        ):
             yield
 
     def no_sync(self) -> Any:

@@ -15,6 +15,7 @@ from ddpkit.errors import RankDisagreementError
 from ddpkit.launch import is_of_communication, store, within
 
 TICK = 0.5  # seconds
+UNEQUAL = "give every rank equally many batches (drop the last ones, or limit their number)"
 before_abort: list[Callable[[str], None]] = []
 """Called with the sentence, by a thread, before a watch ends the process."""
 
@@ -50,8 +51,9 @@ class Watch:
         self._store = dist.PrefixStore(f"watch/{Watch._made}", store())  # type: ignore[attr-defined]
         Watch._made += 1
         self._since: float | None = None
-        self._call = 0
+        self._call = self._meetings = self._begun = 0
         self._told = ""
+        self._elsewhere: tuple[float, str] | None = None
         self._ended = threading.Event()
         # Apart, because telling takes for ever where rank 0, which holds the store, is stopped.
         for look in (Watch._tell, Watch._abort_when_due) if aborts else (Watch._tell,):
@@ -68,7 +70,7 @@ class Watch:
         """Around what may wait for other ranks; turns a failure of the collective into one that says who is missing.
 
         Args:
-            call: number of the `synchronize()`.
+            call: number of the `synchronize()`; 0 where the strategy is being made.
             computes: whether the model runs inside as well, whose own errors are left as they are.
         """
         self._call = call
@@ -94,39 +96,116 @@ class Watch:
         time.sleep(2 * TICK)  # lets the others tell
         late = []
         for rank in range(self._size):
-            call, state = self._read(rank)
+            call, state, _ = self._read(rank)
             if (call, state) != (self._call, "waiting"):
                 late.append(
                     f"rank {rank} ({'waits in' if state == 'waiting' else 'last heard of after'} number {call})"
+                    if self._call
+                    else f"rank {rank}"
                 )
         if not late:
             return None
-        return (
-            f"Rank {self._rank} waited {waited:.0f} s in synchronize() number {self._call} for {', '.join(late)}: "
-            "every rank must call synchronize() equally often; see whether that rank has failed or left its loop early."
+        must = (
+            "call synchronize() equally often; see whether that rank has failed or left its loop early"
+            if self._call
+            else "make the same strategies in the same order; see whether that rank has failed"
         )
+        return (
+            f"Rank {self._rank} waited {waited:.0f} s in {self._where} for {', '.join(late)}: every rank must {must}."
+        )
+
+    @property
+    def _where(self) -> str:
+        return f"synchronize() number {self._call}" if self._call else "make_sync()"
+
+    def begin_batch(self) -> None:
+        """Counts a batch, for `meet` to compare."""
+        self._begun += 1
+
+    @contextmanager
+    def elsewhere(self, what: str) -> Iterator[None]:
+        """Around collectives that are not of `synchronize()`."""
+        self._elsewhere = time.monotonic(), what
+        try:
+            yield
+        finally:
+            self._elsewhere = None
+
+    def meet(self, what: str, call: int) -> None:
+        """Waits for the other ranks where none of them may be in a later `synchronize()` or batch than this one's last.
+
+        Args:
+            what: the place, in words.
+            call: number of this rank's last `synchronize()`.
+
+        Raises:
+            RankDisagreementError: another rank goes on elsewhere, came after another number, or did not come within the timeout.
+        """
+        self._meetings += 1
+        here, start = f"meet/{self._meetings}", time.monotonic()
+        self._store.set(f"{here}/{self._rank}", f"{call},{what}")
+        coming = [rank for rank in range(self._size) if rank != self._rank]
+        pause = 1e-3
+        while coming := [rank for rank in coming if not self._store.check([f"{here}/{rank}"])]:
+            waited = time.monotonic() - start
+            for rank in coming:
+                self._refuse_ahead(rank, what, call, waited)
+            if waited > self.timeout:
+                late = ", ".join(f"rank {rank}" for rank in coming)
+                raise RankDisagreementError(
+                    f"Rank {self._rank} waited {self.timeout:.0f} s at {what} for {late}: {UNEQUAL}, or see whether that "
+                    "rank has failed."
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, TICK / 2)
+        for rank in range(self._size):
+            theirs, place = self._store.get(f"{here}/{rank}").decode().split(",", 1)
+            if (int(theirs), place) != (call, what):
+                raise RankDisagreementError(
+                    f"Rank {rank} has come to {place} after synchronize() number {theirs}, but rank {self._rank} to {what} after "
+                    f"number {call}: {UNEQUAL}."
+                )
+
+    def _refuse_ahead(self, rank: int, what: str, call: int, waited: float) -> None:
+        """Says so if a rank is where it waits for this one in vain."""
+        theirs, state, begun = self._read(rank)
+        goes_on = ""
+        if state == "waiting" and theirs > call:
+            goes_on = (
+                f"waits in synchronize() number {theirs}, but rank {self._rank} has come to {what} after number {call}"
+            )
+        elif waited > min(10 * TICK, self.timeout):  # not where it is about to come here
+            if begun > self._begun:
+                goes_on = f"goes on to batch number {begun}, but rank {self._rank} has come to {what} after {self._begun} batches"
+            elif state not in ("waiting", "working", "gone"):
+                goes_on = f"waits in {state}, but rank {self._rank} has come to {what}"
+        if goes_on:
+            raise RankDisagreementError(f"Rank {rank} {goes_on}: {UNEQUAL}.")
 
     def _tell(self) -> None:
         waiting = self._since is not None and time.monotonic() - self._since >= TICK
-        now = f"{self._call},waiting" if waiting else f"{self._call - (self._since is not None)},working"
+        state = "waiting" if waiting else "working"
+        if self._elsewhere is not None and time.monotonic() - self._elsewhere[0] >= TICK:
+            state = self._elsewhere[1]
+        now = f"{self._call - (self._since is not None and not waiting)},{self._begun},{state}"
         if now != self._told:
             self._store.set(str(self._rank), now)
             self._told = now
 
-    def _read(self, rank: int) -> tuple[int, str]:
+    def _read(self, rank: int) -> tuple[int, str, int]:
         try:
             if not self._store.check([str(rank)]):
-                return 0, "working"
-            call, state = self._store.get(str(rank)).decode().split(",")
+                return 0, "working", 0
+            call, begun, state = self._store.get(str(rank)).decode().split(",", 2)
         except RuntimeError:  # the store's own rank is gone
-            return 0, "gone"
-        return int(call), state
+            return 0, "gone", 0
+        return int(call), state, int(begun)
 
     def _abort_when_due(self) -> None:
         since = self._since
         if since is None or time.monotonic() - since < self.timeout:
             return
-        waited = f"Rank {self._rank} waited {self.timeout:.0f} s in synchronize() number {self._call}"
+        waited = f"Rank {self._rank} waited {self.timeout:.0f} s in {self._where}"
         sentence = within(10 * TICK, lambda: self.missing() or f"{waited}.")
         sentence = sentence or f"{waited}: rank 0, which holds the store, does not answer."
         for tell in before_abort:

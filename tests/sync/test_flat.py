@@ -7,6 +7,7 @@ import pytest
 import torch
 from strategies import LikeGpu
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import ddpkit
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
@@ -235,6 +236,36 @@ def late_flags(fused, bad):
         if step == 2:
             model.zero_grad()
     return None
+
+
+def test_memory_for_the_flags_is_made_once(monkeypatch):
+    model = network()
+    sync = ddpkit.make_sync(LikeGpu, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        backward(model)
+        sync.synchronize()
+        optimizer.step()
+    made = []
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: made.append(a) or make(*a, **k))
+    for _ in range(2):
+        backward(model)
+        sync.synchronize()
+    assert not made
+
+
+def test_memory_of_the_host_belongs_to_the_tensor_and_goes_with_it():
+    from ddpkit.sync.comm import MpiComm
+
+    comm = MpiComm.__new__(MpiComm)
+    comm._host = WeakTensorKeyDictionary()
+    one, two = torch.zeros(3), torch.zeros(3)
+    assert comm._host_of(one) is comm._host_of(one) is not comm._host_of(two)
+    del one
+    gc.collect()
+    assert len(comm._host) == 1
 
 
 CAUSES = ((torch.nan, "'2.bias'"), (torch.inf, "'2.bias'"), (1.0, "optimizer steps"))

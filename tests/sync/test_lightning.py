@@ -9,9 +9,20 @@ import pytest
 import torch
 from torch import nn
 
+import ddpkit
 from ddpkit.testing import run_ranks
 
 CONFIGURATION = Path(__file__).parent / "nequip"
+
+
+class LikeFlat(ddpkit.FlatSync):
+    def __init__(self, module, *others, **options):
+        super().__init__(module, *others, **options)
+
+
+class Plain(ddpkit.GradientSync):
+    def reduce(self):
+        pass
 
 
 def fit(folder, accumulate):
@@ -71,6 +82,170 @@ def test_the_trainer_ends_where_its_own_strategy_does(tmp_path):
                 assert calls == steps
                 for mine, theirs in zip(weights, own[0], strict=True):
                     assert (mine == theirs).all()
+
+
+def trainer_of(strategy, **options):
+    import logging
+    import warnings
+
+    import lightning
+    from lightning.pytorch.utilities import disable_possible_user_warnings
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    disable_possible_user_warnings()
+    warnings.simplefilter("ignore")
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return lightning.Trainer(
+        accelerator="cpu", strategy=strategy, max_epochs=2, **dict.fromkeys(quiet, False) | options
+    )
+
+
+def module_of(net, *, factor=lambda _: 1.0, told=False):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch, number):
+            return self.net(batch).square().mean() * factor(number)
+
+        def validation_step(self, batch):
+            self.log("val", self.net(batch).mean(), sync_dist=told, on_step=told, on_epoch=True)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    return Module()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """So many batches, of unknown number beforehand."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        yield from torch.randn(self.count, 3)
+
+
+def fit_unequal(strategy, training, validation, told):
+    """What each rank is told when its loader is longer or shorter than that of the other; empty if it ends well."""
+    from ddpkit.lightning import SyncStrategy
+
+    rank = int(os.environ["RANK"])
+    trainer = trainer_of(SyncStrategy(strategy, sync_timeout=15.0), devices=2, num_sanity_val_steps=0)
+    loaders = [torch.utils.data.DataLoader(Stream(counts[rank])) for counts in (training, validation)]
+    try:
+        trainer.fit(module_of(nn.Linear(3, 1), told=told), *loaders)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+ELASTIC = {"TORCHELASTIC_RUN_ID": "test"}
+
+
+@pytest.mark.parametrize("strategy", ["custom", "standard"])
+def test_ranks_with_unequal_numbers_of_batches_are_named(strategy):
+    longer, shorter = run_ranks(
+        fit_unequal, 2, strategy, (5, 3), (2, 2), False, initialize=False, environment=ELASTIC, timeout=90
+    )
+    assert "Rank 0 goes on to batch number 4, but rank 1 has come to the start of validation in epoch 0" in shorter
+    assert "give every rank equally many batches" in shorter
+    assert "number 4 for rank 1" in longer
+
+
+def test_validation_on_unequal_numbers_of_batches_does_not_hang():
+    assert run_ranks(
+        fit_unequal, 2, "custom", (3, 3), (2, 4), False, initialize=False, environment=ELASTIC, timeout=90
+    ) == ["", ""]
+
+
+def test_validation_that_logs_unequally_often_is_named():
+    shorter, longer = run_ranks(
+        fit_unequal, 2, "custom", (3, 3), (2, 4), True, initialize=False, environment=ELASTIC, timeout=90
+    )
+    assert "Rank 1 waits in the reduction of what is logged, but rank 0 has come to the end of validation" in shorter
+    assert "Rank 1 has lost the other ranks in the reduction of what is logged" in longer
+
+
+def overflow(kinds):
+    """The scale after four steps, the second of which overflows."""
+    from functools import partial
+
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    import ddpkit
+    from ddpkit.lightning import SyncStrategy
+
+    strategies = {
+        "name": "custom",
+        "class": ddpkit.FlatSync,
+        "path": "ddpkit.FlatSync",
+        "partial": partial(ddpkit.FlatSync, reduce_dtype="float32"),
+        "overlap": "ddpkit.sync.overlap.OverlapSync",
+        "subclass": LikeFlat,
+        "standard": "standard",
+        "plain": Plain,
+    }
+    scales = []
+    for kind in kinds:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        plugin = MixedPrecision("16-mixed", "cuda", scaler=scaler)
+        plugin.device = "cpu"
+        strategy = SyncStrategy(strategies[kind], process_group_backend="gloo")
+        trainer = trainer_of(strategy, devices=1, plugins=[plugin], max_steps=4)
+        torch.manual_seed(0)
+        module = module_of(nn.Linear(6, 1), factor=lambda number: 1e30 if number == 1 else 1)
+        trainer.fit(module, torch.utils.data.DataLoader(torch.randn(4, 6)))
+        scales.append(scaler.get_scale())
+    return scales
+
+
+KINDS = ("name", "class", "path", "partial", "overlap", "subclass", "standard", "plain")
+
+
+def test_a_scaler_finds_every_kind_of_strategy_alike():
+    ((first, *others),) = run_ranks(overflow, 1, KINDS, initialize=False)
+    assert first < 2.0**16
+    assert others == [first] * (len(KINDS) - 1)
+
+
+ALLOCATION = {
+    "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_NNODES": "1",
+}  # fmt: skip
+
+
+def fit_in_allocation(devices, *, alone=False):
+    os.environ.update(ALLOCATION)
+    if alone:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            del os.environ[name]
+    from ddpkit.errors import InputError
+    from ddpkit.lightning import SyncStrategy
+
+    module = module_of(nn.Linear(3, 1))
+    try:
+        trainer = trainer_of(SyncStrategy(), devices=devices)
+        trainer.fit(module, torch.utils.data.DataLoader(Stream(3)))
+    except InputError as error:
+        return str(error)
+    return trainer.world_size, trainer.global_rank, module.net.weight.tolist()
+
+
+def test_the_variables_of_an_allocation_are_not_taken_for_those_of_a_step():
+    first, second = run_ranks(fit_in_allocation, 2, 2, launcher="mpirun", initialize=False, timeout=90)
+    assert (first[:2], second[:2]) == ((2, 0), (2, 1))
+    assert first[2] == second[2]
+    for said in run_ranks(fit_in_allocation, 2, 1, launcher="mpirun", initialize=False, timeout=90):
+        assert "mpirun started 2 ranks, but the trainer was given 1 devices" in said
+
+
+def test_a_batch_script_alone_is_one_rank():
+    assert run_ranks(fit_in_allocation, 1, 1, alone=True, initialize=False)[0][:2] == (1, 0)
 
 
 def train_nequip(folder, *overrides):
