@@ -375,10 +375,13 @@ class Trainer:
         kinds = [("loss", loss), ("gradient's norm", norms)]
         if not np.isfinite(norms[:, :-1]).all():
             kinds.reverse()  # what came first is the cause
+        lost = int((~np.isfinite(norms)).any(axis=0).sum())
+        applied = f"; {lost} update{'s were' if lost > 1 else ' was'} not applied" if lost else ""
         for what, values in kinds:
             if sentence := name_bad(what, values, step):
                 raise NonFiniteLossError(
-                    f"{sentence}: look at that batch's labels, lower optimizer.lr, or set train.clip_norm{self._good()}."
+                    f"{sentence}{applied}: look at the labels of that batch, lower optimizer.lr, or set train.clip_norm"
+                    f"{self._good()}."
                 )
 
     def _good(self) -> str:

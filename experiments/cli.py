@@ -1,12 +1,14 @@
 """The program `ddpkit`, with `ddpkit-run` and `ddpkit-analyze` under their own names."""
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ddpkit import __version__, phase
 from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, unusable_path
@@ -26,6 +28,8 @@ VERBS = {
     "predict": ("ddpkit.experiments.predict", "step time of each strategy on N ranks", False),
 }
 
+_HELP = ("-h", "--help")
+
 
 def main() -> None:
     """Entry point of `ddpkit`."""
@@ -43,11 +47,16 @@ def analyze() -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+    if arguments and arguments[0] == "help":
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in _HELP:
+        print(_overview(VERBS))
         return
     if arguments[0] == "--version":
         print(f"ddpkit {__version__}")
+        return
+    if (group := _group(arguments[0])) and len(arguments) > 1 and arguments[1] in _HELP:
+        print(_overview(group))
         return
     verb, rest = _verb(arguments)
     if verb == "run":
@@ -55,14 +64,21 @@ def _dispatch(arguments: Sequence[str]) -> None:
     module_name, does, takes_overrides = VERBS[verb]
     module = importlib.import_module(module_name)
     if takes_overrides:
-        if any(word in ("-h", "--help") for word in rest):
+        if any(word in _HELP for word in rest):
             print(module.__doc__)
             return
         module.main(rest)
         return
     parser = _Parser(prog=f"ddpkit {verb}", description=does[0].upper() + does[1:] + ".")
     module.add_arguments(parser)
-    module.main(parser.parse_args(rest))
+    parsed = parser.parse_args(rest)
+    _require_writable(parsed)
+    module.main(parsed)
+
+
+def _group(word: str) -> dict[str, tuple[str, str, bool]]:
+    """The commands of two words that begin with this one."""
+    return {verb: facts for verb, facts in VERBS.items() if verb.startswith(f"{word} ")}
 
 
 def _verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -70,13 +86,38 @@ def _verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
         verb = " ".join(arguments[:words])
         if verb in VERBS:
             return verb, list(arguments[words:])
-    known = ", ".join(VERBS)
-    raise InputError(f"ddpkit has no command {arguments[0]!r}: use one of {known}.")
+    if group := _group(arguments[0]):
+        raise InputError(f"ddpkit has no command {' '.join(arguments[:2])!r}: use one of {', '.join(group)}.")
+    close = difflib.get_close_matches(arguments[0], VERBS, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(VERBS)}."
+    raise InputError(f"ddpkit has no command {arguments[0]!r}: {remedy}")
 
 
-def _overview() -> str:
-    rows = "\n".join(f"  {verb:<12} {does}" for verb, (_, does, _) in VERBS.items())
+def _overview(verbs: Mapping[str, tuple[str, str, bool]]) -> str:
+    rows = "\n".join(f"  {verb:<12} {does}" for verb, (_, does, _) in verbs.items())
     return f"usage: ddpkit VERB ...\n\n{rows}\n\n`ddpkit VERB --help` tells more."
+
+
+def _require_writable(options: argparse.Namespace) -> None:
+    """Refuses a `--csv` or `--plot` that cannot be written now rather than after the measurement."""
+    for name in ("csv", "plot"):
+        path = getattr(options, name, None)
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+            if path.exists():
+                path.open("a").close()
+        except OSError as error:
+            raise InputError(f"--{name} {path} cannot be written ({error.strerror}): give another path.") from error
+        if name == "plot":
+            from matplotlib.backend_bases import FigureCanvasBase
+
+            kinds = FigureCanvasBase.get_supported_filetypes()
+            if path.suffix.lstrip(".") not in {"", *kinds}:
+                raise InputError(f"--plot {path} is of no known kind: end it in .png, .pdf or .svg.")
 
 
 class _Parser(argparse.ArgumentParser):

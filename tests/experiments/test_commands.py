@@ -1,0 +1,71 @@
+"""Overviews and options that all commands share."""
+
+import importlib
+from contextlib import suppress
+
+import pytest
+
+from ddpkit.errors import InputError
+from ddpkit.experiments.cli import VERBS, _dispatch
+
+GROUPS = sorted({verb.split()[0] for verb in VERBS if " " in verb})
+
+
+def shown(capsys, *words):
+    with suppress(SystemExit):  # argparse's way
+        _dispatch(words)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])
+def test_the_overview_lists_every_command(words, capsys):
+    told = shown(capsys, *words)
+    assert all(f"  {verb} " in told for verb in VERBS)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_has_an_overview_of_its_own(group, capsys):
+    told = shown(capsys, group, "--help")
+    assert told == shown(capsys, "help", group)
+    for verb, (_, does, _) in VERBS.items():
+        assert (does in told) is verb.startswith(f"{group} ")
+    for words in ([group], [group, "nothing"]):
+        with pytest.raises(InputError, match=f"no command '{' '.join(words)}': use one of {group} "):
+            _dispatch(words)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_command_either_way(verb, capsys):
+    told = shown(capsys, *verb.split(), "--help")
+    assert "usage:" in told
+    assert told == shown(capsys, "help", *verb.split())
+
+
+def test_a_misspelt_command():
+    with pytest.raises(InputError, match="no command 'analyse': did you mean analyze"):
+        _dispatch(["analyse", "numerics", "."])
+    with pytest.raises(InputError, match="no command 'fly': use one of run"):
+        _dispatch(["help", "fly"])
+
+
+def outputs(verb, capsys):
+    told = shown(capsys, *verb.split(), "--help")
+    return [option for option in ("--csv", "--plot") if f"{option} " in told]
+
+
+def test_a_table_that_cannot_be_written_is_told_before_anything_is_measured(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    seen = 0
+    for verb, (module, _, takes_overrides) in VERBS.items():
+        if takes_overrides:
+            continue
+        monkeypatch.setattr(importlib.import_module(module), "main", lambda _: pytest.fail("it went on"))
+        for option in outputs(verb, capsys):
+            seen += 1
+            for path in ("/proc/nowhere/table.csv", tmp_path / "file" / "table.csv", tmp_path):
+                with pytest.raises(InputError, match=f"{option} {path} cannot be written"):
+                    _dispatch([*verb.split(), option, str(path)])
+    assert seen >= 6
+    with pytest.raises(InputError, match=r"end it in \.png"):
+        _dispatch(["bench", "comm", "--plot", str(tmp_path / "plot.xyz")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
