@@ -68,6 +68,8 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--frames, --repeats and --threads must be positive.")
     if args.peer and args.precision == "float32":
         raise InputError("the peer embeds geometry in float64: compare with --precision mixed or float64.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here; use --device cpu or a CUDA build of torch.")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

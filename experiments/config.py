@@ -5,9 +5,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -32,17 +34,20 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "train.accumulate",
             "train.log_every",
             "data.frames",
+            "train.early_stop.patience",
         ),
         lambda value: value >= 1,
         "at least 1",
     ),
     (
-        ("seed", "data.seed", "train.checkpoint_every", "loss.energy", "loss.forces", "loss.stress"),
+        ("train.checkpoint_every", "train.plateau.patience", "loss.energy", "loss.forces", "loss.stress"),
         lambda value: value >= 0,
         "0 or more",
     ),
+    (("seed", "data.seed"), lambda value: 0 <= value < 2**63, "0 or more and less than 2^63"),
+    (("train.timeout",), lambda value: 0 < value <= 1e8, "greater than 0 and at most 1e8 (three years)"),
     (
-        ("train.timeout", "train.max_seconds", "train.clip_norm", "train.plateau.factor", "loss.huber_delta"),
+        ("train.max_seconds", "train.clip_norm", "train.plateau.factor", "loss.huber_delta"),
         lambda value: value > 0,
         "greater than 0",
     ),
@@ -121,6 +126,8 @@ def read(overrides: Sequence[str]) -> DictConfig:
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
+    for word in overrides:
+        _check_form(word)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("ddpkit.experiments.conf", version_base="1.3"):
@@ -128,7 +135,31 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
             OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_sentence(error, overrides)) from error
+    _name_strategy(config)
     return config
+
+
+def _check_form(word: str) -> None:
+    """Refuses what Hydra would not understand, or would take for its own."""
+    key, equals, _ = word.partition("=")
+    if word.startswith("-") or not key.lstrip("+"):
+        raise InputError(f"{word} is no option here: write settings as key=value, and see --help.")
+    if not equals and not word.startswith("~"):
+        raise InputError(f"{word} has no value: write {word}=VALUE.")
+    if key.lstrip("+~").split(".")[0] == "hydra":
+        raise InputError(
+            f"{word} would have no effect: Hydra only puts the configuration together; see run_dir for folders."
+        )
+
+
+def _name_strategy(config: DictConfig) -> None:
+    """Has a strategy that was named by its import path bear no other name."""
+    strategy = config.strategy
+    if not OmegaConf.is_dict(strategy) or strategy.get("name") is None or strategy.get("_target_") is None:
+        return
+    own = files("ddpkit.experiments.conf") / "strategy" / f"{strategy.name}.yaml"
+    if not own.is_file() or yaml.safe_load(own.read_text())["_target_"] != strategy["_target_"]:
+        strategy.name = strategy["_target_"]
 
 
 def read_saved(folder: Path) -> DictConfig:
@@ -140,7 +171,7 @@ def read_saved(folder: Path) -> DictConfig:
     path = folder / "config.yaml"
     try:
         saved = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} is no run folder (it has no config.yaml): give the folder of a run.") from error
     except (YAMLError, OmegaConfBaseException, OSError) as error:
         raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): repair it.") from error
@@ -196,12 +227,12 @@ def _check(config: DictConfig) -> None:
     if config.data.source == "files" and config.data.path is None:
         raise InputError("data.path must be set with data=files: give a prepared set or a file that ASE reads.")
     split = list(config.data.split)
-    if len(split) != 3 or min(split) < 0 or sum(split) > 1 + 1e-9 or split[0] <= 0:
+    if len(split) != 3 or not (min(split) >= 0 and sum(split) <= 1 + 1e-9 and split[0] > 0):
         raise InputError(
             f"data.split={split} is no split: give three shares of train, validation and test that add up to 1."
         )
     r_max = OmegaConf.select(config, "model.r_max")
-    if r_max is not None and r_max <= 0:
+    if r_max is not None and not (isinstance(r_max, int | float) and 0 < r_max < float("inf")):
         raise InputError(f"model.r_max={r_max} is no cutoff: it must be a positive distance in Å.")
 
 
@@ -223,10 +254,10 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
             )
             choices = f"use one of {', '.join(available)}" if available else f"see the configs of {group}"
             return f"{group}={option} is unknown: {choices}."
-        return f"{name} is no configuration key: {_nearest(name)}."
+        return f"{name} is no configuration key: {_nearest(name)}"
     if found := re.search(r"Key '([^']+)' (?:is )?not in", text):
         full = next((o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].endswith(found[1])), found[1])
-        return f"{full} is no configuration key: {_nearest(full)}."
+        return f"{full} is no configuration key: {_nearest(full)}"
     if found := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
         return f"{found[1]} is a key already: write {found[1]}=... without the +."
     why = (str(cause) or str(error)).splitlines()[0].rstrip(".")
@@ -240,7 +271,7 @@ def _nearest(name: str) -> str:
     with initialize_config_module("ddpkit.experiments.conf", version_base="1.3"):
         known = _keys(OmegaConf.to_container(compose("config"), resolve=False))
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else "see `ddpkit run --help` for the keys"
+    return f"did you mean {close[0]}?" if close else "see `ddpkit run --cfg` for the keys."
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:

@@ -41,6 +41,8 @@ def main(args: argparse.Namespace) -> None:
     wrong = [text for text in overrides if not text.startswith("model.")]
     if wrong:
         raise InputError(f"{wrong[0]} is no setting of a model: write model.<key>=<value>.")
+    if unknown := [symbol for symbol in args.species or () if symbol not in SYMBOLS[1:]]:
+        raise InputError(f"--species {unknown[0]} is no chemical symbol: give such as H C O.")
     rows = []
     print(f"{'model':<16} {'species':>7} {'parameters':>12}")
     for name in names:

@@ -242,6 +242,10 @@ def _refuse_to_mix(config: DictConfig) -> None:
                 f"init_from={config.init_from} is the folder of the new run itself: choose another run_dir, or go on with "
                 f"resume={config.init_from}."
             )
+        if Path(config.init_from).is_file():
+            raise InputError(
+                f"init_from={config.init_from} is a file: give the run folder whose best weights to start from."
+            )
         checkpoint.load(Path(config.init_from) / "checkpoints" / "best.pt")
 
 

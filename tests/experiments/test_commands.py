@@ -6,7 +6,9 @@ from contextlib import suppress
 import pytest
 
 from ddpkit.errors import InputError
+from ddpkit.experiments import setup
 from ddpkit.experiments.cli import VERBS, _dispatch
+from ddpkit.experiments.config import read
 
 GROUPS = sorted({verb.split()[0] for verb in VERBS if " " in verb})
 
@@ -69,3 +71,18 @@ def test_a_table_that_cannot_be_written_is_told_before_anything_is_measured(caps
     with pytest.raises(InputError, match=r"end it in \.png"):
         _dispatch(["bench", "comm", "--plot", str(tmp_path / "plot.xyz")])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "custom"),
+        (["strategy=standard"], "standard"),
+        (["strategy._target_=ddpkit.FlatSync"], "custom"),
+        (["strategy._target_=mine.Own"], "mine.Own"),
+        (["strategy=overlap", "strategy._target_=mine.Own", "strategy.name=overlap"], "mine.Own"),
+    ],
+)
+def test_a_strategy_of_ones_own_is_not_taken_for_the_default(words, name):
+    config = read(words)
+    assert setup.strategy_name(config) == config.strategy.name == name
