@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import time
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ import torch
 from ddpkit import phase
 from ddpkit.errors import InputError
 from ddpkit.testing.__main__ import main
-from ddpkit.testing.faults import judge
+from ddpkit.testing.faults import judge, strikes
 from ddpkit.testing.faults.campaign import COLUMNS, Campaign, Record
-from ddpkit.testing.faults.job import _NAMES
+from ddpkit.testing.faults.job import _NAMES, Job
 from ddpkit.testing.faults.judge import End
 from ddpkit.testing.faults.plan import FAULTS, RUNS, Plan, Run, Trial
 from ddpkit.testing.faults.report import report, upper_bound
@@ -156,6 +158,42 @@ def test_the_table_counts_what_was_hit(tmp_path, capsys):
     assert text in capsys.readouterr().out
     with pytest.raises(InputError, match=r"no trials\.csv"):
         report(tmp_path / "elsewhere")
+
+
+CHILD = """
+import subprocess, time, ddpkit.phase
+ddpkit.phase.enter("checkpoint")
+subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # mpirun waits for what it reads
+time.sleep(60)
+"""
+
+
+def test_a_job_is_seen_from_outside_and_leaves_nothing(tmp_path):
+    with Job([sys.executable, "-c", CHILD], 2, {}, tmp_path / "output", f"test-{tmp_path}") as job:
+        deadline = time.monotonic() + 60
+        while {job.phase(0), job.phase(1)} != {"checkpoint"} or len(job.left()) < 5:  # mpirun, ranks, their children
+            assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+        assert not job.wait(0.1)
+        assert not strikes.strike("slow", job, 1, None)  # nothing there that heeds SIGUSR2
+        assert strikes.strike("kill", job, 1, None)
+        assert job.wait(30)
+        assert job.phase(1) == "gone"
+        assert any("sleep 60" in words for words in job.left().values())
+    assert not job.left()
+
+
+def test_a_disk_is_full_until_there_is_room(tmp_path):
+    with strikes.small_disk(tmp_path / "disk") as disk:
+        if disk is None:
+            pytest.skip("mounting is not permitted here")
+        (disk / "first").write_text("kept")
+        strikes._fill(disk)
+        with pytest.raises(OSError, match="No space"):
+            (disk / "second").write_text("x" * 8192)
+        strikes.make_room(disk)
+        (disk / "second").write_text("x" * 8192)
+    assert not list((tmp_path / "disk").iterdir())
 
 
 # -- real runs -----------------------------------------------------------------------------------------------------

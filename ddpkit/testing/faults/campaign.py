@@ -73,6 +73,15 @@ class Campaign:
         self._locks: dict[Run, threading.Lock] = {}
         self._lock = threading.Lock()
         self._jobs = 0
+        self._live: list[Job] = []
+        self.abandoned = False
+
+    def abandon(self) -> None:
+        """Ends what is under way; what it led to then means nothing."""
+        with self._lock:
+            self.abandoned = True
+            for job in self._live:
+                job.kill()
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
@@ -86,9 +95,12 @@ class Campaign:
         }
         words = [sys.executable, "-m", "ddpkit.experiments", "run", *overrides]
         with self._lock:
+            if self.abandoned:
+                raise KeyboardInterrupt
             self._jobs += 1
-            mark = f"{self._started}-{self._jobs}"
-        return Job(words, self.ranks, variables, output, mark)
+            job = Job(words, self.ranks, variables, output, f"{self._started}-{self._jobs}")
+            self._live = [job, *(other for other in self._live if other.mpirun.poll() is None)]
+        return job
 
     def overrides(self, run: Run, cache: Path) -> list[str]:
         """What makes a run: 36 steps of a few milliseconds, a checkpoint every five, three validations."""
@@ -391,6 +403,8 @@ def main(argv: Sequence[str]) -> int:
     def make(number: int) -> None:
         nonlocal done
         row = campaign.run(plan.trial(number))
+        if campaign.abandoned:
+            return
         record.add(row)
         done += 1
         _tell(row, done, len(numbers))
@@ -399,7 +413,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         list(pool.map(make, numbers))
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        campaign.abandon()
+        pool.shutdown()
     print(report(chosen.out))
     failed = [row for row in record.rows() if row["verdict"] == "failed"]
     return 1 if failed else 0

@@ -55,6 +55,10 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends everything that is left."""
         deadline = time.monotonic() + REAPING
         while (left := self.left()) and time.monotonic() < deadline:
             for number in left:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ddpkit.batch import Batch
 
 
-@torch.library.custom_op("ddpkit_testing::as_told", mutates_args=())
+@torch.library.custom_op("ddpkit_testing::as_told", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def as_told(energy: Tensor) -> Tensor:
     """The energies, or NaN once after `inside` was told so; also in compiled code."""
     inside = sys.modules.get("sitecustomize")
