@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ddpkit.testing.faults.job import LOOK, Job
 from ddpkit.testing.faults.judge import End
 from ddpkit.testing.faults.material import write_clusters
 from ddpkit.testing.faults.plan import FAULTS, Plan, Run, Trial
-from ddpkit.testing.faults.report import report
+from ddpkit.testing.faults.report import latest, report
 
 COLUMNS = (
     "trial", "seed", "fault", "phase_asked", "phase_hit", "strategy", "compiled", "rank", "ended", "seconds", "exit_code",
@@ -96,7 +97,7 @@ class Campaign:
         words = [sys.executable, "-m", "ddpkit.experiments", "run", *overrides]
         with self._lock:
             if self.abandoned:
-                raise KeyboardInterrupt
+                raise RuntimeError("the campaign was abandoned")
             self._jobs += 1
             job = Job(words, self.ranks, variables, output, f"{self._started}-{self._jobs}")
             self._live = [job, *(other for other in self._live if other.mpirun.poll() is None)]
@@ -170,7 +171,11 @@ class Campaign:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             with strikes.small_disk(folder / "disk") as disk:
-                found = self._attempt(trial, reference, folder, disk, 0.5**attempt)
+                try:
+                    found = self._attempt(trial, reference, folder, disk, 0.5**attempt)
+                except Exception as error:  # noqa: BLE001  (the other trials go on)
+                    (folder / "error.txt").write_text(traceback.format_exc())
+                    found = {"verdict": "failed", "why": f"the campaign itself failed: {error!r}"}
                 if found["verdict"] == "failed":
                     shutil.copytree(folder / "disk", folder / "kept", dirs_exist_ok=True)
             if found["verdict"] != "missed":
@@ -397,7 +402,8 @@ def main(argv: Sequence[str]) -> int:
     record = Record(chosen.out / "trials.csv")
     numbers = chosen.trial or [n for n in range(1, chosen.count + 1) if (chosen.seed, n) not in record.known]
     campaign = Campaign(chosen.out, chosen.ranks, chosen.device, chosen.timeout)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell has what it puts into the background ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
     done = 0
 
     def make(number: int) -> None:
@@ -417,8 +423,7 @@ def main(argv: Sequence[str]) -> int:
         campaign.abandon()
         pool.shutdown()
     print(report(chosen.out))
-    failed = [row for row in record.rows() if row["verdict"] == "failed"]
-    return 1 if failed else 0
+    return 1 if any(row["verdict"] == "failed" for row in latest(chosen.out)) else 0
 
 
 class Record:

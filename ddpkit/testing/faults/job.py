@@ -70,10 +70,10 @@ class Job:
     def ranks(self) -> dict[int, int]:
         """The process number of each rank that has been started."""
         if len(self._ranks) < self._size:
-            for number in _children(self.mpirun.pid):
-                rank = _environment(number).get("OMPI_COMM_WORLD_RANK")
-                if rank is not None:
-                    self._ranks[int(rank)] = number
+            started = {
+                _environment(number).get("OMPI_COMM_WORLD_RANK"): number for number in _children(self.mpirun.pid)
+            }
+            self._ranks = self._ranks | {int(rank): number for rank, number in started.items() if rank is not None}
         return self._ranks
 
     def phase(self, rank: int) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from ddpkit.testing.faults.plan import FAULTS, Trial
 
 _SENTENCE = 700  # characters
-_MPIRUN_TELLS = "exited on signal"  # with rank and host, of a process that had no time to
+# mpirun names rank and host of a process that had no time to speak, or that a library ended which found no memory.
+_MPIRUN_TELLS = {"limit": r"exited (on signal|with non-zero status)"}
 _UNSTEADY = ("seconds",)  # how the columns begin that no two runs share
 
 
@@ -75,8 +76,10 @@ def faults_of_end(trial: Trial, end: End) -> list[str]:
         wrong.append("exit code 0 of a run that did not finish")
     if end.status:
         wrong += _faults_of_sentence(trial, end)
-    elif not (end.sentence or _MPIRUN_TELLS in " ".join(end.output.split()) or trial.fault.startswith("mpirun-")):
-        wrong.append("no word of what happened")
+    elif not end.sentence and not trial.fault.startswith("mpirun-"):
+        told = _MPIRUN_TELLS.get(trial.fault, "exited on signal")
+        if not re.search(told, " ".join(end.output.split())):
+            wrong.append("no word of what happened")
     return wrong
 
 

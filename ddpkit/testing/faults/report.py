@@ -17,6 +17,11 @@ def upper_bound(failures: int, trials: int) -> float:
     return 1.0 if failures >= trials else float(beta.ppf(CONFIDENCE, failures + 1, trials - failures))
 
 
+def latest(out: Path) -> list[dict[str, str]]:
+    """The last record of each trial."""
+    return list({(row["seed"], row["trial"]): row for row in rows(out / "trials.csv")}.values())
+
+
 def report(out: Path) -> str:
     """Writes `report.md` beside `trials.csv`: faults by phases, passed of tried; and what failed.
 
@@ -26,9 +31,9 @@ def report(out: Path) -> str:
     Raises:
         InputError: there is no campaign.
     """
-    latest = {(row["seed"], row["trial"]): row for row in rows(out / "trials.csv")}
-    trials = [row for row in latest.values() if row["verdict"] in ("passed", "failed")]
-    if not latest:
+    made = latest(out)
+    trials = [row for row in made if row["verdict"] in ("passed", "failed")]
+    if not made:
         raise InputError(f"{out} holds no trials.csv with trials: give the folder of a campaign.")
     failed = [row for row in trials if row["verdict"] == "failed"]
     phases = [phase for phase in PHASES if any(row["phase_hit"] == phase for row in trials)]
@@ -56,14 +61,14 @@ def report(out: Path) -> str:
     ]
     ways = sorted({row["went_on"] for row in trials})
     by_way = [f"{way} {sum(row['went_on'] == way for row in trials)}" for way in ways]
-    seconds = sorted(float(row["seconds"]) for row in trials)
-    if trials:
+    seconds = sorted(float(row["seconds"]) for row in trials if row["seconds"])
+    if seconds:
         lines.append(
             f"By run: {', '.join(by_run)}. Afterwards: {', '.join(by_way)}. Seconds from the fault until the last process had "
             f"ended: median {seconds[len(seconds) // 2]:.1f}, largest {seconds[-1]:.1f}."
         )
     for verdict in ("missed", "skipped"):
-        if count := sum(row["verdict"] == verdict for row in latest.values()):
+        if count := sum(row["verdict"] == verdict for row in made):
             lines.append(f"Not counted: {count} {verdict}.")
     lines += [
         f"- trial {row['trial']} of seed {row['seed']}: {row['fault']} in {row['phase_hit']}, rank {row['rank']}, "
