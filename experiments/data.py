@@ -73,8 +73,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
                 )
             one.add_argument(
                 "--stress-key", metavar="KEY",
-                help="likewise of the stress in eV/Å^3 (ASE's sign), or of a virial in eV (-stress times volume), which has virial "
-                "in its name; six numbers are xx yy zz yz xz xy",
+                help="likewise of the stress in eV/Å^3 (ASE's sign), or of a virial in eV (-stress times volume), which has "
+                "virial in its name; six numbers are xx yy zz yz xz xy",
             )  # fmt: skip
             one.add_argument(
                 "--allow-missing", action="store_true",
@@ -147,11 +147,13 @@ def _described(frames: PreparedSet) -> str:
     facts = frames.manifest
     sizes = f"{np.median(frames.atoms):g} in the median frame ({frames.atoms.min()} to {frames.atoms.max()})"
     periodic = "periodic" if frames.periodic else "not periodic"
+    references = ", ".join(f"{symbol} {energy:.6g} eV" for symbol, energy in sorted(frames.atom_energies.items()))
     lines = [
         f"{frames.path}",
         f"labels: {told(frames.labels)}",
         *facts.get("notes", ()),
         _selection(facts),
+        *([f"isolated atoms: {references}"] if references else []),
         f"{facts['atoms']:,} atoms, {sizes}; {facts['groups']:,} molecules or materials; {periodic}",
         f"{len(frames.species)} species: {' '.join(frames.species)}",
         f"{'subset':<50} {'frames':>10} {'atoms':>12}",
@@ -168,7 +170,12 @@ def told(labels: dict[str, Any]) -> str:
     keys = {what: facts for what, facts in labels.items() if what != "theory"}
     parts = [labels["theory"]] if "theory" in labels else []
     if any(facts["key"] for facts in keys.values()):
-        parts.append(", ".join(f"{what} from {facts['key']} [{facts['unit']}]" for what, facts in keys.items()))
+        parts.append(
+            ", ".join(
+                f"{what} from {facts['key']} [{facts['unit']}]" + (f" ({facts['from']})" if "from" in facts else "")
+                for what, facts in keys.items()
+            )
+        )
     return "; ".join(parts) or "as in the files"
 
 

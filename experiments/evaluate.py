@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,14 +155,12 @@ def _refuse_changed_data(args: argparse.Namespace, config: DictConfig, data: run
     what = run_data.changed(before, run_data.fingerprint(config, data), order=False)
     if what is None:
         return
-    original = "the data that it was trained on"
-    with suppress(InputError):
-        if PreparedSet(before["set"]).fingerprint == before["frames"]:
-            original += f", as kept in {before['set']},"
     raise InputError(
         f"{args.data or config.data.path} is not what {args.run} was trained on ({what}), so its {part} part may "
         "hold frames that were "
-        f"trained on: give {original} as DATA with --split {part}, or give these data as DATA without --split."
+        f"trained on: give the data that it was trained on{run_data.kept(before)} as DATA with --split {part}, or "
+        "give these as DATA "
+        "without --split."
     )
 
 

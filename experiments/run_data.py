@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,10 +269,19 @@ def refuse_changed_data(config: DictConfig, data: Data, state: dict[str, Any] | 
     Raises:
         InputError: it would see others.
     """
-    before, now = (state or {}).get("data"), fingerprint(config, data)
-    if before is not None and (what := changed(before, now)):
+    before = (state or {}).get("data")
+    if before is not None and (what := changed(before, fingerprint(config, data))):
+        where = data.frames.path if config.data.path is None else f"data.path={config.data.path}"
         raise InputError(
-            f"The data of the run in {config.run_dir} have changed since it began: {what}, in {now['set']} in "
-            f"place of {before['set']}; "
-            "restore the data, or start a new run."
+            f"The data of the run in {config.run_dir} ({where}) have changed since it began: {what}; restore "
+            f"them{kept(before)}, or "
+            "start a new run."
         )
+
+
+def kept(before: Mapping[str, str]) -> str:
+    """Where the data of a fingerprint still are, as part of a sentence; empty where they are not."""
+    with suppress(InputError):
+        if PreparedSet(before["set"]).fingerprint == before["frames"]:
+            return f" (they are kept in the prepared set {before['set']})"
+    return ""

@@ -17,7 +17,7 @@ from torch import nn
 from ddpkit import checkpoint, phase
 from ddpkit.data import Loader, Sampler, Sweep, statistics
 from ddpkit.errors import InputError
-from ddpkit.experiments.run_data import Data, changed, fingerprint
+from ddpkit.experiments.run_data import Data, changed, fingerprint, kept
 from ddpkit.experiments.turns import wait_for
 from ddpkit.launch import Environment, agree, share
 from ddpkit.loss import EnergyForcesLoss
@@ -251,7 +251,7 @@ def _weights(run: str, spec: dict[str, Any], seen: Mapping[str, str]) -> dict[st
         raise InputError(
             f"init_from={run} was trained on other data than these: {what}, so that frames to validate and test "
             "on may be among those "
-            f"that it was trained on; use the same data, kept in {before['set']}."
+            f"that it was trained on; use the data of that run{kept(before)}."
         )
     if state["model_spec"] != spec:
         different = sorted(k for k in spec if state["model_spec"].get(k) != spec[k])

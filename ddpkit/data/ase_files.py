@@ -182,6 +182,8 @@ def frame_of(atoms: Any, name: str, labels: Labels) -> Frame:
             raise InputError(f"{name} is periodic along a lattice vector of length zero: repair its cell or its pbc")
         if np.linalg.matrix_rank(vectors) < len(vectors):
             raise InputError(f"{name} has lattice vectors that lie in one plane or line: repair its cell or its pbc")
+    if labels.required:
+        _refuse_not_finite("positions", atoms.positions, name, labels)
     values = labels.of(atoms, name)
     isolated = is_isolated(atoms)
     frame = Frame(
@@ -199,15 +201,18 @@ def frame_of(atoms: Any, name: str, labels: Labels) -> Frame:
         isolated=is_called_isolated(atoms),
     )
     if labels.required:
-        for what, value in (("positions", frame.positions), ("an energy", frame.energy), ("forces", frame.forces)):
-            if not np.isfinite(value).all():
-                remedy = labels.advice(drop_unlabelled=True)
-                raise InputError(
-                    f"{name} has {what} that {'is' if what == 'an energy' else 'are'} NaN or infinite: repair or "
-                    "remove it, or leave such "
-                    f"frames out with {remedy}"
-                )
+        _refuse_not_finite("an energy", frame.energy, name, labels)
+        _refuse_not_finite("forces", frame.forces, name, labels)
     return frame
+
+
+def _refuse_not_finite(what: str, value: Any, name: str, labels: Labels) -> None:
+    if not np.isfinite(value).all():
+        are = "is" if what == "an energy" else "are"
+        raise InputError(
+            f"{name} has {what} that {are} NaN or infinite: repair or remove it, or leave such frames out with "
+            f"{labels.advice(drop_unlabelled=True)}"
+        )
 
 
 def _block(frames: list[Frame], r_max: float, filters: Filters) -> Block:

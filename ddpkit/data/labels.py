@@ -362,10 +362,11 @@ class Labels:
         given = self.choice.key(quantity)
         used = self.keys[quantity]
         if used is not None:
+            common = self._common()
+            choose = f"choose keys that all frames have{self._example(common)}, or " if common else ""
             return (
-                f"{name} has no {quantity} under {used}, as the frames before it have ({self._counted()}): choose "
-                "keys that all frames "
-                f"have{self._example(self._common())}, or leave such frames out with {self.advice(drop_unlabelled=True)}"
+                f"{name} has no {quantity} under {used}, as the frames before it have ({self._counted()}): {choose}leave such "
+                f"frames out with {self.advice(drop_unlabelled=True)}"
             )
         setting = self.advice(**{f"{quantity}_key": given or "KEY"})
         if given is not None:

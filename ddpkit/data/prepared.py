@@ -443,15 +443,18 @@ class PreparedSet:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What was read as labels: for each the key in the files (None where that is not known) and its unit."""
+        """What was read as labels: for each the key in the files (None where that is not known), its unit here, "
+        "and what was done.
+        """
         keys = self.manifest.get("keys") or {}
         labels = ["energy", "forces"]
         if self.periodic and self.manifest.get("unlabelled", {}).get("stress", 0) < len(self):
             labels.append("stress")
         theory = self.manifest.get("labels")
-        return {name: {"key": keys.get(name), "unit": UNITS[name]} for name in labels} | (
-            {"theory": theory} if theory else {}
-        )
+        found: dict[str, Any] = {name: {"key": keys.get(name), "unit": UNITS[name]} for name in labels}
+        if "stress" in found and "virial" in str(keys.get("stress")).lower():
+            found["stress"]["from"] = "virial [eV], as -virial / volume"
+        return found | ({"theory": theory} if theory else {})
 
     @property
     def fingerprint(self) -> str:
