@@ -157,7 +157,7 @@ class Labels:
         self._frames += 1
         keys = list(_keys(atoms))
         given = {q: _named(atoms, q, key, name) for q, key in self._lower.items() if key is not None}
-        chosen = self._energy_and_forces(keys, given, name, _levels(atoms))
+        chosen = self._energy_and_forces(keys, given, name, atoms)
         energy, forces = chosen.get("energy"), chosen.get("forces")
         if energy is not None and is_isolated(atoms):  # a reference energy needs no more
             self._used["energy"].setdefault(energy.name)
@@ -219,7 +219,7 @@ class Labels:
     # -- energy and forces ---------------------------------------------------------------------------------------------
 
     def _energy_and_forces(
-        self, keys: list[_Key], given: Mapping[str, _Key | None], name: str, levels: set[str]
+        self, keys: list[_Key], given: Mapping[str, _Key | None], name: str, atoms: Any
     ) -> dict[str, _Key | None]:
         if "energy" in given and "forces" in given:
             return {"energy": given["energy"], "forces": given["forces"]}
@@ -227,7 +227,7 @@ class Labels:
             if quantity in given:
                 return {quantity: given[quantity], other: self._beside(given[quantity], other, keys, name)}
         if self._level is None:
-            self._level = self._choose(levels, name)
+            self._level = self._choose(_levels(atoms), name)
         if self._level is None:
             return {}
         return {q: self._one(q, self._level, keys, name) for q in ("energy", "forces")}
@@ -461,6 +461,8 @@ def is_isolated(atoms: Any) -> bool:
         return True
     from ase.geometry import minkowski_reduce
 
+    if np.linalg.matrix_rank(atoms.cell[atoms.pbc]) < atoms.pbc.sum():
+        return False  # no cell at all
     vectors, _ = minkowski_reduce(np.asarray(atoms.cell[:]), pbc=atoms.pbc)  # so that the shortest are among them
     return bool(np.linalg.norm(vectors[atoms.pbc], axis=1).min() > FAR)
 

@@ -443,9 +443,7 @@ class PreparedSet:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What was read as labels: for each the key in the files (None where that is not known), its unit here, "
-        "and what was done.
-        """
+        """What was read as labels: the key in the files (None where not known), the unit here, and how it was converted."""
         keys = self.manifest.get("keys") or {}
         labels = ["energy", "forces"]
         if self.periodic and self.manifest.get("unlabelled", {}).get("stress", 0) < len(self):

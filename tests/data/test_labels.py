@@ -153,6 +153,14 @@ def test_a_level_that_changes_from_frame_to_frame_is_refused():
     assert {frame.energy for frame in read([free, full])[0]} == {-1.0}  # the key that all have
 
 
+def test_files_of_different_levels_are_refused(tmp_path):
+    first = written(tmp_path / "a.xyz", [atoms_of({"REF_energy": -2.0}, {"REF_forces": 2.0})])
+    second = written(tmp_path / "b.xyz", [atoms_of({"dft_energy": -1.0}, {"dft_forces": 1.0})] * 2)
+    source = AseFiles([first, second], advice=as_options)
+    with pytest.raises(InputError, match=r"frame 0 of .*b\.xyz has no energy under REF_energy.*of 3 frames"):
+        prepare(source, tmp_path / "set", r_max=5.0, filters=Filters(), processes=0, progress=False)
+
+
 def test_two_values_within_a_level_are_refused():
     frames = [atoms_of({"total_energy": -2.0}, {}, {"energy": -1.0, "forces": np.ones((2, 3))})]
     assert "two values for its energy, energy and total_energy" in refusal(frames)
