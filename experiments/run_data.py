@@ -99,10 +99,10 @@ def _refuse_other_keys(path: Path, keys: dict[str, str], advice: Advice) -> None
     for name, key in keys.items():
         quantity = name.removesuffix("_key")
         was = read.get(quantity, {}).get("key")
-        if was != key:
+        if (was or "").lower() != key.lower():
             raise InputError(
-                f"{path} is a prepared set whose {quantity} was read from {was or 'keys that are not known'}, not {key}: leave "
-                f"{advice(**{name: key})} out, or prepare the files anew with {as_options(**{name: key})}."
+                f"{path} is a prepared set whose {quantity} was read from {was or 'keys that are not known'}, not {key}: "
+                f"leave {advice(**{name: key})} out, or prepare the files anew with {as_options(**{name: key})}."
             )
 
 
@@ -123,9 +123,9 @@ def refuse_missing_labels(config: DictConfig, data: Data) -> None:
     for what, missing in (("energy", energy), ("forces", forces)):
         if missing.any():
             raise InputError(
-                f"{missing.sum():,} of the {len(used):,} frames to train and validate on have no {what} or one "
-                "that is NaN or infinite, "
-                f"frame {used[missing].min()} of {frames.path} first: prepare the files again with --drop-unlabelled."
+                f"{missing.sum():,} of the {len(used):,} frames to train and validate on have no {what} or one that is "
+                f"NaN or infinite, frame {used[missing].min()} of {frames.path} first: prepare the files again with "
+                "`ddpkit data prepare ... --drop-unlabelled`."
             )
     if not frames.edges(float(config.model.r_max))[data.train].any():
         raise InputError(
@@ -143,18 +143,16 @@ def refuse_missing_labels(config: DictConfig, data: Data) -> None:
         others = frames.has_stress(np.arange(len(frames))).sum()
         where = f"though {others:,} others of {frames.path} do" if others else f"nor has any other of {frames.path}"
         raise InputError(
-            f"{asked}, but none of the {len(has):,} frames to train on has a stress, {where}: set loss.stress=0, "
-            "or choose data that "
-            "have one (where it stands under an unusual key, name that with data.stress_key for a file that ASE reads, or with "
-            "--stress-key when preparing)."
+            f"{asked}, but none of the {len(has):,} frames to train on has a stress, {where}: set loss.stress=0, or "
+            "choose data that have one (an unusual key is named with data.stress_key for a file that ASE reads, with "
+            "--stress-key of `ddpkit data prepare ase` for a prepared set)."
         )
     lacking = periodic & ~has
     if lacking.any() and not config.data.allow_missing:
         raise InputError(
             f"{asked}, but {lacking.sum():,} of the {periodic.sum():,} periodic frames to train on have no stress, frame "
-            f"{data.train[lacking].min()} of {frames.path} first: leave them out, or train on the stress of the "
-            "others alone with "
-            "data.allow_missing=true."
+            f"{data.train[lacking].min()} of {frames.path} first: leave them out, or train on the stress of the others "
+            "alone with data.allow_missing=true."
         )
 
 
@@ -181,9 +179,8 @@ def peculiarities(config: DictConfig, data: Data) -> list[str]:
         for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
             if same := int(np.isin(digests[name], digests[other]).sum()):
                 notes.append(
-                    f"{same:,} of the {len(parts[name]):,} {name} frames are identical to {other} frames, so that "
-                    "errors on them say "
-                    "little of new frames: remove duplicates from the data"
+                    f"{same:,} of the {len(parts[name]):,} {name} frames are identical to {other} frames, so that errors "
+                    "on them say little of new frames: remove duplicates from the data"
                 )
     notes += _never_trained_on(frames, parts)
     if bare := int((frames.edges(float(config.model.r_max))[data.train] == 0).sum()):
@@ -218,9 +215,8 @@ def _never_trained_on(frames: PreparedSet, parts: Mapping[str, np.ndarray]) -> l
     counts = np.bincount(256 * part_of_atom + numbers, minlength=256 * (len(parts) + 1)).reshape(-1, 256)
     place = dict(zip(parts, counts, strict=False))
     return [
-        f"{SYMBOLS[number]} is in {len(_with(frames, number, parts[name])):,} of the {len(parts[name]):,} {name} "
-        "frames and in none to "
-        "train on: what the model says of it means nothing"
+        f"{SYMBOLS[number]} is in {len(_with(frames, number, parts[name])):,} of the {len(parts[name]):,} {name} frames "
+        "and in none to train on: what the model says of it means nothing"
         for name in ("validation", "test")
         for number in np.flatnonzero((place[name] > 0) & (place["train"] == 0)).tolist()
     ]
@@ -242,7 +238,7 @@ def fingerprint(config: DictConfig, data: Data) -> dict[str, str]:
         "frames": data.frames.fingerprint,
         "split": parts.hexdigest()[:16],
         "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16],
-        "set": str(data.frames.path),
+        "set": str(data.frames.path.resolve()),
     }
 
 
@@ -274,8 +270,7 @@ def refuse_changed_data(config: DictConfig, data: Data, state: dict[str, Any] | 
         where = data.frames.path if config.data.path is None else f"data.path={config.data.path}"
         raise InputError(
             f"The data of the run in {config.run_dir} ({where}) have changed since it began: {what}; restore "
-            f"them{kept(before)}, or "
-            "start a new run."
+            f"them{kept(before)}, or start a new run."
         )
 
 

@@ -221,9 +221,9 @@ def _block(frames: list[Frame], r_max: float, filters: Filters) -> Block:
             edges, _ = count_edges(frame, r_max)
             if not edges:
                 raise InputError(
-                    f"{frame.name} is one atom without an image within r_max={r_max:g} Å, but with one within "
-                    f"{FAR:g} Å, so it may be a "
-                    "crystal or an isolated atom: raise the cutoff, or set config_type=IsolatedAtom in the file"
+                    f"{frame.name} is one atom without an image within r_max={r_max:g} Å, but with one within {FAR:g} Å, "
+                    "so it may be a crystal or an isolated atom: raise the cutoff, or set config_type=IsolatedAtom in "
+                    "the file"
                 )
     return Block.of(frames, r_max, filters, _CLOSEST)
 

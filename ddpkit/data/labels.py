@@ -139,8 +139,8 @@ class Labels:
         if not self._other or self._used["stress"]:
             return []
         note = (
-            f"no stress was read: {', '.join(self._other)} may be of another level of theory than {self.keys['energy']}; to read "
-            f"it all the same, use {self.advice(stress_key=next(iter(self._other)))}"
+            f"no stress was read: {', '.join(self._other)} may be of another level of theory than {self.keys['energy']}; "
+            "name it as the stress key to read it all the same"
         )
         return [note]
 
@@ -181,9 +181,8 @@ class Labels:
                 self._first_without = self._first_without or name
         elif given.get("stress") is not None and self._is_virial(given["stress"]):
             raise InputError(
-                f"{name} has {given['stress'].name} but no periodic cell, and a stress is a virial over a volume: "
-                "give it a cell, or "
-                "leave the frame out"
+                f"{name} has {given['stress'].name} but no periodic cell, and a stress is a virial over a volume: give "
+                "it a cell, or leave the frame out"
             )
         return Values(
             None if energy is None else _energy(energy, name),
@@ -205,15 +204,13 @@ class Labels:
             if name is not None and self._frames and not self._used[quantity]:
                 raise InputError(
                     f"None of the {self._frames:,} frames of {self._source} has {quantity} under {name} "
-                    f"({self._counted()}): correct "
-                    f"{self.advice(**{f'{quantity}_key': name})}"
+                    f"({self._counted()}): correct {self.advice(**{f'{quantity}_key': name})}"
                 )
         if 0 < self._stressed < self._periodic and not self.choice.allow_missing:
             raise InputError(
-                f"{self._periodic - self._stressed:,} of the {self._periodic:,} periodic frames of {self._source} "
-                "have no stress under "
-                f"{self.keys['stress']}, {self._first_without} first: leave them out, or keep them without with "
-                f"{self.advice(allow_missing=True)}"
+                f"{self._periodic - self._stressed:,} of the {self._periodic:,} periodic frames of {self._source} have "
+                f"no stress under {self.keys['stress']}, {self._first_without} first: leave them out, or keep them "
+                f"without with {self.advice(allow_missing=True)}"
             )
 
     # -- energy and forces ---------------------------------------------------------------------------------------------
@@ -246,8 +243,8 @@ class Labels:
         (level,) = levels
         if level not in _USUAL:
             raise InputError(
-                f"{name} has no energy and forces under a known name ({self._counted()}): name those to train on"
-                f"{self._example(levels)}"
+                f"{name} has no energy and forces under a known name ({self._counted()}): name those to train "
+                f"on{self._example(levels)}"
             )
         return level
 
@@ -275,9 +272,8 @@ class Labels:
             # ASE's free energy belongs to the same calculation: the energy that the forces are exact derivatives of.
             if key.spelling != "free_energy" and not _equal(key, first) and first.spelling != "free_energy":
                 raise InputError(
-                    f"{name} has two values for its {quantity}, {first.name} and {key.name}, which differ: say "
-                    "which is meant with "
-                    f"{self.advice(**{f'{quantity}_key': first.name})} or {key.name}"
+                    f"{name} has two values for its {quantity}, {first.name} and {key.name}, which differ: say which is "
+                    f"meant with {self.advice(**{f'{quantity}_key': first.name})} or {key.name}"
                 )
         return first
 
@@ -294,9 +290,8 @@ class Labels:
         if len(levels) > 1:
             names = ", ".join(key.name for key in keys if key.quantity == quantity)
             raise InputError(
-                f"{name} has {quantity} of several levels of theory ({names}), and none that belong to "
-                f"{given.name} by name: choose one "
-                f"with {self.advice(**{f'{quantity}_key': 'KEY'})}"
+                f"{name} has {quantity} of several levels of theory ({names}), and none that belong to {given.name} by "
+                f"name: choose one with {self.advice(**{f'{quantity}_key': 'KEY'})}"
             )
         return self._one(quantity, levels.pop(), keys, name) if levels else None
 
@@ -323,9 +318,8 @@ class Labels:
         for key, value in known[1:]:
             if np.abs(value - stress).max() > 1e-3 * np.abs(stress).max() + 1e-6:
                 raise InputError(
-                    f"{name} has two values for its stress, {first.name} and {key.name} (a virial is -stress "
-                    "times volume), which differ: "
-                    f"say which is meant with {self.advice(stress_key=first.name)} or {key.name}"
+                    f"{name} has two values for its stress, {first.name} and {key.name} (a virial is -stress times "
+                    f"volume), which differ: say which is meant with {self.advice(stress_key=first.name)} or {key.name}"
                 )
         self._used["stress"].setdefault(first.name)
         return stress
@@ -365,8 +359,8 @@ class Labels:
             common = self._common()
             choose = f"choose keys that all frames have{self._example(common)}, or " if common else ""
             return (
-                f"{name} has no {quantity} under {used}, as the frames before it have ({self._counted()}): {choose}leave such "
-                f"frames out with {self.advice(drop_unlabelled=True)}"
+                f"{name} has no {quantity} under {used}, as the frames before it have ({self._counted()}): {choose}leave "
+                f"such frames out with {self.advice(drop_unlabelled=True)}"
             )
         setting = self.advice(**{f"{quantity}_key": given or "KEY"})
         if given is not None:
@@ -382,20 +376,28 @@ class Labels:
             return f"{name} has no {missing} under a known name (it has {names}): name the key with {setting}"
         return (
             f"{name} has no energy and forces of one level of theory ({self._counted()}): if two of these belong "
-            "together, name them with "
-            f"{self.advice(energy_key='KEY', forces_key='KEY')}"
+            f"together, name them with {self.advice(energy_key='KEY', forces_key='KEY')}"
         )
 
     def _example(self, levels: Iterable[str]) -> str:
-        """How to choose one of the levels of all frames, by its keys."""
+        """How to choose one of some levels, by the keys that most frames have."""
+        counts: Counter[tuple[str, str, str]] = Counter()
+        order: dict[str, int] = {}
+        for atoms in self._everything():
+            for key in _keys(atoms):
+                counts[key.level, key.quantity, key.name] += 1
+                order[key.name] = _SPELLINGS[key.quantity].index(key.spelling)
         for level in sorted(levels, key=lambda level: (level == "" or level not in _USUAL, level)):
-            names: dict[str, str] = {}
-            for atoms in self._everything():
-                for key in sorted(_keys(atoms), key=lambda key: _SPELLINGS[key.quantity].index(key.spelling)):
-                    if key.level == level and key.quantity != "stress":
-                        names.setdefault(f"{key.quantity}_key", key.name)
-                if len(names) == 2:
-                    return f", for example with {self.advice(**names)}"
+            names = {
+                quantity: min(
+                    (name for where, what, name in counts if (where, what) == (level, quantity)),
+                    key=lambda name: (-counts[level, quantity, name], order[name]),
+                    default=None,
+                )
+                for quantity in ("energy", "forces")
+            }
+            if all(names.values()):
+                return f", for example with {self.advice(**{f'{what}_key': name for what, name in names.items()})}"
         return f" with {self.advice(energy_key='KEY', forces_key='KEY')}"
 
     def _counted(self) -> str:
@@ -524,8 +526,8 @@ def _forces(key: _Key, atoms: Any, name: str) -> Floats:
     value = np.asarray(key.value)
     if value.shape != (len(atoms), 3) or value.dtype.kind not in "fiu":
         raise InputError(
-            f"{name} has forces of shape {value.shape} under {key.name} for {len(atoms)} atoms: name another key, "
-            "or repair the file"
+            f"{name} has forces of shape {value.shape} under {key.name} for {len(atoms)} atoms: name another key, or "
+            "repair the file"
         )
     return np.array(value, dtype=np.float64)
 
@@ -535,9 +537,8 @@ def _square(key: _Key, name: str) -> Floats:
     value = np.asarray(key.value)
     if value.dtype.kind not in "fiu" or value.size not in (6, 9):
         raise InputError(
-            f"{name} has {key.name} of shape {value.shape}, where six numbers (xx, yy, zz, yz, xz, xy) or nine "
-            "were expected: name "
-            "another key, or repair the file"
+            f"{name} has {key.name} of shape {value.shape}, where six numbers (xx, yy, zz, yz, xz, xy) or nine were "
+            "expected: name another key, or repair the file"
         )
     value = value.astype(np.float64)
     if value.size == 6:

@@ -149,7 +149,10 @@ def test_a_level_that_changes_from_frame_to_frame_is_refused():
     assert "--drop-unlabelled" in said
     free = atoms_of({}, {}, {"free_energy": -1.0, "forces": np.ones((2, 3))})
     full = atoms_of({}, {}, {"energy": -1.1, "free_energy": -1.0, "forces": np.ones((2, 3))})
-    assert "no energy under energy" in refusal([full, free])
+    said = refusal([full, free])
+    assert "no energy under energy" in said
+    assert "choose keys that all frames have, for example with --energy-key free_energy --forces-key forces" in said
+    assert {frame.energy for frame in read([full, free], energy_key="free_energy")[0]} == {-1.0}
     assert {frame.energy for frame in read([free, full])[0]} == {-1.0}  # the key that all have
 
 
@@ -225,7 +228,7 @@ def test_a_stress_of_another_level_is_not_read_and_said():
     assert frame.stress is None
     (note,) = found.notes
     assert "no stress was read: stress may be of another level of theory than REF_energy" in note
-    assert "--stress-key stress" in note
+    assert "name it as the stress key" in note
     np.testing.assert_allclose(read(frames, stress_key="stress")[0][0].stress, STRESS)
 
 
