@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ddpkit.data.frame import Frame
-from ddpkit.data.labels import Advice, Choice, Labels, in_python, is_called_isolated, is_isolated
-from ddpkit.data.neighbours import FAR, count_edges, is_free_atom
+from ddpkit.data.labels import FAR, Advice, Choice, Labels, in_python, is_isolated
+from ddpkit.data.neighbours import count_edges
 from ddpkit.data.prepared import Block, Filters
 from ddpkit.errors import InputError
 
@@ -198,7 +198,7 @@ def frame_of(atoms: Any, name: str, labels: Labels) -> Frame:
         subset=str(_find(atoms.info, SUBSET_KEYS) or ""),
         group=str(_find(atoms.info, GROUP_KEYS) or atoms.get_chemical_formula()),
         name=name,
-        isolated=is_called_isolated(atoms),
+        isolated=isolated,
     )
     if labels.required:
         _refuse_not_finite("an energy", frame.energy, name, labels)
@@ -217,7 +217,7 @@ def _refuse_not_finite(what: str, value: Any, name: str, labels: Labels) -> None
 
 def _block(frames: list[Frame], r_max: float, filters: Filters) -> Block:
     for frame in frames:
-        if len(frame) == 1 and frame.cell is not None and not filters.isolated and not is_free_atom(frame, r_max):
+        if len(frame) == 1 and frame.cell is not None and not frame.isolated and not filters.isolated:
             edges, _ = count_edges(frame, r_max)
             if not edges:
                 raise InputError(

@@ -35,7 +35,9 @@ class Frame:
     subset: str = ""  # part of the set that errors are tabulated by
     group: str = ""  # molecule or material; frames of one group can be kept together in a split
     name: str = ""  # where it came from, for messages
-    isolated: bool = False  # whether its source calls it an isolated atom: a reference energy, not to be trained on
+    isolated: bool = (
+        False  # whether it is an isolated atom though it has a cell: a reference energy, not to be trained on
+    )
 
     def __len__(self) -> int:
         return len(self.numbers)

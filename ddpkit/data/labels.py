@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpkit.data.neighbours import FAR
 from ddpkit.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -26,6 +25,7 @@ _PREDICTIONS = ("predicted",)  # levels that `ddpkit eval` writes beside the lab
 _PLACES = {"energy": ("results", "info"), "forces": ("results", "arrays"), "stress": ("results", "info")}
 _SHOWN = 8  # keys that a message lists
 _ISOLATED = re.compile(r"isol(ated)?[_\- ]?(atoms?)?", re.IGNORECASE)  # values of config_type
+FAR = 7.0  # Å; in no crystal of one element are atoms so far apart
 _ASYMMETRY = 1e-2  # of the largest component: beyond rounding, an order of components that is not understood
 
 Advice = Callable[..., str]
@@ -459,7 +459,8 @@ def is_isolated(atoms: Any) -> bool:
     """Whether a frame is an isolated atom: by its `config_type`, or because it has no image within `FAR`."""
     if len(atoms) != 1:
         return False
-    if is_called_isolated(atoms) or not atoms.pbc.any():
+    kind = next((value for name, value in atoms.info.items() if str(name).lower() == "config_type"), "")
+    if _ISOLATED.fullmatch(str(kind).strip()) or not atoms.pbc.any():
         return True
     from ase.geometry import minkowski_reduce
 
@@ -467,12 +468,6 @@ def is_isolated(atoms: Any) -> bool:
         return False  # no cell at all
     vectors, _ = minkowski_reduce(np.asarray(atoms.cell[:]), pbc=atoms.pbc)  # so that the shortest are among them
     return bool(np.linalg.norm(vectors[atoms.pbc], axis=1).min() > FAR)
-
-
-def is_called_isolated(atoms: Any) -> bool:
-    """Whether a frame of one atom is called isolated."""
-    kind = next((value for name, value in atoms.info.items() if str(name).lower() == "config_type"), "")
-    return len(atoms) == 1 and _ISOLATED.fullmatch(str(kind).strip()) is not None
 
 
 def _levels(atoms: Any) -> set[str]:

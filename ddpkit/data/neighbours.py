@@ -9,7 +9,6 @@ from ddpkit.data.frame import Frame
 from ddpkit.errors import InputError
 
 TOUCHING = 1e-3  # Å; between atoms that are closer, an edge has no direction
-FAR = 7.0  # Å; in no crystal of one element are atoms so far apart
 
 
 def neighbour_list(frame: Frame, r_max: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
@@ -47,13 +46,6 @@ def check_cutoff(r_max: float) -> None:
     """
     if not 0 < r_max < float("inf"):
         raise InputError(f"r_max={r_max} Å is no cutoff: give a positive number")
-
-
-def is_free_atom(frame: Frame, r_max: float) -> bool:
-    """Whether a frame is one atom by itself: called so by its source, or without an image within the cutoff and `FAR`."""
-    if len(frame) != 1:
-        return False
-    return frame.isolated or frame.cell is None or not len(_search(frame, max(r_max, FAR), "P")[0])
 
 
 def count_edges(frame: Frame, r_max: float, closest: float = TOUCHING) -> tuple[int, int]:

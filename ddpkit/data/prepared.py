@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpkit.data.frame import SYMBOLS, Frame
-from ddpkit.data.neighbours import TOUCHING, count_edges, is_free_atom
+from ddpkit.data.neighbours import TOUCHING, count_edges
 from ddpkit.data.once import made_once
 from ddpkit.data.parallel import cores, ordered_map
 from ddpkit.errors import InputError
@@ -70,7 +70,8 @@ class Filters:
 class Block:
     """Some frames as flat arrays, filtered and with their edges counted: what readers hand to the writer.
 
-    Neutral free atoms (`is_free_atom`) are no frames to train on: their energies become reference energies of the set.
+    Neutral free atoms (one atom, without a cell or called isolated) are no frames to train on: their energies become reference
+    energies of the set.
     """
 
     arrays: dict[str, NDArray[Any]]  # those of the prepared set but `subset` and `group`
@@ -105,7 +106,7 @@ class Block:
                 dropped["charged"] += 1
             elif filters.unlabelled and not finite:
                 dropped["unlabelled"] += 1
-            elif (frame.isolated or frame.charge == 0) and is_free_atom(frame, r_max):
+            elif len(frame) == 1 and (frame.isolated or (frame.cell is None and frame.charge == 0)):
                 dropped["free atoms"] += 1
                 if frame.charge == 0 and math.isfinite(frame.energy):
                     _add_reference(atom_energies, SYMBOLS[int(frame.numbers[0])], frame.energy, frame.name)
@@ -170,13 +171,16 @@ class Writer:
         path: the folder to be.
         source: what the set is made from and with which settings, plain JSON. Only a set begun with the same is gone on with.
         r_max: cutoff in Å that `edges` were counted with.
+        name: of what is read, for messages; that of the folder where None.
 
     Raises:
         InputError: the folder exists already.
     """
 
-    def __init__(self, path: str | os.PathLike[str], source: Mapping[str, Any], r_max: float) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], source: Mapping[str, Any], r_max: float, name: str | None = None
+    ) -> None:
+        self.path, self.name = Path(path), name or str(path)
         if self.path.exists():
             raise InputError(f"{self.path} exists already: remove it or choose another name")
         self._folder = self.path.parent / f".{self.path.name}.partial"
@@ -211,7 +215,7 @@ class Writer:
         for name, count in block.dropped.items():
             self.dropped[name] = self.dropped.get(name, 0) + count
         for symbol, energy in block.atom_energies.items():
-            _add_reference(self.atom_energies, symbol, energy, f"a frame of {self.path}")
+            _add_reference(self.atom_energies, symbol, energy, f"a frame of {self.name}")
         finite = np.isfinite(block.arrays["forces"]).all(axis=1)
         of_atom = np.repeat(np.arange(len(block.subset)), block.arrays["atoms"])
         self.edges += int(np.sum(block.arrays["edges"]))
@@ -272,7 +276,7 @@ class Writer:
             self.discard()
             left_out = ", ".join(f"{count} {name}" for name, count in self.dropped.items()) or "none"
             raise InputError(
-                f"no frames are left for {self.path} of {self.read} (dropped: {left_out}): look at the input and its filters"
+                f"no frames are left of the {self.read} of {self.name} (dropped: {left_out}): look at the input and its filters"
             )
         self.checkpoint(self.position)
         self.close()

@@ -84,7 +84,8 @@ def prepare(
         **source.settings,
         "filters": asdict(filters),
     }
-    with Writer(path, description, r_max) as writer:
+    name = f"{source.files[0]}" + (f" and {len(source.files) - 1} more" if len(source.files) > 1 else "")
+    with Writer(path, description, r_max, name) as writer:
         pieces = _Positions(source.pieces(writer.position))
         bar = tqdm(
             total=source.total, initial=source.done(writer.position), unit=source.unit, desc="preparing", disable=not progress,
@@ -100,7 +101,7 @@ def prepare(
                     writer.checkpoint(position)
                     last = time.monotonic()
         if writer.frames and not writer.edges:
-            raise InputError(f"no frame of {path} has two atoms within r_max={r_max:g} Å: raise the cutoff")
+            raise InputError(f"no frame of {name} has two atoms within r_max={r_max:g} Å: raise the cutoff")
         return writer.finish(**source.facts)
 
 

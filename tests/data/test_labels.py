@@ -339,5 +339,5 @@ def test_frames_that_cannot_be_trained_on_are_named(tmp_path, frame, expected):
 
 
 def test_a_cutoff_without_an_edge_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"two atoms within r_max=1\.5"):
+    with pytest.raises(InputError, match=r"no frame of .*a\.xyz has two atoms within r_max=1\.5"):
         prepared(tmp_path, [PAIR], r_max=1.5)

@@ -204,7 +204,7 @@ def test_partial_stress_is_trained_on_when_asked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("model.r_max=0.5", r"two atoms within (model\.)?r_max=0\.5"),
+        ("model.r_max=0.5", r"o frame of .*a\.xyz has two atoms within (model\.)?r_max=0\.5"),
         ("data.energy_key=typo", r"no energy under typo .*correct data\.energy_key=typo"),
         ("data.stress_key=typo", r"so none has a stress: leave data\.stress_key=typo out"),
     ],
