@@ -148,9 +148,10 @@ def _refuse_changed_data(args: argparse.Namespace, config: DictConfig, data: run
     """Looks whether the data are what the run was trained on, so that its parts are what they were."""
     before = _fingerprint_of(args.run)
     if before is None:
-        print(
-            "The run was made by a version that kept no fingerprint of its data: whether they have changed is not known."
-        )
+        if launch.environment().is_first:
+            print(
+                "The run was made by a version that kept no fingerprint of its data: whether they have changed is not known."
+            )
         return
     what = run_data.changed(before, run_data.fingerprint(config, data), order=False)
     if what is None:
