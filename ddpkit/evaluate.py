@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ddpkit import phase
 from ddpkit.batch import Batch
 from ddpkit.data import Loader, PreparedSet, Sweep
 from ddpkit.errors import InputError
@@ -145,6 +146,7 @@ def evaluate(
     )  # fmt: skip
 
 
+@phase.waiting("the other ranks' errors")
 def summed(values: Floats, here: Environment) -> Floats:
     """The sum over all ranks of equally long arrays of numbers."""
     if here.world_size == 1:

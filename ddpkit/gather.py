@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddpkit import phase
 from ddpkit.launch import Environment
 
 POLL = 5e-5  # seconds between looks at a collective on the device
@@ -59,16 +60,18 @@ class Gather:
         self._pending = None
         if self._side is None:
             if work is not None:
-                work.wait()
+                with phase.waiting("the other ranks' numbers"):
+                    work.wait()
             return everyone.numpy(), note
         # `work.wait()` gives the memory that NCCL works in back to the training stream, which has not waited for NCCL: so it
         # comes after the host has seen the end of the gather.
-        while work is not None and not work.is_completed():
-            if time.monotonic() - sent > _FIRST * self._timeout:
-                raise dist.DistError(  # type: ignore[attr-defined]
-                    f"A small all-gather has not ended after {time.monotonic() - sent:.0f} s (train.timeout={self._timeout:g})"
-                )
-            time.sleep(POLL)
+        with phase.waiting("the device and the other ranks' numbers"):
+            while work is not None and not work.is_completed():
+                if time.monotonic() - sent > _FIRST * self._timeout:
+                    raise dist.DistError(  # type: ignore[attr-defined]
+                        f"A small all-gather has not ended after {time.monotonic() - sent:.0f} s (train.timeout={self._timeout:g})"
+                    )
+                time.sleep(POLL)
         del values  # which NCCL has read
         with torch.cuda.stream(self._side):
             self._side.wait_event(computed)

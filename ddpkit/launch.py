@@ -4,10 +4,8 @@
 """
 
 import atexit
-import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import sys
@@ -23,9 +21,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ddpkit.errors import InputError, unusable_path
+from ddpkit import meeting, network, phase
+from ddpkit.errors import InputError, RankLostError, unusable_path
 from ddpkit.launchers import Place as Place  # noqa: PLC0414  (part of what this module offers)
 from ddpkit.launchers import place as place  # noqa: PLC0414
+from ddpkit.meeting import first_host as first_host  # noqa: PLC0414
 
 T = TypeVar("T")
 
@@ -53,14 +53,8 @@ class Environment:
 
 
 _current: Environment | None = None
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list such as `gpu[07-09,12],cpu1`."""
-    head = re.match(r"([^\[,]+)(?:\[(\w+))?", nodelist)
-    if head is None:
-        raise InputError(f"SLURM's node list {nodelist!r} cannot be read: set MASTER_ADDR to the first host.")
-    return head[1] + (head[2] or "")
+_peers: list[meeting.Peer] = []
+_timeout = DEFAULT_TIMEOUT
 
 
 def init_process_group(
@@ -90,20 +84,20 @@ def init_process_group(
             "device=cuda was asked for, but torch sees no GPU here: use device=cpu or a CUDA build of torch."
         )
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    shared: dist.Store | None = None
+    if not dist.is_initialized():
+        atexit.register(_leave)
+        with phase.waiting("the other ranks to come"):
+            shared, here = _meet(here, timeout)
     if on_gpu:
         chosen = torch.device("cuda", here.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
         torch.set_num_threads(_threads(here))
-    if not dist.is_initialized():
-        atexit.register(_leave)
-        store = _store(here, timeout)
-        chosen_backend = backend or _backend(store, here, chosen)
-        dist.init_process_group(
-            chosen_backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout,
-            device_id=chosen if chosen_backend == "nccl" else None,
-        )  # fmt: skip
+    if shared is not None:
+        with phase.waiting("the other ranks to connect"):
+            _connect(shared, here, chosen, backend, timeout)
     _current = Environment(
         dist.get_rank(),
         dist.get_world_size(),
@@ -114,6 +108,54 @@ def init_process_group(
         dist.get_backend(),
     )
     return _current
+
+
+def _meet(here: Place, timeout: timedelta) -> tuple[dist.Store, Place]:
+    """The store of all ranks, once all have come, and where this one stands among them."""
+    global _peers  # noqa: PLW0603  (a process belongs to one group)
+    shared, reached = meeting.open_store(here, timeout)
+    if here.world_size == 1:
+        return shared, here
+    _peers = meeting.meet(shared, here, reached, timeout)
+    if chosen := meeting.interface(here.rank, _peers, network.interfaces()):
+        meeting.use(chosen)
+        meeting.try_links(shared, here.rank, _peers, chosen.address, timeout)
+    return shared, meeting.counted(here, _peers)
+
+
+def _connect(shared: dist.Store, here: Place, device: torch.device, backend: str | None, timeout: timedelta) -> None:
+    """Makes the process group."""
+    global _timeout  # noqa: PLW0603  (likewise)
+    _timeout = timeout
+    chosen = backend or _backend(shared, here, device)
+    try:
+        dist.init_process_group(
+            chosen, store=shared, rank=here.rank, world_size=here.world_size, timeout=timeout,
+            device_id=device if chosen == "nccl" else None,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if here.world_size == 1 or not is_of_communication(error):
+            raise
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or "the one of the host's name"
+        raise RankLostError(
+            f"Rank {here.rank} on {socket.gethostname()} did not connect to the other ranks ({chosen}, interface {interface}: "
+            f"{' '.join(str(error).split())[:200]}): look whether another rank has failed; {meeting.OPEN}."
+        ) from error
+
+
+def peers() -> list[meeting.Peer]:
+    """All ranks with their hosts and processes. The first call is for all ranks at once where others made the process group."""
+    global _peers  # noqa: PLW0603  (likewise)
+    if not _peers:
+        here = place()
+        alone = Place(here.launcher, dist.get_rank(), dist.get_world_size(), here.local_rank, here.local_size)
+        _peers = meeting.meet(store(), alone, "", _timeout)
+    return _peers
+
+
+def timeout_of_group() -> float:
+    """How long a collective may wait before the job ends, seconds."""
+    return _timeout.total_seconds()
 
 
 def _leave() -> None:
@@ -139,10 +181,10 @@ def environment() -> Environment:
 
 def shutdown() -> None:
     """Leaves the process group."""
-    global _current  # noqa: PLW0603
+    global _current, _peers
     if dist.is_initialized():
         dist.destroy_process_group()
-    _current = None
+    _current, _peers = None, []
 
 
 def store() -> dist.Store:
@@ -162,6 +204,25 @@ def within(seconds: float, ask: Callable[[], T]) -> T | None:
     thread.start()
     thread.join(seconds)
     return answers[0] if answers else None
+
+
+def wait_until(done: Callable[[], bool], what: str, every: float = 5e-5) -> None:
+    """Waits, without keeping Python's lock, for something that other ranks or a device have to do.
+
+    Args:
+        done: asked again and again.
+        what: in words that follow "waits for".
+        every: seconds between two questions.
+
+    Raises:
+        DistBackendError: it has not come within the timeout of the process group.
+    """
+    deadline = time.monotonic() + _timeout.total_seconds()
+    with phase.waiting(what):
+        while not done():
+            if time.monotonic() > deadline:
+                raise dist.DistBackendError(f"Waited {_timeout.total_seconds():.0f} s for {what}.")
+            time.sleep(every)
 
 
 def is_of_communication(error: BaseException) -> bool:
@@ -200,22 +261,23 @@ def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[
         shared.set(f"{key}/error", f"{kind}\n{text}")
     if shared.add(f"{key}/arrived", 1) == dist.get_world_size():
         shared.set(f"{key}/done", "1")
-    shared.wait([f"{key}/done"], timeout)
+    with phase.waiting(f"the other ranks in {what}"):
+        shared.wait([f"{key}/done"], timeout)
     if not shared.check([f"{key}/error"]):
         return
     kind, text = shared.get(f"{key}/error").decode().split("\n", 1)
-    _wait_for_readers(shared, f"{key}/read")
+    wait_for_readers(shared, f"{key}/read")
     raised_by_all = error or (InputError(text) if kind == "input" else RuntimeError(text))
     raised_by_all.everywhere = True  # type: ignore[attr-defined]  # see InputError
     raise raised_by_all
 
 
-def _wait_for_readers(shared: dist.Store, key: str) -> None:
+def wait_for_readers(shared: dist.Store, key: str) -> None:
     """Keeps rank 0, which may hold the store and is about to leave, until every rank has read what it had to."""
     if shared.add(key, 1) == dist.get_world_size():
         shared.set(f"{key}/all", "1")
     elif dist.get_rank() == 0:
-        with suppress(RuntimeError):  # someone is gone already
+        with suppress(RuntimeError), phase.waiting("the other ranks to hear of it"):  # someone is gone already
             shared.wait([f"{key}/all"], timedelta(seconds=10))
 
 
@@ -292,49 +354,6 @@ def _threads(here: Place) -> int:
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     mine, all_of_host = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     return max(1, mine if mine < all_of_host else mine // here.local_size)
-
-
-def _store(here: Place, timeout: timedelta) -> dist.Store:
-    """The store over which the ranks of a launcher meet."""
-    if here.world_size == 1 and here.launcher != "torchrun":
-        return dist.HashStore()
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        return next(iter(dist.rendezvous("env://", here.rank, here.world_size, timeout=timeout)))[0]
-    if here.launcher == "srun":
-        host = first_host(os.environ["SLURM_STEP_NODELIST"])
-        job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
-        port = 20000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 20000
-        return dist.TCPStore(host, port, here.world_size, is_master=here.rank == 0, timeout=timeout)
-    return _store_over_mpi(here, timeout)
-
-
-def _store_over_mpi(here: Place, timeout: timedelta) -> dist.Store:
-    """Rank 0 opens a store on a port that the system gives it, and tells the others through MPI."""
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    if (world.rank, world.size) != (here.rank, here.world_size):
-        raise InputError(
-            f"{here.launcher} started {here.world_size} ranks but mpi4py's MPI sees {world.size}: use the mpirun of the "
-            "MPI that mpi4py was built with, or set MASTER_ADDR and MASTER_PORT."
-        )
-    server: dist.TCPStore | None = None
-    meeting: tuple[str, int] | None = None
-    if here.rank == 0:
-        server = dist.TCPStore("0.0.0.0", 0, here.world_size, is_master=True, wait_for_workers=False, timeout=timeout)  # noqa: S104
-        meeting = ("127.0.0.1" if here.local_size == here.world_size else _address(), server.port)
-    host, port = world.bcast(meeting)
-    return server or dist.TCPStore(host, port, here.world_size, is_master=False, timeout=timeout)
-
-
-def _address() -> str:
-    """An address of this host that other hosts reach: of the route outward, which sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 9))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostbyname(socket.gethostname())
 
 
 def _backend(store: dist.Store, here: Place, device: torch.device) -> str:

@@ -3,25 +3,34 @@
 A rank that fails says why in the store that all ranks share. One whose communication breaks off looks there; where nothing was
 said, it looks for the processes of its host that are gone or stopped; and at last all that wait in vain sign a list, so that
 whoever is not on it is to blame.
+
+Meanwhile each rank tells the others that it lives, its phase, whether it waits and whether it makes progress, by a thread with a
+connection of its own; rank 0 judges them and all judge rank 0. A rank that compiles or labels for an hour is left alone.
 """
 
+import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from ddpkit import launch, meeting, phase, watchdog
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError, RankLostError, unusable_path
-from ddpkit.launch import Environment, is_of_communication, share, store, within
+from ddpkit.launch import Environment, agree, is_of_communication, store, within
 from ddpkit.sync.watch import before_abort
 
 _ANSWER = 2.0  # seconds that the store may take, and that ranks get to sign
+_NOTICE = 5.0  # seconds that a rank gets to notice by itself that another one has failed
+_LOOK = 0.25  # seconds between looks at the clock
 
 
 class Lifeline:
@@ -36,15 +45,21 @@ class Lifeline:
         self._here, self._keep = here, keep
         self.step: Callable[[], int] = lambda: 0  # the step under way; 0 before the first
         self._said = False
-        self._processes: list[tuple[str, int]] = []
+        self._voice = threading.Lock()
+        self._peers: list[meeting.Peer] = []
         if here.world_size > 1:
             self._store = store()
-            self._store.set(f"process/{here.rank}", f"{socket.gethostname()} {os.getpid()}")
-            names = share(
-                lambda: [self._store.get(f"process/{rank}").decode() for rank in range(here.world_size)],
-                "meeting the others",
-            )
-            self._processes = [(host, int(number)) for host, number in map(str.split, names)]
+            self._peers = launch.peers()
+        self._limit = launch.timeout_of_group()
+        self._tick = min(2.0, max(0.25, self._limit / 16))  # seconds between two signs of life
+        self._left = threading.Event()
+        self._beats: list[threading.Thread] = []
+        self._news = _News()
+
+    def keeps_in(self, run_dir: Path) -> None:
+        """Has the watchdog of this rank tell of a failure in that run folder too."""
+        if watchdog.board is not None:
+            watchdog.board.belongs_to(run_dir)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -64,8 +79,10 @@ class Lifeline:
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         before_abort.append(self._keep)
+        self._begin()
         try:
             yield
+            self._part()
         finally:
             before_abort.remove(self._keep)
             signal.set_wakeup_fd(wakeup)
@@ -75,15 +92,17 @@ class Lifeline:
 
     def _listen(self, reader: socket.socket) -> None:
         while numbers := reader.recv(64):
+            if self._news.clock and time.monotonic() - self._news.clock > _NOTICE:
+                continue  # this process was stopped itself: the others know better
             if self._gone():
                 time.sleep(0.05)  # a process that was stopped with this one needs a moment to go on too
             if gone := self._gone():
                 told = self._told(0.1)  # by a rank that failed while this one was busy, and has said so itself
                 sentence = told[-1] if told else self._sentence(gone)
                 self._keep(sentence)
-                if not (told or self._said):
-                    print(f"\nddpkit: {sentence}", file=sys.stderr, flush=True)  # after a progress bar
-                self._said = True
+                if told:
+                    self._said = True
+                self._say(sentence)
             elif signal.SIGTERM in numbers and self._here.is_first:
                 self._keep(f"SIGTERM came {self._when()}, and the run was ended before it could leave by itself.")
 
@@ -122,19 +141,22 @@ class Lifeline:
         """What another rank said, or what happened to it."""
         told = self._told(_ANSWER)
         if told:
-            kind, _, text = told
+            kind, rank, text = told
+            if kind == "lost" and self._speaks([int(rank)]):
+                self._say(text)
             return _said(InputError(text) if kind == "input" else RankLostError(text))
         deadline = time.monotonic() + 0.2  # a process that has just been killed may not be gone yet
         while not (gone := self._gone()) and time.monotonic() < deadline:
             time.sleep(0.01)
         if not gone and (is_of_communication(error) or isinstance(error, RankDisagreementError)):
-            gone = self._unsigned() if told is not None else "rank 0, which holds the store, does not answer"
+            gone = self._unsigned() if told is not None else f"{self._name(0)}, which holds the store, does not answer"
         if not gone:
             return None
         lost = RankLostError(self._sentence(gone))
-        if self._said:
-            return _said(lost)
-        self._said = True
+        with self._voice:
+            if self._said:
+                return _said(lost)
+            self._said = True
         return lost
 
     def _told(self, seconds: float) -> tuple[str, ...] | None:
@@ -148,20 +170,28 @@ class Lifeline:
     def _gone(self) -> str:
         """The ranks of this host whose processes have ended or are stopped; empty where all are well."""
         found = []
-        for rank, (host, number) in enumerate(self._processes):
-            if host != socket.gethostname() or rank == self._here.rank:
-                continue
-            try:
-                state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                state = "Z"
+        for rank in self._beside():
+            state = self._state(rank)
             if state in "ZX":
-                found.append(
-                    f"rank {rank} (process {number} on {host}) ended without a word (killed, or out of memory)"
-                )
+                found.append(f"{self._name(rank)} ended without a word (killed, or out of memory)")
             elif state in "Tt":
-                found.append(f"rank {rank} (process {number} on {host}) is stopped")
+                found.append(f"{self._name(rank)} is stopped")
         return " and ".join(found)
+
+    def _beside(self) -> list[int]:
+        """The other ranks of this host."""
+        own = self._here.rank
+        return [r for r, p in enumerate(self._peers) if r != own and p.machine == self._peers[own].machine]
+
+    def _state(self, rank: int) -> str:
+        """The state of the process of a rank of this host, as `ps` shows it."""
+        try:
+            return watchdog.state(self._peers[rank].process)
+        except (OSError, IndexError):
+            return "X"
+
+    def _name(self, rank: int) -> str:
+        return self._peers[rank].describe(rank)
 
     def _unsigned(self) -> str:
         """The ranks that do not wait in vain as this one does."""
@@ -170,11 +200,185 @@ class Lifeline:
         time.sleep(_ANSWER)
         missing = within(_ANSWER, lambda: [r for r in ranks if not self._store.check([f"waited/{r}"])])
         if missing is None:
-            return "rank 0, which holds the store, does not answer"
-        names = [
-            f"rank {rank} (process {self._processes[rank][1]} on {self._processes[rank][0]})" for rank in missing[:8]
-        ]
+            return f"{self._name(0)}, which holds the store, does not answer"
+        names = [self._name(rank) for rank in missing[:8]]
         return f"{', '.join(names)} did not come to the others: hung, stopped or lost" if names else ""
+
+    # -- signs of life -------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Begins to watch the others, and to be watched."""
+        if self._here.world_size == 1:
+            return
+        if watchdog.board is not None:
+            watchdog.board.watch_together(together=True, limit=self._limit)
+        for work in (self._exchange, self._look):
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            self._beats.append(thread)
+
+    def _part(self) -> None:
+        """Ends that, once all ranks have come to their end. From here on the watchdogs alone bound what is left."""
+        if self._here.world_size == 1:
+            return
+        with agree("ending the run"):
+            pass
+        self._left.set()
+        if watchdog.board is not None:
+            watchdog.board.watch_together(together=False)
+        for thread in self._beats:
+            thread.join(_ANSWER)
+        launch.wait_for_readers(self._store, "parted")
+        phase.wait_from_now("the other ranks to end")
+
+    def _exchange(self) -> None:
+        """A thread: tells that this rank lives, and reads what the others told. Stands still where the store does not answer."""
+        watchdog.name_thread(watchdog.WATCHER)
+        own, news = self._here.rank, self._news
+        judge = Judge(self._here.world_size, self._limit)
+        number = 0
+        last = time.monotonic()
+        try:
+            shared = self._store.clone()  # type: ignore[attr-defined]  # the main thread may keep the other connection for hours
+            while not self._left.wait(self._tick if number else 0.0):
+                number += 1
+                shared.set(f"alive/{own}", json.dumps({"number": number} | self._stand()))
+                if own == 0:
+                    now = time.monotonic()
+                    passed, last = min(now - last, 3 * self._tick), now
+                    self._judge(shared, judge, passed)
+                first = shared.get("alive/0") if shared.check(["alive/0"]) else b""
+                if first != news.first:
+                    news.first, news.since_first = first, 0.0
+                if not news.told and shared.check(["failed"]):
+                    news.told = tuple(shared.get("failed").decode().split("\n", 2))
+                news.since_answer = 0.0
+        except RuntimeError:
+            news.broken = True
+
+    def _stand(self) -> dict[str, Any]:
+        """How this rank stands."""
+        wait = phase.waits()
+        return {
+            "phase": phase.current()[0],
+            "waits": "" if wait is None else wait.what,
+            "since": 0.0 if wait is None else wait.since,
+            "patient": wait is not None and wait.patient,
+            "idle": 0.0 if watchdog.board is None else watchdog.board.idle,
+        }
+
+    def _judge(self, shared: dist.Store, judge: "Judge", passed: float) -> None:
+        """Rank 0 looks at all ranks, and says which is lost."""
+        keys = [f"alive/{rank}" for rank in range(self._here.world_size)]
+        if not shared.check(keys):  # some rank has not begun
+            texts = [shared.get(key) if shared.check([key]) else b"{}" for key in keys]
+        else:
+            texts = shared.multi_get(keys)  # type: ignore[attr-defined]
+        ended = [rank for rank in self._beside() if self._state(rank) in "ZX"]
+        lost, what = judge.look(texts, ended, passed)
+        lost = [rank for rank in lost if what != SILENT or not self._computes(rank)]
+        if lost or what == ALL_WAIT:
+            sentence = self._verdict(lost, what, judge)
+            shared.compare_set("failed", "", f"lost\n{lost[0] if lost else -1}\n{sentence}")
+
+    def _computes(self, rank: int) -> bool:
+        """Whether a rank of this host that gives no sign of life computes all the same: a call into C may keep Python's lock."""
+        if rank not in self._beside() or self._state(rank) in "TtZX":
+            return False
+        with suppress(OSError, IndexError):
+            process = self._peers[rank].process
+            before = watchdog.used(process)[0]
+            time.sleep(1.0)
+            return watchdog.used(process)[0] - before > 0.3
+        return False
+
+    def _verdict(self, lost: Sequence[int], what: str, judge: "Judge") -> str:
+        """What happened, in a sentence."""
+        if what == ALL_WAIT:
+            waits = [f"rank {rank} for {stand['waits']} in phase {stand['phase']}" for rank, stand in judge.shown()]
+            return (
+                f"All ranks have waited for {self._limit:.0f} s ({', '.join(waits)}): they do different things, or the network "
+                "between them has stopped; resume goes on from the last checkpoint."
+            )
+        parts = [
+            f"{self._name(rank)} {self._cause_of_silence(rank, what)}{self._phase(rank, judge)}" for rank in lost[:8]
+        ]
+        more = f" and {len(lost) - 8} more" * (len(lost) > 8)
+        sentence = f"{' and '.join(parts)}{more}; resume goes on from the last checkpoint."
+        return sentence[0].upper() + sentence[1:]
+
+    def _phase(self, rank: int, judge: "Judge") -> str:
+        """The phase that a rank is in, in words."""
+        told = judge.phase(rank)
+        if not told and rank in self._beside():  # it has not told any yet
+            with suppress(OSError):
+                told = Path(f"/proc/{self._peers[rank].process}/comm").read_text().strip().removeprefix("ddpkit:")
+        return f" in phase {told}" if told else ""
+
+    def _cause_of_silence(self, rank: int, what: str) -> str:
+        if what == IDLE:
+            return f"has made no progress for {self._limit:.0f} s (it used no processor time, read and wrote nothing)"
+        if rank in self._beside() and (state := self._state(rank)) in "TtZX":
+            stopped = f"has been stopped for {self._limit:.0f} s"
+            return stopped if state in "Tt" else "ended without a word (killed, or out of memory)"
+        return f"has given no sign of life for {self._limit:.0f} s (stopped, or its host or the network is down)"
+
+    def _look(self) -> None:
+        """A thread: ends this process where another rank has failed or is lost. Never waits for anything."""
+        watchdog.name_thread(watchdog.WATCHER)
+        news, noticed = self._news, 0.0
+        news.clock = time.monotonic()
+        while not self._left.wait(_LOOK):
+            now = time.monotonic()
+            passed, news.clock = min(now - news.clock, 3 * _LOOK), now
+            news.since_answer += passed
+            news.since_first += passed
+            if news.told or news.broken:
+                noticed += passed
+            if news.told and news.told[0] == "lost":
+                self._end(news.told[2], [int(news.told[1])])
+            elif news.told and noticed > _NOTICE:
+                speaks = self._peers[int(news.told[1])].machine != self._peers[self._here.rank].machine
+                self._end(news.told[2], [] if speaks else None, 2 if news.told[0] == "input" else 1)
+            elif self._here.is_first:
+                continue
+            elif news.broken and noticed > _ANSWER:
+                what = self._gone() or f"{self._name(0)}, which holds the store, is gone, or the network to it is down"
+                self._end(self._sentence(what), [0])
+            elif max(news.since_first, news.since_answer) >= self._limit and not self._computes(0):
+                where = f" in phase {json.loads(news.first)['phase']}" if news.first else ""
+                sentence = f"{self._name(0)} {self._cause_of_silence(0, SILENT)}{where}; resume goes on from the last checkpoint."
+                self._end(sentence[0].upper() + sentence[1:], [0])
+
+    def _speaks(self, lost: Sequence[int]) -> bool:
+        """Whether this rank says for its host what happened to the lost ones."""
+        beside = [*self._beside(), self._here.rank]
+        return min((rank for rank in beside if rank not in lost), default=-1) == self._here.rank
+
+    def _say(self, sentence: str) -> None:
+        """Prints what happened, once."""
+        with self._voice:
+            if not self._said:
+                print(f"\nddpkit: {sentence}", file=sys.stderr, flush=True)  # after a progress bar
+            self._said = True
+
+    def _end(self, sentence: str, lost: Sequence[int] | None, code: int = 1) -> None:
+        """Ends this process, from a thread: the main thread waits where nothing can wake it.
+
+        Args:
+            sentence: what happened.
+            lost: the ranks that are to blame; None where one of this host has said it.
+            code: exit code.
+        """
+        self._keep(sentence)
+        if lost is not None and self._speaks(lost):
+            self._say(sentence)
+        else:
+            time.sleep(1.0)  # whoever ends first has the launcher end the others
+        for process in watchdog.below(os.getpid()):
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        os._exit(code)
 
     def _when(self) -> str:
         return f"at step {self.step()}" if self.step() else "before the first step"
@@ -200,3 +404,76 @@ def _said(error: Exception) -> Exception:
     """Marks an error whose sentence has been printed, by the rank that had it or by this one."""
     error.said = True  # type: ignore[attr-defined]
     return error
+
+
+@dataclass
+class _News:
+    """What the threads of a lifeline know. Times in seconds that this process has run meanwhile."""
+
+    first: bytes = b""  # what rank 0 told last
+    since_first: float = 0.0
+    since_answer: float = 0.0  # of the store
+    told: tuple[str, ...] = ()  # kind, rank and text of a failure
+    broken: bool = False  # whether the store is gone
+    clock: float = 0.0
+
+
+ENDED, SILENT, IDLE, ALL_WAIT = "ended", "silent", "idle", "all wait"
+
+
+class Judge:
+    """Tells from what ranks say of themselves which of them are lost.
+
+    Args:
+        world_size: number of ranks.
+        limit: seconds without a sign of life, or without progress.
+    """
+
+    def __init__(self, world_size: int, limit: float) -> None:
+        self._limit = limit
+        self._texts = [b""] * world_size
+        self._ages = [0.0] * world_size
+        self._stands: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        self._waits: list[tuple[str, float]] = []
+        self._all_wait = 0.0
+
+    def look(self, texts: Sequence[bytes], ended: Sequence[int], passed: float) -> tuple[list[int], str]:
+        """Looks at what all ranks told.
+
+        Args:
+            texts: of each rank, what it told last (see `Lifeline._stand`).
+            ended: ranks whose processes are known to have ended.
+            passed: seconds since the last call.
+
+        Returns:
+            The lost ranks and what happened to them: `ENDED`, `SILENT`, `IDLE`, or `ALL_WAIT` without any rank; none and an
+            empty string if all is well.
+        """
+        for rank, text in enumerate(texts):
+            self._ages[rank] = 0.0 if text != self._texts[rank] else self._ages[rank] + passed
+            if text != self._texts[rank]:
+                self._stands[rank] = json.loads(text)
+        self._texts = list(texts)
+        # A rank may end a moment after it has said why.
+        if lost := [rank for rank in ended if self._ages[rank] >= 2 * _ANSWER]:
+            return lost, ENDED
+        if lost := [rank for rank, age in enumerate(self._ages) if age >= self._limit]:
+            return lost, SILENT
+        if lost := [
+            r for r, stand in enumerate(self._stands) if stand and not stand["waits"] and stand["idle"] >= self._limit
+        ]:
+            return lost, IDLE
+        waits = [(stand.get("waits", ""), stand.get("since", 0.0)) for stand in self._stands]
+        stuck = all(what for what, _ in waits) and not any(stand["patient"] for stand in self._stands)
+        self._all_wait = self._all_wait + passed if stuck and waits == self._waits else 0.0
+        self._waits = waits
+        # Collectives end by themselves at the limit, and name more.
+        return ([], ALL_WAIT) if self._all_wait >= self._limit + _NOTICE else ([], "")
+
+    def phase(self, rank: int) -> str:
+        """The phase that a rank was in last; empty if it has told none."""
+        return str(self._stands[rank].get("phase", ""))
+
+    def shown(self) -> list[tuple[int, dict[str, Any]]]:
+        """The first few ranks and how they stand."""
+        return list(enumerate(self._stands))[:4]

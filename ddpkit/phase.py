@@ -83,6 +83,12 @@ def waiting(what: str, *, patient: bool = False) -> Iterator[None]:
         _tell()
 
 
+def wait_from_now(what: str) -> None:
+    """As `waiting`, for the rest of this process's life."""
+    _waits.append(Wait(what, time.monotonic(), patient=False))
+    _tell()
+
+
 def waits() -> Wait | None:
     """What this process waits for: the innermost, since the outermost began; None while it works."""
     try:

@@ -10,8 +10,9 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
-from ddpkit import __version__, phase
+from ddpkit import __version__, phase, watchdog
 from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, unusable_path
+from ddpkit.launchers import any_rank, place
 
 # verb -> (module, what it does, whether it takes Hydra overrides)
 VERBS = {
@@ -59,8 +60,9 @@ def _dispatch(arguments: Sequence[str]) -> None:
         print(_overview(group))
         return
     verb, rest = _verb(arguments)
-    if verb == "run":
+    if verb == "run" and not any(word in ("-h", "--help", "--cfg") for word in rest):
         phase.enter("import")
+        watchdog.start(rest)
     module_name, does, takes_overrides = VERBS[verb]
     module = importlib.import_module(module_name)
     if takes_overrides:
@@ -170,11 +172,10 @@ def _abandon(code: int, sentence: str, error: BaseException) -> None:
 
 
 def _rank() -> int:
-    if "torch" not in sys.modules and not any(name.startswith(("OMPI_", "PMI_", "SLURM_")) for name in os.environ):
-        return 0
-    from ddpkit.launch import place
-
-    return place().rank
+    try:
+        return place().rank
+    except InputError:
+        return any_rank()
 
 
 def _is_running_with_others() -> bool:

@@ -77,6 +77,7 @@ def main(overrides: Sequence[str]) -> None:
         with lifeline.listening():
             phase.enter("data")
             job.open(overrides)
+            lifeline.keeps_in(Path(job.config.run_dir))
             _train(job, lifeline)
     except BaseException as error:
         failure = lifeline.explain(error)

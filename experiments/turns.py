@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Self
 
-from ddpkit import launch
+from ddpkit import launch, phase
 from ddpkit.errors import InputError
 from ddpkit.train import Trainer
 
@@ -38,6 +38,7 @@ def wait_for(folder: Path, label: str) -> Callable[[Trainer], int]:
     return wait
 
 
+@phase.waiting("its turn among the runs of a study", patient=True)
 def _wait(folder: Path, label: str, trainer: Trainer) -> int:
     epoch = trainer.progress.epoch
     (folder / f"{label}.ready.{epoch}").touch()

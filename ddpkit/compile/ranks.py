@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from ddpkit import phase
 from ddpkit.compile.layout import Layout
 from ddpkit.launch import PATIENT_TIMEOUT, agree, first_rank_first, store
 
@@ -55,11 +56,13 @@ def of_first_rank(layout: Layout, sizes: Mapping[str, int]) -> dict[str, int]:
     names, form = layout.names, layout.form()
     if dist.get_rank() == 0:
         shared.set(key, json.dumps([form, [sizes[name] for name in names]]))
-    shared.wait([key], PATIENT_TIMEOUT)
+    with phase.waiting("rank 0's sizes"):
+        shared.wait([key], PATIENT_TIMEOUT)
     their_form, theirs = json.loads(shared.get(key))
     return dict(zip(names, theirs, strict=True)) if their_form == form else dict(sizes)
 
 
+@phase.waiting("the other ranks' counts")
 def most_on_ranks(count: int) -> int:
     """The largest of the ranks' counts (one collective)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ddpkit import phase
 from ddpkit.errors import InputError
 
 
@@ -50,7 +51,8 @@ def _wait_for(descriptor: int) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(0.1)
+            with phase.waiting("another process that makes the same data", patient=True):
+                time.sleep(0.1)
         except OSError:
             return  # no locks here
         else:

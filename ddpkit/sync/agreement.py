@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ddpkit import phase
 from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.sync.modules import Named
 
@@ -28,6 +29,7 @@ def _form(tensor: Tensor) -> dict[str, object]:
     return {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype), "device": tensor.device.type}
 
 
+@phase.waiting("the other ranks")
 def meet(timeout: float) -> None:
     """Waits for the other ranks, no longer than `timeout` seconds; other collectives here wait as long as the group does."""
     options = dist.AllreduceOptions()
@@ -37,6 +39,7 @@ def meet(timeout: float) -> None:
     dist.group.WORLD.allreduce([knock], options).wait()  # type: ignore[union-attr]
 
 
+@phase.waiting("the other ranks' models")
 def verify(described: Description) -> None:
     """Compares what this rank describes with what the others do (one collective).
 
@@ -71,6 +74,7 @@ def _difference(rank: int, theirs: Description, first: Description) -> str:
     )
 
 
+@phase.waiting("rank 0's parameters")
 @torch.no_grad()
 def broadcast(module: Named) -> None:
     """Copies parameters and buffers of rank 0 to all ranks."""

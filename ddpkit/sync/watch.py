@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch.distributed as dist
 
+from ddpkit import phase
 from ddpkit.errors import RankDisagreementError
 from ddpkit.launch import is_of_communication, store, within
 
@@ -76,7 +77,8 @@ class Watch:
         self._call = call
         self._since = time.monotonic()
         try:
-            yield
+            with phase.waiting("the other ranks' gradients"):
+                yield
         except (RankDisagreementError, FloatingPointError):
             raise
         except RuntimeError as error:

@@ -1,0 +1,323 @@
+"""A small process beside each rank that bounds its whole life, from the first import to MPI's end.
+
+A thread cannot do this: it stands still while its process is stopped, while a call into C keeps Python's lock (`MPI_Init`), and
+after Python's end. The watchdog is forked before anything heavy is imported, ends with its rank, and reads what the rank tells it
+(phase, whether it waits for others) from shared memory and whether it makes progress from `/proc`. A rank that is stopped, or
+that neither waits nor computes nor reads nor writes for the timeout, is killed with a sentence that names it.
+
+Between the meeting of the ranks and their parting they tell each other through the store (`ddpkit.lifeline`), and who is missing
+is named by the others; the watchdog then acts a few seconds later, on what is left.
+"""
+
+import gc
+import mmap
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpkit import phase
+from ddpkit.launchers import any_rank, place
+from ddpkit.summary import record_failure
+
+DEFAULT_TIMEOUT = 600.0  # seconds, of train.timeout
+GRACE = 6.0  # seconds that the other ranks get to say who is missing
+BUSY = 0.01  # share of a core that counts as progress
+MOVED = 1 << 16  # bytes read or written that count as progress
+WATCHER = "ddpkit:beat"  # name of the threads that run in a stuck process too, as torch's own do
+_WATCHERS = ("pt_", WATCHER)
+_PATH = 1024
+_HERTZ = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How a rank stands, as it told its watchdog.
+
+    Attributes:
+        changes: how often it has told something new.
+        phase: of its life.
+        waits: 0 if it works, 1 if it waits for other ranks, 2 if it waits patiently.
+        together: whether the ranks watch over each other meanwhile.
+        limit: the timeout, seconds.
+        run_dir: its run folder, empty before it has one.
+    """
+
+    changes: int
+    phase: str
+    waits: int
+    together: bool
+    limit: float
+    run_dir: str
+
+
+class Board:
+    """Memory that a rank and its watchdog share: the rank writes how it stands, the watchdog for how long it has been idle."""
+
+    _head = struct.Struct("<qBBBd")
+    _idle = struct.Struct("<d")
+
+    def __init__(self, limit: float) -> None:
+        self._memory = mmap.mmap(-1, self._idle.size + self._head.size + _PATH)
+        self._changes, self._together, self._limit = 0, False, limit
+        self.tell()
+
+    def tell(self) -> None:
+        """Tells how this rank stands now."""
+        wait = phase.waits()
+        self._changes += 1
+        self._head.pack_into(
+            self._memory, self._idle.size, self._changes, phase.PHASES.index(phase.current()[0] or phase.PHASES[0]),
+            0 if wait is None else 1 + wait.patient, self._together, self._limit,
+        )  # fmt: skip
+
+    def watch_together(self, together: bool, limit: float | None = None) -> None:
+        """Tells whether the ranks watch over each other from now on, and what the timeout is."""
+        self._together, self._limit = together, limit or self._limit
+        self.tell()
+
+    def belongs_to(self, run_dir: Path) -> None:
+        """Tells the run folder whose summary is to tell of a failure."""
+        path = os.fsencode(run_dir.absolute())
+        if len(path) <= _PATH:
+            start = self._idle.size + self._head.size
+            self._memory[start : start + len(path)] = path
+
+    @property
+    def idle(self) -> float:
+        """For how many seconds this rank has made no progress, as its watchdog sees it."""
+        return float(self._idle.unpack_from(self._memory, 0)[0])
+
+    @idle.setter
+    def idle(self, seconds: float) -> None:
+        self._idle.pack_into(self._memory, 0, seconds)
+
+    def read(self) -> Seen:
+        """How the rank stands."""
+        changes, number, waits, together, limit = self._head.unpack_from(self._memory, self._idle.size)
+        path = self._memory[self._idle.size + self._head.size :].rstrip(b"\0")
+        return Seen(changes, phase.PHASES[number], waits, bool(together), limit, os.fsdecode(path))
+
+
+board: Board | None = None
+"""Of this process, where it has a watchdog."""
+
+
+def start(overrides: Sequence[str]) -> None:
+    """Forks the watchdog of this rank, where there are several.
+
+    Args:
+        overrides: of the command line, for `train.timeout`: the configuration is read later, by what may hang.
+
+    Raises:
+        InputError: the launcher's variables cannot be read.
+    """
+    global board  # noqa: PLW0603  (a process has one watchdog)
+    here = place()
+    if here.world_size == 1 or board is not None or not Path("/proc/self/stat").exists():
+        return
+    board = Board(_timeout(overrides))
+    ward = os.getpid()
+    gc.freeze()  # so that the two share their memory
+    if os.fork() == 0:
+        try:
+            _watch(ward, here.rank, board)
+        finally:
+            os._exit(0)
+    gc.unfreeze()
+    phase.listeners.append(board.tell)
+
+
+def _timeout(overrides: Sequence[str]) -> float:
+    """`train.timeout` of the command line."""
+    timeout = DEFAULT_TIMEOUT
+    for word in overrides:
+        if found := re.fullmatch(r"\+{0,2}train\.timeout=(.*)", word):
+            with suppress(ValueError):
+                timeout = float(found[1])
+    return timeout if timeout > 0 else DEFAULT_TIMEOUT
+
+
+@dataclass
+class Ages:
+    """For how many seconds a rank has been stopped, has made no progress, and has waited for others. Time during which the
+    watchdog was stopped itself, as with a whole job that is suspended, does not count.
+    """
+
+    stopped: float = 0.0
+    idle: float = 0.0
+    waited: float = 0.0
+
+
+def verdict(seen: Seen, ages: Ages) -> str:
+    """What is wrong with a rank, in words that follow its name; empty if nothing is."""
+    limit = seen.limit + GRACE if seen.together else seen.limit
+    if ages.stopped >= limit:
+        return f"has been stopped for {ages.stopped:.0f} s"
+    if not seen.waits and ages.idle >= limit:
+        return f"has made no progress for {ages.idle:.0f} s (it used no processor time, read and wrote nothing)"
+    # A rank that is stopped is named by its own watchdog first.
+    if seen.waits == 1 and not seen.together and ages.waited >= limit + GRACE / 2:
+        return f"has waited {ages.waited:.0f} s for the other ranks"
+    return ""
+
+
+def _watch(ward: int, rank: int, board: Board) -> None:
+    """The life of a watchdog: ends with its rank, or ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # the rank may have something to save
+    name_thread("ddpkit:watchdog")
+    ages, meter = Ages(), Meter(ward)
+    last, changes = time.monotonic(), -1
+    tick = 0.25
+    while not _ended(ward, tick):
+        now = time.monotonic()
+        passed, last = min(now - last, 3 * tick), now
+        seen = board.read()
+        tick = min(5.0, max(0.25, seen.limit / 40))
+        try:
+            stopped = state(ward) in "tT"
+            moved = meter.moved(passed)
+        except (OSError, IndexError):
+            continue  # it is ending
+        ages.stopped = ages.stopped + passed if stopped else 0.0
+        anew = seen.changes != changes
+        changes = seen.changes
+        ages.waited = ages.waited + passed if seen.waits and not anew else 0.0
+        ages.idle = ages.idle + passed if not (moved or anew or seen.waits) else 0.0
+        board.idle = ages.idle
+        if why := verdict(seen, ages):
+            name = f"Rank {rank} (process {ward} on {socket.gethostname()})"
+            others = "".join(f", {other}" for other in _others(ward)) if seen.waits else ""
+            after = "; resume goes on from the last checkpoint" if seen.run_dir else ""
+            sentence = f"{name} {why} in phase {seen.phase}{others}: the run ends{after}."
+            if seen.run_dir:
+                record_failure(Path(seen.run_dir), sentence)
+            sys.stderr.write(f"\nddpkit: {sentence}\n")
+            sys.stderr.flush()
+            _kill(ward)
+            return
+
+
+def _ended(process: int, seconds: float) -> bool:
+    """Whether the parent of this process has ended; waits so long for that."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except OSError:
+        time.sleep(seconds if os.getppid() == process else 0)
+    else:
+        try:
+            select.select([descriptor], [], [], seconds)
+        finally:
+            os.close(descriptor)
+    return os.getppid() != process
+
+
+class Meter:
+    """Tells whether a process, or one that it started, makes progress: uses the processor, reads or writes."""
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+        self._seconds, self._bytes, self._since = 0.0, 0, 0.0
+
+    def moved(self, passed: float) -> bool:
+        """Whether it has, since this was last so.
+
+        Args:
+            passed: seconds since the last call.
+        """
+        self._since += passed
+        seconds, size = used(self._process)
+        if seconds - self._seconds < max(0.02, BUSY * self._since) and abs(size - self._bytes) < MOVED:
+            return False
+        self._seconds, self._bytes, self._since = seconds, size, 0.0
+        return True
+
+
+def used(process: int) -> tuple[float, int]:
+    """Processor time [s] and bytes read and written by a process and all below it, but for the threads that watch."""
+    seconds, size = _used(Path(f"/proc/{process}"), children=True)
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with suppress(OSError):
+            if (thread / "comm").read_text().startswith(_WATCHERS):
+                theirs = _used(thread, children=False)
+                seconds, size = seconds - theirs[0], size - theirs[1]
+    for other in below(process):
+        with suppress(OSError):
+            theirs = _used(Path(f"/proc/{other}"), children=True)
+            seconds, size = seconds + theirs[0], size + theirs[1]
+    return seconds, size
+
+
+def _used(path: Path, *, children: bool) -> tuple[float, int]:
+    fields = _stat(path)
+    ticks = sum(map(int, fields[11 : 15 if children else 13]))
+    size = 0
+    with suppress(OSError):  # some containers do not show it
+        size = sum(int(line.split()[1]) for line in (path / "io").read_text().splitlines()[:2])
+    return ticks / _HERTZ, size
+
+
+def _stat(path: Path) -> list[str]:
+    """The fields of `/proc/PID/stat` from the state on."""
+    return (path / "stat").read_text().rpartition(")")[2].split()
+
+
+def state(process: int) -> str:
+    """The state of a process as `ps` shows it: T is stopped, Z has ended.
+
+    Raises:
+        OSError: there is none.
+    """
+    return _stat(Path(f"/proc/{process}"))[0]
+
+
+def below(process: int) -> Iterator[int]:
+    """All processes that a process started, and those that they started, but for this one."""
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, children.read_text().split()):
+                if child != os.getpid():
+                    yield child
+                    yield from below(child)
+
+
+def _others(ward: int) -> list[str]:
+    """The ranks beside this one, started by the same launcher, that are stopped or in another phase."""
+    described = []
+    parent = _stat(Path(f"/proc/{ward}"))[1]
+    own = Path(f"/proc/{ward}/comm").read_text()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):
+            fields, name = _stat(path), (path / "comm").read_text()
+            if fields[1] != parent or path.name == str(ward) or not (fields[0] in "tTZ" or name != own):
+                continue
+            variables = dict(
+                word.split("=", 1) for word in (path / "environ").read_text(errors="replace").split("\0") if "=" in word
+            )
+            doing = {"t": "is stopped", "T": "is stopped", "Z": "has ended"}.get(fields[0], "is")
+            where = f" in phase {name.strip().removeprefix('ddpkit:')}" if name.startswith("ddpkit:") else " starting"
+            described.append(f"rank {any_rank(variables)} (process {path.name}) {doing}{where}")
+    return described
+
+
+def _kill(ward: int) -> None:
+    """Ends a rank and all that it started; a stopped process obeys SIGKILL alone."""
+    for process in [ward, *below(ward)]:  # listed first: they change their parent when it ends
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def name_thread(name: str) -> None:
+    """Gives the thread that calls this the name by which `top` shows it."""
+    with suppress(OSError):
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name[:15])
