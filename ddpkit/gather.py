@@ -69,7 +69,8 @@ class Gather:
             while work is not None and not work.is_completed():
                 if time.monotonic() - sent > _FIRST * self._timeout:
                     raise dist.DistError(  # type: ignore[attr-defined]
-                        f"A small all-gather has not ended after {time.monotonic() - sent:.0f} s (train.timeout={self._timeout:g})"
+                        f"A small all-gather has not ended after {time.monotonic() - sent:.0f} s "
+                        f"(train.timeout={self._timeout:g})"
                     )
                 time.sleep(POLL)
         del values  # which NCCL has read

@@ -52,7 +52,7 @@ class Lifeline:
             self._peers = launch.peers()
         self._limit = launch.timeout_of_group()
         self._tick = min(2.0, max(0.25, self._limit / 16))  # seconds between two signs of life
-        self._left = threading.Event()
+        self._left, self._turned = threading.Event(), threading.Event()
         self._beats: list[threading.Thread] = []
         self._news = _News()
 
@@ -92,7 +92,7 @@ class Lifeline:
 
     def _listen(self, reader: socket.socket) -> None:
         while numbers := reader.recv(64):
-            if self._news.clock and time.monotonic() - self._news.clock > _NOTICE:
+            if self._stood_still():
                 continue  # this process was stopped itself: the others know better
             if self._gone():
                 time.sleep(0.05)  # a process that was stopped with this one needs a moment to go on too
@@ -113,6 +113,10 @@ class Lifeline:
         """
         if isinstance(error, NonFiniteGradientError):  # on every rank
             return _everywhere(NonFiniteGradientError(f"During step {self.step()}: {error}"))
+        if self._here.world_size > 1 and self._stood_still():
+            return _said(
+                RankLostError(_ended(f"{self._name(self._here.rank)} had been stopped, and the others ended the run"))
+            )
         alone = self._here.world_size == 1 or not isinstance(error, Exception)
         if alone or getattr(error, "everywhere", False):
             return error
@@ -212,10 +216,16 @@ class Lifeline:
             return
         if watchdog.board is not None:
             watchdog.board.watch_together(together=True, limit=self._limit)
+        phase.listeners.append(self._turn)
         for work in (self._exchange, self._look):
             thread = threading.Thread(target=work, daemon=True)
             thread.start()
             self._beats.append(thread)
+
+    def _turn(self) -> None:
+        """Has a new phase told at once."""
+        if phase.current()[0] != self._news.phase:
+            self._turned.set()
 
     def _part(self) -> None:
         """Ends that, once all ranks have come to their end. From here on the watchdogs alone bound what is left."""
@@ -224,6 +234,8 @@ class Lifeline:
         with agree("ending the run"):
             pass
         self._left.set()
+        self._turned.set()
+        phase.listeners.remove(self._turn)
         if watchdog.board is not None:
             watchdog.board.watch_together(together=False)
         for thread in self._beats:
@@ -240,9 +252,11 @@ class Lifeline:
         last = time.monotonic()
         try:
             shared = self._store.clone()  # type: ignore[attr-defined]  # the main thread may keep the other connection for hours
-            while not self._left.wait(self._tick if number else 0.0):
+            while not self._left.is_set():
                 number += 1
-                shared.set(f"alive/{own}", json.dumps({"number": number} | self._stand()))
+                stand = self._stand()
+                shared.set(f"alive/{own}", json.dumps({"number": number} | stand))
+                news.phase = stand["phase"]
                 if own == 0:
                     now = time.monotonic()
                     passed, last = min(now - last, 3 * self._tick), now
@@ -253,6 +267,9 @@ class Lifeline:
                 if not news.told and shared.check(["failed"]):
                     news.told = tuple(shared.get("failed").decode().split("\n", 2))
                 news.since_answer = 0.0
+                self._turned.wait(self._tick)
+                self._turned.clear()
+                self._left.wait(min(_LOOK, self._tick))  # many short phases are told as one
         except RuntimeError:
             news.broken = True
 
@@ -300,28 +317,31 @@ class Lifeline:
                 f"All ranks have waited for {self._limit:.0f} s ({', '.join(waits)}): they do different things, or the network "
                 "between them has stopped; resume goes on from the last checkpoint."
             )
-        parts = [
-            f"{self._name(rank)} {self._cause_of_silence(rank, what)}{self._phase(rank, judge)}" for rank in lost[:8]
-        ]
+        parts = [self._describe(rank, what, judge.phase(rank)) for rank in lost[:8]]
         more = f" and {len(lost) - 8} more" * (len(lost) > 8)
-        sentence = f"{' and '.join(parts)}{more}; resume goes on from the last checkpoint."
-        return sentence[0].upper() + sentence[1:]
+        return _ended(f"{' and '.join(parts)}{more}")
 
-    def _phase(self, rank: int, judge: "Judge") -> str:
-        """The phase that a rank is in, in words."""
-        told = judge.phase(rank)
-        if not told and rank in self._beside():  # it has not told any yet
+    def _describe(self, rank: int, what: str, told: str) -> str:
+        """A lost rank, what happened to it, and in which phase: the one of its process where that is to be seen, else as told."""
+        beside = rank in self._beside()
+        if beside:
             with suppress(OSError):
                 told = Path(f"/proc/{self._peers[rank].process}/comm").read_text().strip().removeprefix("ddpkit:")
-        return f" in phase {told}" if told else ""
-
-    def _cause_of_silence(self, rank: int, what: str) -> str:
+        where = f" in phase {told}" if told in phase.PHASES else ""
         if what == IDLE:
-            return f"has made no progress for {self._limit:.0f} s (it used no processor time, read and wrote nothing)"
-        if rank in self._beside() and (state := self._state(rank)) in "TtZX":
-            stopped = f"has been stopped for {self._limit:.0f} s"
-            return stopped if state in "Tt" else "ended without a word (killed, or out of memory)"
-        return f"has given no sign of life for {self._limit:.0f} s (stopped, or its host or the network is down)"
+            hint = " (it used no processor time, read and wrote nothing)"
+            return f"{self._name(rank)} has made no progress for {self._limit:.0f} s{where}{hint}"
+        if beside and (state := self._state(rank)) in "TtZX":
+            if state in "Tt":
+                return f"{self._name(rank)} has been stopped for {self._limit:.0f} s{where}"
+            return f"{self._name(rank)} ended without a word (killed, or out of memory){where}"
+        hint = " (it is stopped, or its host or the network is down)"
+        return f"{self._name(rank)} has given no sign of life for {self._limit:.0f} s{where}{hint}"
+
+    def _stood_still(self) -> bool:
+        """Whether this process has just been stopped itself."""
+        now = time.monotonic()
+        return bool(self._news.clock) and (now - self._news.clock > _NOTICE or now - self._news.resumed < _NOTICE)
 
     def _look(self) -> None:
         """A thread: ends this process where another rank has failed or is lost. Never waits for anything."""
@@ -330,6 +350,8 @@ class Lifeline:
         news.clock = time.monotonic()
         while not self._left.wait(_LOOK):
             now = time.monotonic()
+            if now - news.clock > _NOTICE:
+                news.resumed = now
             passed, news.clock = min(now - news.clock, 3 * _LOOK), now
             news.since_answer += passed
             news.since_first += passed
@@ -346,9 +368,8 @@ class Lifeline:
                 what = self._gone() or f"{self._name(0)}, which holds the store, is gone, or the network to it is down"
                 self._end(self._sentence(what), [0])
             elif max(news.since_first, news.since_answer) >= self._limit and not self._computes(0):
-                where = f" in phase {json.loads(news.first)['phase']}" if news.first else ""
-                sentence = f"{self._name(0)} {self._cause_of_silence(0, SILENT)}{where}; resume goes on from the last checkpoint."
-                self._end(sentence[0].upper() + sentence[1:], [0])
+                told = json.loads(news.first)["phase"] if news.first else ""
+                self._end(_ended(self._describe(0, SILENT, told)), [0])
 
     def _speaks(self, lost: Sequence[int]) -> bool:
         """Whether this rank says for its host what happened to the lost ones."""
@@ -384,8 +405,12 @@ class Lifeline:
         return f"at step {self.step()}" if self.step() else "before the first step"
 
     def _sentence(self, gone: str) -> str:
-        when = self._when()
-        return f"{when[0].upper()}{when[1:]} {gone}; resume goes on from the last checkpoint."
+        return _ended(f"{self._when()} {gone}")
+
+
+def _ended(what: str) -> str:
+    """The sentence on the end of a run."""
+    return f"{what[0].upper()}{what[1:]}; resume goes on from the last checkpoint."
 
 
 def _everywhere(error: Exception) -> Exception:
@@ -410,12 +435,14 @@ def _said(error: Exception) -> Exception:
 class _News:
     """What the threads of a lifeline know. Times in seconds that this process has run meanwhile."""
 
+    phase: str = ""  # that was told last
     first: bytes = b""  # what rank 0 told last
     since_first: float = 0.0
     since_answer: float = 0.0  # of the store
     told: tuple[str, ...] = ()  # kind, rank and text of a failure
     broken: bool = False  # whether the store is gone
-    clock: float = 0.0
+    clock: float = 0.0  # when the process was last seen to run
+    resumed: float = float("-inf")  # when it was seen to go on after it had been stopped
 
 
 ENDED, SILENT, IDLE, ALL_WAIT = "ended", "silent", "idle", "all wait"

@@ -66,10 +66,11 @@ def main(overrides: Sequence[str]) -> None:
     if prints:
         print(OmegaConf.to_yaml(config), end="")
         return
-    setup.set_numerics(_as_started(config))  # before NCCL, which reads its environment once
+    started = _as_started(config, overrides)
+    setup.set_numerics(started)  # before NCCL, which reads its environment once
     phase.enter("rendezvous")
     here = launch.init_process_group(
-        None if config.device == "auto" else config.device, timeout=timedelta(seconds=config.train.timeout)
+        None if started.device == "auto" else started.device, timeout=timedelta(seconds=started.train.timeout)
     )
     job = Job(config, here)
     lifeline = Lifeline(here, job.record_failure)
@@ -272,11 +273,11 @@ def _dated(config: DictConfig) -> Path:
     return path
 
 
-def _as_started(config: DictConfig) -> DictConfig:
-    """The configuration that a resumed run was started with; the given one otherwise, or where that cannot be read."""
+def _as_started(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """As `resumed`, for a resumed run; the given configuration otherwise, or where it cannot go on so."""
     if config.resume is not None:
         with suppress(InputError):  # told later, on every rank
-            return read_saved(Path(config.resume))
+            return resumed(config, overrides)
     return config
 
 

@@ -75,16 +75,17 @@ class Reached(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("resumes", [False, True])
 def test_switches_are_set_before_a_communicator_is_made(monkeypatch, tmp_path, resumes):
-    """NCCL reads its environment when the first communicator is made; a resumed run has the switches it was started with."""
+    """NCCL reads its environment when the first communicator is made; a resumed run is where and what it was started as."""
     seen = {}
 
-    def init(*_, **__):
+    def init(device, *, timeout):
         seen.update(algo=os.environ.get("NCCL_ALGO"), deterministic=torch.are_deterministic_algorithms_enabled())
+        seen.update(device=device, timeout=timeout.total_seconds())
         raise Reached
 
     monkeypatch.delenv("NCCL_ALGO", raising=False)
     monkeypatch.setattr(run.launch, "init_process_group", init)
-    words = ["deterministic=true"]
+    words = ["deterministic=true", "device=cpu", "train.timeout=7"]
     if resumes:
         config = run.read([*words, f"run_dir={tmp_path}"])
         (tmp_path / "config.yaml").write_text(run.OmegaConf.to_yaml(config))
@@ -94,7 +95,7 @@ def test_switches_are_set_before_a_communicator_is_made(monkeypatch, tmp_path, r
             run.main(words)
     finally:
         torch.use_deterministic_algorithms(mode=False)
-    assert seen == {"algo": "Ring", "deterministic": True}
+    assert seen == {"algo": "Ring", "deterministic": True, "device": "cpu", "timeout": 7}
     monkeypatch.delenv("NCCL_ALGO", raising=False)
 
 

@@ -1,0 +1,163 @@
+"""Ranks that are stopped or stuck before the first step."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from ddpkit.launch import mpirun
+
+TIMEOUT = 12
+
+
+@pytest.fixture
+def overrides(clusters, cache, tmp_path):
+    from conftest import TINY
+
+    return [
+        *TINY,
+        f"data.path={clusters}",
+        f"data.cache={cache}",
+        f"train.timeout={TIMEOUT}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+
+
+def start(words):
+    command, variables = mpirun(2)
+    return subprocess.Popen(
+        [*command, sys.executable, *words], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ranks(job):
+    """Process number of each rank."""
+    numbers = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            rank = re.search(r"OMPI_COMM_WORLD_RANK=(\d+)", (process / "environ").read_text())
+            if rank and parent == str(job.pid):
+                numbers[int(rank[1])] = int(process.name)
+    return numbers
+
+
+def in_phase(job, rank, phase):
+    """Waits until a rank is in a phase; its process number."""
+    deadline = time.monotonic() + 120
+    while job.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, KeyError):
+            process = ranks(job)[rank]
+            if Path(f"/proc/{process}/comm").read_text().strip() == f"ddpkit:{phase}":
+                return process
+        time.sleep(0.005)
+    raise AssertionError(job.communicate()[0])
+
+
+def family(job):
+    """The processes of a job: ranks, their watchdogs and all that they started."""
+    from ddpkit.watchdog import below
+
+    return list(below(job.pid))
+
+
+def runs(process):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def end_of(job):
+    """What a job said, after how many seconds it ended; none of its processes is left."""
+    processes, began = family(job), time.monotonic()
+    said, _ = job.communicate(timeout=120)
+    took = time.monotonic() - began
+    time.sleep(0.5)
+    assert [process for process in processes if runs(process)] == []
+    assert job.returncode != 0, said
+    return [line for line in said.splitlines() if "ddpkit: " in line], took
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank"),
+    [
+        ("import", 1),
+        ("model", 0),
+        pytest.param("rendezvous", 0, marks=pytest.mark.long),
+        pytest.param("data", 1, marks=pytest.mark.long),
+        pytest.param("validation", 1, marks=pytest.mark.long),
+        pytest.param("end", 0, marks=pytest.mark.long),
+    ],
+)
+def test_a_rank_that_is_stopped_is_named_within_the_timeout(phase, rank, overrides, tmp_path):
+    job = start(["-m", "ddpkit.experiments", "run", *overrides])
+    process = in_phase(job, rank, phase)
+    os.kill(process, signal.SIGSTOP)
+    said, took = end_of(job)
+    assert took < TIMEOUT + 10
+    assert len(said) == 1, said
+    assert f"Rank {rank} (process {process} on " in said[0]
+    assert f"has been stopped for {TIMEOUT} s in phase {phase}" in said[0]
+    if phase in ("model", "validation"):
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["status"] == "failed"
+        assert f"ank {rank} (process {process} on " in summary["error"]
+
+
+SLOW = """
+    import os, sys, time
+    from ddpkit.experiments import setup
+    from ddpkit.experiments.cli import main
+
+    what, original = sys.argv.pop(1), setup.open_data
+
+    def open_data(config):
+        if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+            began = time.monotonic()
+            if what == "stuck":
+                time.sleep(1000)
+            while time.monotonic() - began < 14:
+                sum(range(1 << 27))  # one call into C that keeps Python's lock for seconds
+            while time.monotonic() - began < 28:
+                open("/dev/zero", "rb").read(1 << 17)
+                time.sleep(0.5)
+        return original(config)
+
+    setup.open_data = open_data
+    main()
+"""
+
+
+def test_a_rank_that_is_stuck_is_named_within_the_timeout(overrides, tmp_path):
+    (tmp_path / "program.py").write_text(textwrap.dedent(SLOW))
+    job = start([str(tmp_path / "program.py"), "stuck", "run", *overrides])
+    process = in_phase(job, 1, "data")
+    said, took = end_of(job)
+    assert took < TIMEOUT + 10
+    assert len(said) == 1, said
+    assert f"Rank 1 (process {process} on " in said[0]
+    assert f"has made no progress for {TIMEOUT} s in phase data" in said[0]
+    assert "no progress" in json.loads((tmp_path / "run" / "summary.json").read_text())["error"]
+
+
+@pytest.mark.long
+def test_a_rank_that_is_slow_is_left_alone(overrides, tmp_path):
+    (tmp_path / "program.py").write_text(textwrap.dedent(SLOW))
+    job = start([str(tmp_path / "program.py"), "slow", "run", *overrides, "train.max_steps=3"])
+    said, _ = job.communicate(timeout=180)
+    assert job.returncode == 0, said
+
+
+def test_a_run_alone_has_no_watchdog():
+    """A user may stop it for as long as they like."""
+    program = "from ddpkit import watchdog; watchdog.start([]); print(watchdog.board)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"

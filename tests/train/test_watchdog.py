@@ -1,0 +1,178 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ddpkit import phase
+from ddpkit.lifeline import ALL_WAIT, ENDED, IDLE, SILENT, Judge
+from ddpkit.watchdog import GRACE, Ages, Board, Meter, Seen, _ended, _timeout, below, state, verdict
+
+
+@pytest.mark.parametrize(
+    ("waits", "together", "ages", "words"),
+    [
+        (0, False, Ages(stopped=12), "has been stopped for 12 s"),
+        (0, False, Ages(idle=12), "no progress for 12 s"),
+        (0, False, Ages(stopped=11, idle=11, waited=99), ""),
+        (1, False, Ages(idle=99), ""),
+        (1, False, Ages(waited=16), "has waited 16 s for the other ranks"),
+        (2, False, Ages(idle=99, waited=99), ""),  # for another run
+        (1, True, Ages(waited=99), ""),  # the others judge
+        (0, True, Ages(stopped=13), ""),  # they say it first
+        (0, True, Ages(stopped=12 + GRACE), "has been stopped for 18 s"),
+        (1, True, Ages(stopped=12 + GRACE), "has been stopped for 18 s"),
+    ],
+)
+def test_verdicts(waits, together, ages, words):
+    said = verdict(Seen(1, "data", waits, together, 12.0, ""), ages)
+    assert (words in said) if words else not said
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        (["train.timeout=12", "+train.timeout=3.5"], 3.5),
+        ([], 600),
+        (["train.timeout=soon"], 600),
+        (["train.timeout=-1"], 600),
+    ],
+)
+def test_the_timeout_of_the_command_line(words, seconds):
+    assert _timeout(words) == seconds
+
+
+def test_a_rank_tells_its_watchdog_how_it_stands(tmp_path):
+    board = Board(12.0)
+    phase.listeners.append(board.tell)
+    try:
+        first = board.read()
+        with phase.waiting("the others"):
+            waits = board.read()
+            with phase.waiting("another run", patient=True):
+                patient = board.read()
+        board.watch_together(together=True, limit=7.0)
+        board.belongs_to(tmp_path / "ein Lauf ü")
+        board.idle = 3.5
+    finally:
+        phase.listeners.remove(board.tell)
+    last = board.read()
+    assert [seen.waits for seen in (first, waits, patient, last)] == [0, 1, 2, 0]
+    assert first.changes < waits.changes < patient.changes < last.changes
+    assert (last.together, last.limit, last.run_dir, board.idle) == (True, 7.0, str(tmp_path / "ein Lauf ü"), 3.5)
+
+
+PROGRAMS = {
+    "computes": "while True: pass",
+    "reads": "import time\nwhile True: open('/dev/zero', 'rb').read(1 << 17); time.sleep(0.5)",
+    "lets another compute": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])",
+    "sleeps": "import time; time.sleep(99)",
+    "looks for something that does not come": "import time\nwhile True: time.sleep(0.2)",
+    "is stopped": "import time; time.sleep(99)",
+}
+
+
+def test_what_counts_as_progress():
+    processes = {
+        what: subprocess.Popen([sys.executable, "-c", text], start_new_session=True) for what, text in PROGRAMS.items()
+    }
+    try:
+        time.sleep(3.0)  # they start
+        os.kill(processes["is stopped"].pid, signal.SIGSTOP)
+        meters = {what: Meter(process.pid) for what, process in processes.items()}
+        for meter in meters.values():
+            meter.moved(0.0)
+        moved = dict.fromkeys(PROGRAMS, False)
+        for _ in range(20):
+            time.sleep(0.25)
+            moved = {what: meter.moved(0.25) or moved[what] for what, meter in meters.items()}
+        assert [what for what in PROGRAMS if moved[what]] == ["computes", "reads", "lets another compute"]
+        assert state(processes["is stopped"].pid) in "tT"
+        assert len(list(below(processes["lets another compute"].pid))) == 1
+    finally:
+        for process in processes.values():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_watchdog_sees_its_rank_end():
+    reader, writer = os.pipe()
+    ward = os.fork()
+    if ward == 0:  # a rank, which forks its watchdog and ends
+        rank = os.getpid()
+        if os.fork() == 0:
+            began = time.monotonic()
+            while not _ended(rank, 5.0):
+                pass
+            os.write(writer, f"{time.monotonic() - began}\n".encode())
+            os._exit(0)
+        time.sleep(0.5)
+        os._exit(0)
+    os.waitpid(ward, 0)
+    assert float(os.read(reader, 64)) < 4.0
+
+
+class Ranks:
+    """What ranks tell a judge."""
+
+    def __init__(self, count, limit=12.0):
+        self.judge = Judge(count, limit)
+        self.stands = [
+            {"phase": "data", "waits": "", "since": 0.0, "patient": False, "idle": 0.0} for _ in range(count)
+        ]
+        self.number = 0
+
+    def after(self, seconds, silent=(), ended=()):
+        """What the judge says after so many seconds, two signs of life a second."""
+        self.texts = getattr(self, "texts", [b"{}"] * len(self.stands))
+        verdicts = []
+        for _ in range(int(seconds / 0.5)):
+            self.number += 1
+            for rank, stand in enumerate(self.stands):
+                if rank not in silent:
+                    self.texts[rank] = json.dumps(stand | {"number": self.number}).encode()
+            verdicts.append(self.judge.look(self.texts, ended, 0.5))
+        return verdicts[-1]
+
+
+def test_ranks_that_work_for_hours_are_left_alone():
+    ranks = Ranks(3)
+    ranks.stands[0] |= {"waits": "the other ranks in compiling", "since": 5.0}
+    assert ranks.after(7200) == ([], "")
+
+
+def test_a_rank_without_a_sign_of_life_is_lost():
+    ranks = Ranks(3)
+    ranks.after(2)
+    assert ranks.after(11, silent=[1]) == ([], "")
+    assert ranks.after(2, silent=[1]) == ([1], SILENT)
+    assert ranks.judge.phase(1) == "data"
+
+
+def test_a_rank_that_has_ended_is_lost_at_once():
+    ranks = Ranks(2)
+    ranks.after(1)
+    assert ranks.after(5, silent=[1], ended=[1]) == ([1], ENDED)
+
+
+def test_a_rank_without_progress_is_lost_unless_it_waits():
+    ranks = Ranks(2)
+    ranks.stands[1] |= {"idle": 12.5}
+    assert ranks.after(1) == ([1], IDLE)
+    ranks.stands[1] |= {"waits": "the other ranks in compiling", "since": 3.0}
+    assert ranks.after(60) == ([], "")
+
+
+def test_ranks_that_all_wait_for_one_another():
+    ranks = Ranks(2)
+    for rank, what in enumerate(("the other ranks' gradients", "the other ranks' losses")):
+        ranks.stands[rank] |= {"waits": what, "since": 3.0}
+    assert ranks.after(12) == ([], "")
+    assert ranks.after(7) == ([], ALL_WAIT)
+    ranks.stands[0] |= {"since": 4.0}  # another wait
+    assert ranks.after(12) == ([], "")
+    ranks.stands[1] |= {"patient": True}
+    assert ranks.after(60) == ([], "")
