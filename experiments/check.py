@@ -1,10 +1,13 @@
-"""Compare a compiled step with the eager one.
+"""Compare a model's kernels with its reference, and a compiled step with the eager one.
 
 usage: ddpkit check [OVERRIDES...]
 
-Compiles the step of a configuration (overrides as for `ddpkit-run`), runs it and eager code on small batches of several
-shapes, and prints by how much the loss, energies, forces and every parameter's gradient differ. `ddpkit-run compile=true`
-does the same before its first step, without the table.
+Takes the first batch of a configuration (overrides as for `ddpkit-run`) and makes two comparisons on small batches of its
+frames. First the model's kernels with its reference, which computes the same literally in plain PyTorch and float64: energies,
+forces, stress, and the gradient of each by every parameter. Then the compiled step with the eager one, both on the same kernels:
+the loss, energies, forces and every parameter's gradient. Prints by how much they differ, and ends with exit code 0 where all
+agree, 1 where something differs, 2 where the configuration or the data cannot be used. `ddpkit-run` does the same before its
+first step, without the tables: the first comparison always (unless check_kernels=false), the second with compile=true.
 """
 
 from collections.abc import Sequence
@@ -17,16 +20,17 @@ from ddpkit.data import Loader, Sampler
 from ddpkit.errors import ParityError
 from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import read
+from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.loss import EnergyForcesLoss
 from ddpkit.step import make_step
 
 
 def main(overrides: Sequence[str]) -> None:
-    """Prints the table.
+    """Prints a table for each comparison.
 
     Raises:
         InputError: the configuration or the data cannot be used.
-        ParityError: compiled and eager code differ by more than rounding explains.
+        ParityError: what was compared differs by more than rounding explains.
     """
     config = read(list(overrides))
     here = launch.init_process_group(None if config.device == "auto" else config.device)
@@ -42,22 +46,34 @@ def main(overrides: Sequence[str]) -> None:
         world_size=here.world_size, rank=here.rank, seed=config.data.seed,
     )  # fmt: skip
     _, batches = next(Loader(data.frames, sampler, spec["species"], r_max, device=here.device).epoch(0))
+    with launch.agree("comparing kernels with the reference"):
+        kernels = check_kernels(model, batches[0])
+    if here.is_first:
+        name = setup.model_name(config)
+        what = f"kernels={getattr(model, 'kernels', 'its own')}, precision={config.precision}, on {here.device.type}"
+        if kernels:
+            print(f"{name}: its kernels ({what}) against its reference in plain PyTorch, float64")
+            print(table(kernels) + "\n")
+        else:
+            print(f"{name}: no reference to compare its kernels with (it has no with_reference_kernels)\n")
     step = make_step(
         model, EnergyForcesLoss(**config.loss), instantiate(config.optimizer, _partial_=True)(model.parameters()),
         strategy=setup.strategy_name(config), compile=True, comm=config.comm,
         **{k: v for k, v in config.strategy.items() if k not in ("name", "_target_")},
     )  # fmt: skip
-    failure: ParityError | None = None
+    failure: Exception | None = None
     try:
         step.prepare(batches)
-    except ParityError as error:
+    except Exception as error:  # noqa: BLE001  (raised below, when the table is printed)
         failure = error
-    if here.is_first:
+    if here.is_first and step.differences:
+        seconds = f"compiled in {step.seconds_compile:.1f} s" if failure is None else "compiled"
         print(
-            f"{setup.model_name(config)}, strategy {setup.strategy_name(config)}: compiled in {step.seconds_compile:.1f} s"
+            f"{setup.model_name(config)}: the step of strategy {setup.strategy_name(config)}, {seconds}, against eager code"
         )
         print(table(step.differences))
     launch.shutdown()
+    require_kernels(model, kernels)
     if failure is not None:
         raise failure
     if not step.differences:

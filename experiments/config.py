@@ -95,6 +95,7 @@ class RunConfig:
     seed: int = 1
     compile: bool = False
     compiler: str = "inductor"
+    check_kernels: bool = True
     precision: str = "mixed"
     tf32: bool = False
     device: str = "auto"

@@ -15,10 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ddpkit import checkpoint, phase
+from ddpkit.compile.parity import Difference
 from ddpkit.data import Loader, Sampler, Sweep, statistics
 from ddpkit.errors import InputError
 from ddpkit.experiments.run_data import Data, changed, fingerprint, kept
 from ddpkit.experiments.turns import wait_for
+from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.launch import Environment, agree, share
 from ddpkit.loss import EnergyForcesLoss
 from ddpkit.projection import Projection
@@ -149,10 +151,13 @@ def build_trainer(
         strategy=strategy_name(config), compile=config.compile, comm=config.comm, clip_norm=config.train.clip_norm,
         **{"timeout": config.train.timeout, **{k: v for k, v in config.strategy.items() if k not in ("name", "_target_")}},
     )  # fmt: skip
-    if config.compile:
+    if config.compile or config.check_kernels:
         with phase.during("compile"):
             _, batches = next(loaders[0].epoch(0))
-            step.prepare(batches)
+            if config.check_kernels:
+                compare_kernels(model, batches[0])
+            if config.compile:
+                step.prepare(batches)
     trainer = Trainer(
         model=model,
         step=step,
@@ -207,6 +212,19 @@ def _projection(
 
     resume_from = state["progress"]["step"] if state else 0
     return Projection(model, probe, folder.path / "projection.csv", resume_from=resume_from)
+
+
+def compare_kernels(model: nn.Module, batch: Any) -> list[Difference]:
+    """Compares the model's kernels with its reference on every rank; returns what was compared.
+
+    Raises:
+        ParityError: they compute something else.
+        InputError: they cannot be run here.
+    """
+    with agree("comparing kernels with the reference"):
+        found = check_kernels(model, batch)
+        require_kernels(model, found)
+    return found
 
 
 def train_sampler(config: DictConfig, data: Data, here: Environment) -> Sampler:

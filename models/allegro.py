@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ddpkit.errors import InputError
+from ddpkit.models import reference
 from ddpkit.models.geometry import wigner_3j
-from ddpkit.models.graph import at_centre, at_neighbour, pad, sum_to_centre, unpad
+from ddpkit.models.graph import at_centre, at_neighbour, is_literal, pad, sum_to_centre, unpad
 from ddpkit.models.irreps import Irrep
 from ddpkit.models.mlp import MLP
 from ddpkit.models.potential import Edges, Potential, Precision, uniform
@@ -80,22 +81,23 @@ class PathWeights(torch.nn.Module):
         self.channels = channels
         at_i, at_j, at_k = _offsets(irreps_in), _offsets(irreps_edge), _offsets(irreps_out)
         self.shape = (at_i[-1], at_j[-1], at_k[-1])
-        paths = [
+        self.irreps = (list(irreps_in), list(irreps_edge), list(irreps_out))
+        self.paths = [
             (i, j, k)
             for k, c in enumerate(irreps_out)
             for i, a in enumerate(irreps_in)
             for j, b in enumerate(irreps_edge)
             if _couples(a, b, c)
         ]
-        coefficients = torch.zeros(len(paths), *self.shape, dtype=torch.float64, device="cpu")
-        for p, (i, j, k) in enumerate(paths):
+        coefficients = torch.zeros(len(self.paths), *self.shape, dtype=torch.float64, device="cpu")
+        for p, (i, j, k) in enumerate(self.paths):
             l1, l2, l3 = irreps_in[i][0], irreps_edge[j][0], irreps_out[k][0]
             block = math.sqrt(2 * l3 + 1) * wigner_3j(l1, l2, l3)
             coefficients[p, at_i[i] : at_i[i + 1], at_j[j] : at_j[j + 1], at_k[k] : at_k[k + 1]] = block
         # [paths, j, i, k]: j is contracted, i and k stay
         coefficients = coefficients.transpose(1, 2).flatten(1)
         self.register_buffer("coefficients", coefficients.to(dtype), persistent=False)
-        self.weights = uniform(channels if coupled else 1, len(paths), dtype=dtype)
+        self.weights = uniform(channels if coupled else 1, len(self.paths), dtype=dtype)
 
     def forward(self, surroundings: Tensor) -> Tensor:
         """`[channels, atoms, j]` -> `[channels, atoms, i, k]`."""
@@ -237,6 +239,8 @@ class Allegro(Potential):
 
     def atomic_energies(self, edges: Edges) -> Tensor:
         """`[atoms]` energies in units of the species' scales, before shifts."""
+        if is_literal():
+            return reference.allegro(self, edges)
         graph, degrees, channels = edges.graph, self.num_degrees, self.num_tensor_features
         kinds = (
             at_centre(edges.species @ self.centre_embedding, graph),

@@ -1,6 +1,7 @@
 """What a model sees of an edge: its length in a radial basis, and its direction in spherical harmonics."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from e3nn import o3
 from torch import Tensor
 
 from ddpkit.errors import InputError
+from ddpkit.models.graph import is_literal
 
 
 def wigner_3j(l1: int, l2: int, l3: int) -> Tensor:
@@ -52,8 +54,23 @@ class SphericalHarmonics(torch.nn.Module):
     def forward(self, unit: Tensor) -> Tensor:
         """`[edges, 3]` -> `[edges, (l_max + 1)^2]`."""
         couplings = [getattr(self, f"coupling_{l}") for l in range(2, self.l_max + 1)]
-        value: Tensor = _Harmonics.apply(unit, self.l_max, self.slopes, *couplings)
+        value: Tensor
+        if is_literal():
+            value = torch.cat(_degrees(unit, self.l_max, couplings), 1)
+        else:
+            value = _Harmonics.apply(unit, self.l_max, self.slopes, *couplings)
         return value
+
+
+def _degrees(unit: Tensor, l_max: int, couplings: Sequence[Tensor]) -> list[Tensor]:
+    """The harmonics of each degree."""
+    degrees = [torch.ones_like(unit[:, :1])]
+    if l_max > 0:
+        degrees.append(math.sqrt(3) * unit)
+    for coupling in couplings:
+        outer = degrees[-1].unsqueeze(2) * unit.unsqueeze(1)
+        degrees.append(outer.flatten(1) @ coupling)
+    return degrees
 
 
 class _Harmonics(torch.autograd.Function):
@@ -61,13 +78,7 @@ class _Harmonics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, unit: Tensor, l_max: int, slopes: Tensor, *couplings: Tensor) -> Tensor:  # type: ignore[override]
-        degrees = [torch.ones_like(unit[:, :1])]
-        if l_max > 0:
-            degrees.append(math.sqrt(3) * unit)
-        for coupling in couplings:
-            outer = degrees[-1].unsqueeze(2) * unit.unsqueeze(1)
-            degrees.append(outer.flatten(1) @ coupling)
-        value = torch.cat(degrees, 1)
+        value = torch.cat(_degrees(unit, l_max, couplings), 1)
         ctx.save_for_backward(value, slopes)
         return value
 
@@ -111,7 +122,7 @@ def polynomial_cutoff(x: Tensor, p: float) -> Tensor:
         x: lengths over the cutoff.
         p: exponent, at least 2.
     """
-    value: Tensor = _Cutoff.apply(x, p, 0)
+    value: Tensor = cutoff_derivative(x, p, 0) if is_literal() else _Cutoff.apply(x, p, 0)
     return value
 
 

@@ -5,12 +5,33 @@ runs over the rows of a table instead, in its fixed order, and every derivative 
 round, to any order.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpkit.batch import Batch
+
+
+_literal = False
+
+
+@contextmanager
+def literally() -> Iterator[None]:
+    """Inside, models compute their formulas as they stand, with plain operations (`ddpkit.models.reference`)."""
+    global _literal  # noqa: PLW0603  (what is inside is called by one thread)
+    before, _literal = _literal, True
+    try:
+        yield
+    finally:
+        _literal = before
+
+
+def is_literal() -> bool:
+    """Whether this is inside `literally()`."""
+    return _literal
 
 
 class Table(NamedTuple):
@@ -181,21 +202,29 @@ def is_eager() -> bool:
 
 def at_centre(x: Tensor, graph: Graph) -> Tensor:
     """`[atoms, ...]` -> `[edges, ...]`: the centre's row for each edge."""
+    if _literal:
+        return x.index_select(0, graph.centre)
     return _Take.apply(x, graph.centre, graph.outgoing)
 
 
 def at_neighbour(x: Tensor, graph: Graph) -> Tensor:
     """`[atoms, ...]` -> `[edges, ...]`: the neighbour's row for each edge."""
+    if _literal:
+        return x.index_select(0, graph.neighbour)
     return _Take.apply(x, graph.neighbour, graph.incoming)
 
 
 def sum_to_centre(x: Tensor, graph: Graph) -> Tensor:
     """`[edges, ...]` -> `[atoms, ...]`: the sum over the edges whose centre is the atom."""
+    if _literal:
+        return x.new_zeros((graph.atoms, *x.shape[1:])).index_add(0, graph.centre, x)
     return _Total.apply(x, graph.centre, graph.outgoing)
 
 
 def sum_to_neighbour(x: Tensor, graph: Graph) -> Tensor:
     """`[edges, ...]` -> `[atoms, ...]`: the sum over the edges whose neighbour is the atom."""
+    if _literal:
+        return x.new_zeros((graph.atoms, *x.shape[1:])).index_add(0, graph.neighbour, x)
     return _Total.apply(x, graph.neighbour, graph.incoming)
 
 

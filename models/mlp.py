@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpkit.errors import InputError
+from ddpkit.models.graph import is_literal
 
 
 class _SiLU(torch.autograd.Function):
@@ -46,7 +47,7 @@ class _SiLUGradient(torch.autograd.Function):
 
 def silu(x: Tensor) -> Tensor:
     """X sigmoid(x)."""
-    return _SiLU.apply(x)
+    return x * torch.sigmoid(x) if is_literal() else _SiLU.apply(x)
 
 
 def shifted_softplus(x: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ddpkit.errors import InputError
+from ddpkit.models import reference
 from ddpkit.models.geometry import wigner_3j
-from ddpkit.models.graph import Blocks, Graph, blocks_of, is_eager, pad_rows, sum_rows, table_of, unpad_rows
+from ddpkit.models.graph import Blocks, Graph, blocks_of, is_eager, is_literal, pad_rows, sum_rows, table_of, unpad_rows
 from ddpkit.models.irreps import Features, Irrep, Irreps, Paths, product_irreps
 from ddpkit.models.kernels import KERNELS, FlatConvolution, order_by_neighbour
 from ddpkit.models.mlp import MLP, silu
@@ -510,6 +511,14 @@ class FlatSurroundings(NamedTuple):
     by_neighbour: Tensor
 
 
+class LiteralSurroundings(NamedTuple):
+    """What the convolutions share where the model is computed literally (`reference`)."""
+
+    harmonics: Tensor
+    graph: Graph
+    species: Tensor
+
+
 class Gate(torch.nn.Module):
     """Scalars through a nonlinearity, and the other irreps times such scalars, as in e3nn's `Gate`.
 
@@ -609,7 +618,7 @@ class Layer(torch.nn.Module):
         embedding: Tensor,
         norm: Tensor,
         radial: Tensor,
-        surroundings: Surroundings | FlatSurroundings,
+        surroundings: Surroundings | FlatSurroundings | LiteralSurroundings,
         groups: Groups,
     ) -> Features:
         """Features -> features.
@@ -625,14 +634,25 @@ class Layer(torch.nn.Module):
         mixed = self.linear_in(x)
         matrices = self.radial.matrices()
         hidden = self.radial.hidden(radial, matrices)
-        if isinstance(surroundings, FlatSurroundings):
+        if isinstance(surroundings, LiteralSurroundings):
+            weighted = hidden @ matrices[-1]
+            out = self.linear_out(
+                reference.convolution(
+                    self.convolution, mixed, weighted, norm, surroundings.harmonics, surroundings.graph
+                )
+            )
+        elif isinstance(surroundings, FlatSurroundings):
             assert self.kernel is not None
             out = self.linear_out(self.kernel(mixed, hidden @ matrices[-1], norm, *surroundings))
         else:
             weights = [hidden @ matrix for matrix in matrices[-1].split(self.convolution.sizes, 1)]
             out = self.linear_out(self.convolution(mixed, weights, norm, surroundings))
         if self.self_connection is not None:
-            for ir, value in self.self_connection(x, embedding, groups).items():
+            if isinstance(surroundings, LiteralSurroundings):
+                added = reference.self_connection(self.self_connection, x, surroundings.species @ embedding)
+            else:
+                added = self.self_connection(x, embedding, groups)
+            for ir, value in added.items():
                 out[ir] = out[ir] + value
         return self.gate(out)
 
@@ -756,12 +776,18 @@ class NequIP(Potential):
         # nequip's Bessel functions carry this factor for old models' sake
         self.radial_factor = 2 * math.pi / self.r_max**2
 
+    def replaced_kernels(self) -> dict[int, None]:
+        """For `copy.deepcopy`: what a copy for the reference leaves out."""
+        return {id(cast("Layer", layer).kernel): None for layer in self.layers}
+
     def atomic_energies(self, edges: Edges) -> Tensor:
         """`[atoms]` energies in units of the species' scales, before shifts."""
         radial = self.radial_factor * edges.radial
         norm = (edges.species @ self.inverse_sqrt_neighbors).unsqueeze(1)
-        surroundings: Surroundings | FlatSurroundings
-        if self.kernels == "e3nn" or (self.kernels == "openequivariance" and radial.is_cuda):
+        surroundings: Surroundings | FlatSurroundings | LiteralSurroundings
+        if is_literal():
+            surroundings = LiteralSurroundings(edges.harmonics, edges.graph, edges.species)
+        elif self.kernels == "e3nn" or (self.kernels == "openequivariance" and radial.is_cuda):
             order, is_symmetric = order_by_neighbour(edges.graph)
             surroundings = FlatSurroundings(edges.harmonics, edges.graph, order)
             if self.kernels == "openequivariance":  # which would silently compute something else

@@ -1,8 +1,10 @@
 """What Allegro and NequIP share: from edge vectors to energies, forces and stress."""
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +20,15 @@ from ddpkit.models.geometry import (
     cutoff_derivative,
     polynomial_cutoff,
 )
-from ddpkit.models.graph import Graph, at_centre, at_neighbour, graph_of, sum_to_centre, sum_to_neighbour
+from ddpkit.models.graph import (
+    Graph,
+    at_centre,
+    at_neighbour,
+    graph_of,
+    literally,
+    sum_to_centre,
+    sum_to_neighbour,
+)
 
 Precision = Literal["mixed", "float32", "float64"]
 
@@ -63,6 +73,8 @@ class Potential(torch.nn.Module):
 
     charges: Tensor
     screening: Tensor
+    is_reference = False
+    kernels: str = "ddpkit"
     inverse_cutoffs: Tensor
     inverse_sqrt_neighbors: Tensor
     shifts: Tensor
@@ -141,6 +153,17 @@ class Potential(torch.nn.Module):
             raise InputError(f"{name} holds a number that is not finite")
         return tensor
 
+    def with_reference_kernels(self) -> "Potential":
+        """A copy that computes the same literally, in float64 (`ddpkit.models.reference`); its parameters have the same names."""
+        copied = copy.deepcopy(self, self.replaced_kernels()).to(torch.float64)
+        copied.dtype = copied.geometry_dtype = torch.float64
+        copied.is_reference = True
+        return copied
+
+    def replaced_kernels(self) -> dict[int, None]:
+        """For `copy.deepcopy`: what such a copy leaves out."""
+        return {}
+
     @abstractmethod
     def atomic_energies(self, edges: Edges) -> Tensor:
         """`[atoms]` energies in units of the species' scales, before shifts."""
@@ -152,7 +175,7 @@ class Potential(torch.nn.Module):
         It is the derivative of the energy by a symmetric strain, over the volume, and NaN for a frame whose cell has none.
         """
         graph = graph_of(batch)
-        with torch.enable_grad():
+        with literally() if self.is_reference else nullcontext(), torch.enable_grad():
             positions = batch.positions.double()
             vectors = at_neighbour(positions, graph) - at_centre(positions, graph) + batch.edge_shift
             apart = not vectors.requires_grad
@@ -160,8 +183,10 @@ class Potential(torch.nn.Module):
                 vectors.requires_grad_()
             lengths = self._lengths(vectors, graph, batch.species)
             atomic = self._energies(lengths, graph, batch.species, apart=apart)
+            if self.zbl and self.is_reference:
+                atomic = atomic + sum_to_centre(self._repulsion(lengths, graph, batch.species)[0], graph).squeeze(1)
             (slope,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
-            if self.zbl:
+            if self.zbl and not self.is_reference:
                 # depends on no parameter: its slope is written down, not differentiated
                 if apart:
                     length, unit, scaled, inverse_cutoff = lengths
