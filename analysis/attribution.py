@@ -1,178 +1,163 @@
-"""What each source of difference contributes: pairs of runs that differ in one thing alone.
+"""What each cause of difference contributes: pairs of runs that differ in one thing alone.
 
-Which pairs these are is read from the runs' configurations, never from their labels.
+Which pairs these are is read from the runs' configurations, never from their labels. Runs share the seeds of weights and data but
+where these are the cause.
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ddpkit.analysis.numerics import Study
-from ddpkit.analysis.runs import NDArray, Run
+from ddpkit.analysis.arms import Settings, settings
+from ddpkit.analysis.blocks import Study
+from ddpkit.analysis.runs import NDArray, Run, common
 
 COLUMNS = (
-    "source", "compared", "held", "deterministic", "pairs", "runs", "steps", "mae", "mae_low", "mae_high", "rmse", "max_abs",
-    "bitwise_pairs", "expected_zero", "outcome",
+    "source", "compared", "held", "ranks", "seeds", "pairs", "runs", "steps", "mae", "mae_low", "mae_high", "rmse", "max_abs",
+    "distance", "bitwise_pairs", "expected_zero", "outcome",
 )  # fmt: skip
 
+SCATTER, NOTHING, ANEW = "scatter order", "none (rerun)", "code generated anew"
+_ORDER_OF_SUMS, _OTHER_GRAPH = "reduction order", "reduction order and compiled code"
 _SOURCES = {
-    (): "rerun",
-    ("strategy",): "reduction order",
-    ("compiled",): "compiler",
-    ("deterministic",): "determinism",
-    ("comm",): "reduction order",
+    "strategy": _ORDER_OF_SUMS,
+    "options": _ORDER_OF_SUMS,
+    "comm": _ORDER_OF_SUMS,
+    "nccl_algo": _ORDER_OF_SUMS,
+    "graphs": "capture",
+    "tf32": "TF32",
+    "deterministic": "determinism",
 }
-_OTHER_GRAPH = "reduction order and compiler"
-_ORDER = ("none (rerun)", "scatter order", "reduction order", _OTHER_GRAPH, "compiler", "determinism", "new seed")
+_MODES = {
+    frozenset({"eager", "interpreted"}): "traced algorithms",
+    frozenset({"interpreted", "compiled"}): "compiler",
+    frozenset({"eager", "compiled"}): "tracing and compiler",
+}
+_MODE_ORDER = ("eager", "interpreted", "compiled")
+_NEW_SEED, _NEW_ORDER = "new seed", "order of data"
+_ROWS = (
+    NOTHING, SCATTER, _ORDER_OF_SUMS, "traced algorithms", "compiler", ANEW, "tracing and compiler", _OTHER_GRAPH, "capture",
+    "TF32", "determinism", _NEW_SEED, _NEW_ORDER,
+)  # fmt: skip
 _LOSSLESS = frozenset({"standard", "custom", "overlap"})
 # These act during the backward pass: compiled, they run a graph of the forces, the others one of the whole step.
-_DURING_BACKWARD = frozenset({"standard", "overlap"})
+_DURING_BACKWARD = frozenset({"standard", "overlap", "emulated"})
 
-
-@dataclass(frozen=True)
-class _Settings:
-    strategy: str
-    compiled: bool
-    deterministic: bool
-    comm: str
+Key = tuple[str, str, str, bool]  # source, compared, held, whether zero is due
 
 
 def table(study: Study) -> pd.DataFrame:
-    """One row for each source and each pair of settings that differ in it alone, columns `COLUMNS`.
+    """One row for each cause and each pair of settings that differ in it alone, columns `COLUMNS`.
 
-    `mae`, `rmse` and `max_abs` are over all pairs and their common steps (`mae` the mean over pairs); `mae_low` and
-    `mae_high` are the smallest and largest MAE of a pair. `expected_zero` tells that the pairs must agree to the last
-    bit: reruns under deterministic kernels, and lossless strategies under deterministic kernels on at most two ranks,
-    where a sum has only one order.
+    `mae`, `rmse` and `max_abs` are of losses, over all pairs and their common steps (`mae` the mean over pairs); `mae_low` and
+    `mae_high` are the smallest and largest MAE of a pair; `distance` is that of the final projections, relative to the
+    parameters. `expected_zero` tells that the pairs must agree to the last bit: reruns under deterministic kernels, and lossless
+    strategies under deterministic kernels on at most two ranks, where a sum has only one order.
     """
-    groups: dict[_Settings, list[int]] = {}
-    for number, run in enumerate(study.runs):
-        settings = _Settings(run.strategy, run.compiled, run.deterministic, run.comm)
-        groups.setdefault(settings, []).append(number)
-    rows = []
-    for one, other in itertools.combinations_with_replacement(groups, 2):
-        differing = tuple(name for name in _Settings.__dataclass_fields__ if getattr(one, name) != getattr(other, name))
-        if differing not in _SOURCES:
-            continue
-        pairs = (
-            itertools.combinations(groups[one], 2) if one is other else itertools.product(groups[one], groups[other])
-        )
-        same_seed: list[tuple[int, int]] = []
-        new_seed: list[tuple[int, int]] = []
-        for pair in pairs:
-            (same_seed if study.runs[pair[0]].seed == study.runs[pair[1]].seed else new_seed).append(pair)
-        rows.append(_row(study, _source(differing, one, other), differing, one, other, same_seed))
-        if one is other:
-            rows.append(_row(study, "new seed", ("seed",), one, other, new_seed))
-    found = sorted((row for row in rows if row), key=_order)
-    return pd.DataFrame(found, columns=list(COLUMNS))
+    groups: dict[Key, list[tuple[Run, Run]]] = {}
+    chosen = {run.label: settings(run) for run in study.runs}
+    for one, other in itertools.combinations(study.runs, 2):
+        if (key := _key(one, other, chosen[one.label], chosen[other.label])) is not None:
+            groups.setdefault(key, []).append((one, other))
+    rows = [row for key, pairs in groups.items() if (row := _row(study, key, pairs)) is not None]
+    rows.sort(key=lambda row: (_ROWS.index(row["source"]), row["held"]))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _source(differing: tuple[str, ...], one: _Settings, other: _Settings) -> str:
-    if differing == ("strategy",) and one.compiled:
-        during = {one.strategy in _DURING_BACKWARD, other.strategy in _DURING_BACKWARD}
-        if len(during) > 1 or "ingraph" in (one.strategy, other.strategy):
-            return _OTHER_GRAPH
-    return _SOURCES[differing]
-
-
-def _order(row: dict[str, Any]) -> tuple[int, bool]:
-    return _ORDER.index(row["source"]), not row["deterministic"]
-
-
-def _row(
-    study: Study,
-    source: str,
-    differing: Sequence[str],
-    one: _Settings,
-    other: _Settings,
-    pairs: Sequence[tuple[int, int]],
-) -> dict[str, Any] | None:
-    measured = _measure(study, pairs)
-    if measured is None:
+def _key(one: Run, other: Run, mine: Settings, its: Settings) -> Key | None:
+    """What alone sets two runs apart; None where it is more than one thing."""
+    seeds, order = one.seed != other.seed, one.data_seed != other.data_seed
+    differing = mine.differing(its)
+    if seeds + order + len(differing) > 1:
         return None
-    zero = _expected_zero(source, one, other, study.baseline)
+    if seeds or order:
+        return (_NEW_SEED if seeds else _NEW_ORDER), "two seeds", _held(mine, ""), False
+    if not differing:
+        zero = mine.deterministic
+        if one.code != other.code and None not in (one.code, other.code):
+            return ANEW, "two codes", _held(mine, ""), False
+        return (NOTHING if zero else SCATTER), "reruns", _held(mine, ""), zero
+    (name,) = differing
+    if name == "mode":
+        source = _MODES.get(frozenset({mine.mode, its.mode}))
+        compared = ", ".join(sorted((mine.mode, its.mode), key=_MODE_ORDER.index)) if source else ""
+        return (source, compared, _held(mine, name), False) if source else None
+    source = _SOURCES[name]
+    if name == "strategy" and mine.mode != "eager" and _runs_another_graph(mine.strategy, its.strategy):
+        source = _OTHER_GRAPH
+    zero = (
+        source == _ORDER_OF_SUMS
+        and mine.deterministic
+        and 0 < (one.world_size or 0) <= 2
+        and {mine.strategy, its.strategy} <= _LOSSLESS  # `none` averages nothing, so its ranks part ways
+    )
+    compared = ", ".join(sorted(_shown(which, name) for which in (mine, its)))
+    return source, compared, _held(mine, name), zero
+
+
+def _runs_another_graph(one: str, other: str) -> bool:
+    return "ingraph" in (one, other) or (one in _DURING_BACKWARD) != (other in _DURING_BACKWARD)
+
+
+def _shown(chosen: Settings, name: str) -> str:
+    value: Any = getattr(chosen, name)
+    if name == "options":
+        return " ".join(f"{k}={v}" for k, v in value) or "default"
+    return ("on" if value else "off") if isinstance(value, bool) else str(value or "any")
+
+
+def _held(chosen: Settings, differing: str) -> str:
+    parts = [] if differing == "strategy" else [chosen.strategy]
+    parts += [] if differing == "mode" else [chosen.mode]
+    parts += [chosen.comm] if differing != "comm" and chosen.comm != "torch" else []
+    parts += [chosen.nccl_algo] if differing != "nccl_algo" and chosen.nccl_algo else []
+    parts += ["TF32"] if differing != "tf32" and chosen.tf32 else []
+    return " ".join([*parts, *(["det."] if chosen.deterministic and differing != "deterministic" else [])])
+
+
+def _row(study: Study, key: Key, pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any] | None:
+    source, compared, held, zero = key
+    measured = _measure(pairs, steps=source != _NEW_ORDER)
+    apart = [study.distance(*pair) / study.size(pair[0]) for pair in pairs] if study.by_projection else []
+    if not measured["steps"] and not apart:
+        return None
+    equal = measured["bitwise_pairs"] == len(pairs)
     return {
-        "source": _named(source, one),
-        "compared": _compared(differing, one, other),
-        "held": _held(differing, one),
-        "deterministic": one.deterministic and other.deterministic,
+        "source": source,
+        "compared": compared,
+        "held": held,
+        "ranks": pairs[0][0].world_size,
+        "seeds": len({(one.seed, one.data_seed) for one, _ in pairs}),
         "pairs": len(pairs),
-        "runs": len({number for pair in pairs for number in pair}),
+        "runs": len({run.label for pair in pairs for run in pair}),
         **measured,
+        "distance": float(np.mean(apart)) if apart else np.nan,
         "expected_zero": zero,
-        "outcome": _outcome(zero, all_equal=measured["bitwise_pairs"] == len(pairs)),
+        "outcome": ("zero, as due" if zero else "zero") if equal else ("NOT ZERO" if zero else "differs"),
     }
 
 
-def _measure(study: Study, pairs: Sequence[tuple[int, int]]) -> dict[str, float] | None:
-    maes, squares, steps, largest, bitwise = [], 0.0, 0, 0.0, 0
-    for one, other in pairs:
-        common = study.present[one] & study.present[other]
-        difference: NDArray = study.losses[other, common] - study.losses[one, common]
+def _measure(pairs: Sequence[tuple[Run, Run]], *, steps: bool) -> dict[str, float]:
+    maes, squares, count, largest, bitwise = [], 0.0, 0, 0.0, 0
+    for one, other in pairs if steps else ():
+        _, mine, its = common(one, other)
+        difference: NDArray = its - mine
         size = np.abs(difference[np.isfinite(difference)])
-        if not len(size):
-            continue
-        maes.append(float(size.mean()))
-        squares += float((size**2).sum())
-        steps += len(size)
-        largest = max(largest, float(size.max()))
-        bitwise += len(size) == len(difference) and not size.any()
-    if not maes:
-        return None
+        if len(size):
+            maes.append(float(size.mean()))
+            squares += float((size**2).sum())
+            count += len(size)
+            largest = max(largest, float(size.max()))
+            bitwise += len(size) == len(difference) and not size.any()
     return {
-        "steps": steps,
-        "mae": float(np.mean(maes)),
-        "mae_low": min(maes),
-        "mae_high": max(maes),
-        "rmse": float(np.sqrt(squares / steps)),
-        "max_abs": largest,
+        "steps": count,
+        "mae": float(np.mean(maes)) if maes else np.nan,
+        "mae_low": min(maes, default=np.nan),
+        "mae_high": max(maes, default=np.nan),
+        "rmse": float(np.sqrt(squares / count)) if count else np.nan,
+        "max_abs": largest if count else np.nan,
         "bitwise_pairs": bitwise,
     }
-
-
-def _expected_zero(source: str, one: _Settings, other: _Settings, run: Run) -> bool:
-    if not (one.deterministic and other.deterministic):
-        return False
-    if source == "rerun":
-        return True
-    # `none` averages nothing, so its ranks part ways.
-    lossless = {one.strategy, other.strategy} <= _LOSSLESS
-    two_ranks = run.world_size is not None and run.world_size <= 2
-    return source == "reduction order" and two_ranks and lossless
-
-
-def _outcome(zero: bool, *, all_equal: bool) -> str:
-    if all_equal:
-        return "zero, as due" if zero else "zero"
-    return "NOT ZERO" if zero else "differs"
-
-
-def _named(source: str, one: _Settings) -> str:
-    if source == "rerun":
-        return "none (rerun)" if one.deterministic else "scatter order"
-    return source
-
-
-def _compared(differing: Sequence[str], one: _Settings, other: _Settings) -> str:
-    if not differing:
-        return "reruns"
-    name = differing[0]
-    if name in ("compiled", "deterministic", "seed"):
-        return {"compiled": "eager, compiled", "deterministic": "on, off", "seed": "two seeds"}[name]
-    return f"{getattr(one, name)}, {getattr(other, name)}"
-
-
-def _held(differing: Sequence[str], one: _Settings) -> str:
-    parts = [] if "strategy" in differing else [one.strategy]
-    if "compiled" not in differing:
-        parts.append("compiled" if one.compiled else "eager")
-    if "comm" not in differing and one.comm != "torch":
-        parts.append(one.comm)
-    if one.deterministic and "deterministic" not in differing:
-        parts.append("det.")
-    return " ".join(parts)

@@ -1,24 +1,28 @@
-"""The paper's claims, each with a verdict in plain words and the numbers that it rests on."""
+"""The primary claims of a study, each with a verdict in plain words and the numbers that it rests on.
 
-import math
+Only what was declared beforehand gets a verdict. Holm's procedure over these keeps the rate of false statements of each kind
+(holds, does not hold) to 5 % a study.
+"""
+
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
-from ddpkit.analysis import speed
-from ddpkit.analysis.equivalence import MARGIN, MOST, PLANNED, RatioTest, distances, ratio_test
-from ddpkit.analysis.numerics import Study
-from ddpkit.analysis.runs import NDArray, Run
+from ddpkit.analysis import arms, speed
+from ddpkit.analysis.blocks import Study
+from ddpkit.analysis.endpoints import Evidence, evidence, units
+from ddpkit.analysis.plan import DISTANCE, FEWEST, FORCE_ERROR, MARGINS, TIME, Declared
+from ddpkit.analysis.statistics import LEVEL, Test, equivalence, holm, most_that_deviate
 from ddpkit.analysis.tables import number, span
 
 HOLDS = "holds"
 FAILS = "does not hold"
 OPEN = "cannot be told from these runs"
-_NO_SPREAD = f"{OPEN}, in which reruns agree to the last bit"
-_ELSEWHERE = "there is no spread of reruns to hold this against: runs where reruns differ must answer it"
+
+_ORDER_ALONE = frozenset({"strategy", "options", "comm", "nccl_algo"})
+_LOSSLESS = frozenset({"standard", "custom", "overlap", "emulated"})
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,9 @@ class Claim:
     """A claim and what the runs say of it.
 
     Attributes:
-        claim: one sentence.
+        claim: one sentence, with ranks, seeds or launches, and length.
         published: what the paper's figures are.
-        verdict: `holds`, `does not hold`, or `cannot be told from these runs: about N more are needed`.
+        verdict: `holds`, `does not hold`, or `cannot be told from these runs: WHY`.
         reason: the measured numbers behind it.
     """
 
@@ -44,274 +48,234 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A ratio test between arms, for the table of tests, and the same with medians over the steps for means."""
-
-    name: str
-    test: RatioTest
-    by_median: RatioTest
-    margin: float
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """The runs of a numerics study that can serve in tests, in arms told by their configurations.
+class Weighed:
+    """A declared claim of a study of numerics with its evidence, before Holm's procedure.
 
     Attributes:
-        study: the study.
-        members: numbers of the runs of each arm; `custom` holds the baseline and its reruns.
-        left_out: labels of runs that are too short for the tests.
+        declared: the claim.
+        found: what the seeds say.
+        test: its p-values.
+        untested: why there is no test; empty where there is one.
     """
 
-    study: Study
-    members: dict[str, list[int]]
-    left_out: tuple[str, ...]
-
-    @cached_property
-    def steps(self) -> NDArray:
-        """The steps common to all of them."""
-        used = [number for arm in self.members.values() for number in arm]
-        common = self.study.present[used].all(axis=0)
-        return np.asarray(common)
-
-    @cached_property
-    def pairwise(self) -> NDArray:
-        """Mean absolute differences `[runs, runs]` over the common steps; NaN for runs outside the tests."""
-        return self._distances(np.mean)
-
-    @cached_property
-    def pairwise_median(self) -> NDArray:
-        """Median absolute differences `[runs, runs]`, which single spikes do not move."""
-        return self._distances(np.median)
-
-    @cached_property
-    def loss(self) -> float:
-        """Mean loss of the baseline over the common steps."""
-        return float(np.nanmean(self.study.losses[0, self.steps]))
-
-    def test(self, top: tuple[str, str], below: tuple[str, str], *, by_median: bool = False) -> RatioTest | None:
-        """The ratio test of the distances between two pairs of arms; None where an arm has no run."""
-        arms = [self.members.get(name, []) for name in (*top, *below)]
-        if not all(arms):
-            return None
-        pairwise = self.pairwise_median if by_median else self.pairwise
-        return ratio_test(pairwise, (arms[0], arms[1]), (arms[2], arms[3]))
-
-    def _distances(self, over_steps: Callable[..., NDArray]) -> NDArray:
-        count = len(self.study.runs)
-        used = np.array(sorted(number for arm in self.members.values() for number in arm))
-        result = np.full((count, count), np.nan)
-        result[np.ix_(used, used)] = distances(self.study.losses[np.ix_(used, np.flatnonzero(self.steps))], over_steps)
-        return result
+    declared: Declared
+    found: Evidence
+    test: Test
+    untested: str
 
 
-def trajectories(study: Study) -> Trajectories:
-    """Sorts the runs that share the baseline's kernels into arms; runs of less than half the median length stay out."""
-    ends = [int(run.steps["step"].max()) for run in study.runs]
-    enough = 0.5 * float(np.median(ends))
-    members: dict[str, list[int]] = {}
-    left_out = []
-    for number_, run in enumerate(study.runs):
-        name = _arm(run, study.baseline)
-        if name is None:
-            continue
-        if ends[number_] < enough:
-            left_out.append(run.label)
-        else:
-            members.setdefault(name, []).append(number_)
-    return Trajectories(study, members, tuple(left_out))
+def numerics_claims(study: Study) -> list[Claim]:
+    """Verdicts on what the study declared."""
+    weighed = [weigh(study, claim) for claim in study.plan.primary if claim.endpoint in MARGINS]
+    inside, outside = (holm([getattr(one.test, side) for one in weighed]) for side in ("inside", "outside"))
+    return [_numerics_claim(study, one, p_in, p_out) for one, p_in, p_out in zip(weighed, inside, outside, strict=True)]
 
 
-def comparisons(data: Trajectories) -> list[Comparison]:
-    """Every arm's distance to the baseline's arm over the distance of reruns to each other, and new seed over standard."""
-    rerun = ("custom", "custom")
-    wanted = [(f"{name} / rerun", (name, "custom"), rerun, MARGIN) for name in data.members if name != "custom"]
-    wanted.append(("new seed / standard", ("new seed", "custom"), ("standard", "custom"), 1.0))
-    found = []
-    for name, top, below, margin in wanted:
-        test, by_median = data.test(top, below), data.test(top, below, by_median=True)
-        if test and by_median:
-            found.append(Comparison(name, test, by_median, margin))
-    return found
+def weigh(study: Study, claim: Declared) -> Weighed:
+    """What the runs say of one claim, without regard to the others."""
+    found = evidence(study, claim.endpoint, claim.arm)
+    untested = _untested(study, claim, found)
+    test = equivalence(found.values, margin(claim.endpoint), two_sided=claim.endpoint == FORCE_ERROR)
+    if untested:
+        test = Test(test.estimate, 1.0, 1.0)
+    elif found.failed or found.baseline_failed:
+        test = Test(test.estimate, 1.0, test.outside)
+    return Weighed(claim, found, test, untested)
 
 
-def numerics_claims(data: Trajectories) -> list[Claim]:
-    """Verdicts on the claims of the paper's numerics section."""
-    same = "changes the training trajectory no more than rerunning the job does."
-    extensions = [name for name in ("standard compiled", "overlap", "ingraph") if name in data.members]
-    return [
-        _equivalent(data, "standard", f"Standard DDP {same}", "MAE 0.00073 for standard against 0.00079 for the rerun"),
-        _deviates(data),
-        _new_seed(data),
-        *(_equivalent(data, name, f"Strategy {name} {same}", "not run") for name in extensions),
-    ]
+def margin(endpoint: str) -> float:
+    """The declared margin, as a logarithm of a ratio."""
+    return float(np.log1p(MARGINS[endpoint]))
+
+
+def says_nothing(study: Study, arm: str) -> bool:
+    """Whether an arm differs from the baseline in the order of sums over at most two ranks, which have one order."""
+    run = next((run for _, run in study.members(arm)), None)
+    if run is None or (run.world_size or 3) > 2:
+        return False
+    mine, its = arms.settings(run), arms.settings(study.baseline)
+    lossless = {mine.strategy, its.strategy} <= _LOSSLESS and "reduce_dtype" not in dict(mine.options + its.options)
+    return set(mine.differing(its)) <= _ORDER_ALONE and mine.mode == "eager" and lossless
+
+
+def _untested(study: Study, claim: Declared, found: Evidence) -> str:
+    fewest, seeds = FEWEST[claim.endpoint], len(study.blocks)
+    if not any(study.members(claim.arm)):
+        return f"there is no run of {claim.arm}"
+    if says_nothing(study, claim.arm):
+        return "on two ranks a sum of gradients has one order, so bucketed and flat cannot differ and nothing is tested"
+    if seeds < fewest:
+        return f"there {'is 1 seed' if seeds == 1 else f'are {seeds} seeds'}, and a test needs {fewest}"
+    if absent := sorted(set(study.plan.runs) - {run.label for run in study.runs}):
+        return f"{len(absent)} of {len(study.plan.runs)} planned runs are not there"
+    if found.missing:
+        what = "validation errors" if claim.endpoint == FORCE_ERROR else "reruns and distances"
+        return f"{found.missing} of {seeds} seeds lack complete runs with {what}"
+    return ""
+
+
+def _numerics_claim(study: Study, one: Weighed, inside: float, outside: float) -> Claim:
+    by_error = one.declared.endpoint == FORCE_ERROR
+    arm = one.declared.arm
+    sentence = (
+        f"Arm {arm!r} ends with the baseline's validation force error, within 5 %"
+        if by_error
+        else f"Arm {arm!r} lies no further from the baseline than a rerun does, within a factor of 1.5"
+    )
+    if one.untested:
+        verdict = f"{OPEN}: {one.untested}"
+    elif inside <= LEVEL:
+        verdict = f"{HOLDS}: identical" if one.found.identical else HOLDS
+    elif outside <= LEVEL:
+        verdict = FAILS
+    elif one.found.failed or one.found.baseline_failed:
+        verdict = f"{OPEN}: runs failed"
+    else:
+        verdict = f"{OPEN}: the interval reaches over the margin"
+    said = [*_failures_said(study, one), _force_said(one) if by_error else _distance_said(study, one)]
+    if not one.untested:
+        p = min(inside, outside)
+        said.append(f"p = {number(p, 2)} after Holm over the {len(study.plan.primary)} primary claims")
+    return Claim(
+        f"{sentence} ({study.scope}).", _published(arm, by_error=by_error), verdict, "; ".join(filter(None, said))
+    )
+
+
+def _failures_said(study: Study, one: Weighed) -> list[str]:
+    said = []
+    of_arm = sum(1 for _ in study.members(one.declared.arm))
+    if one.found.failed:
+        said.append(
+            f"{len(one.found.failed)} of {of_arm} runs of {one.declared.arm} failed ({', '.join(one.found.failed)})"
+        )
+    if one.found.baseline_failed:
+        said.append(f"of the runs to compare with {', '.join(one.found.baseline_failed)} failed")
+    return said
+
+
+def _force_said(one: Weighed) -> str:
+    found = one.found
+    usable = found.values[np.isfinite(found.values)]
+    if not len(usable):
+        return "no seed has both validation errors"
+    if found.identical:
+        return f"the validation force errors are equal to the last bit (seeds: {len(usable)})"
+    percent = 100 * np.expm1(usable)
+    text = f"validation force RMSE {100 * np.expm1(usable.mean()):+.3g} % of the baseline's"
+    return text + _seeds_said(one, percent, 100 * np.expm1(margin(FORCE_ERROR)), "%")
+
+
+def _distance_said(study: Study, one: Weighed) -> str:
+    found, arm = one.found, one.declared.arm
+    usable = found.values[np.isfinite(found.values)]
+    sizes = units(study, arm)
+    apart = f"{number(sizes.relative)} of the {'parameters' if study.by_projection else 'loss'}"
+    apart += f" ({number(sizes.roundings)} roundings of float32"
+    apart += f", {number(sizes.of_new_seed)} of a new seed's distance)" if np.isfinite(sizes.of_new_seed) else ")"
+    if found.exact and found.identical:
+        return (
+            f"reruns are exact, and {arm} agrees with its baselines too, to rounding in float64 (seeds: {len(usable)})"
+        )
+    if found.exact:
+        return f"reruns are exact, so there is no ratio: {arm} differs by {apart}"
+    if not len(usable):
+        return f"no seed has both distances; {arm} differs by {apart}" if np.isfinite(sizes.relative) else ""
+    text = f"distance {number(float(np.exp(usable.mean())))} times a rerun's"
+    return text + _seeds_said(one, np.exp(usable), float(np.exp(margin(DISTANCE))), "times") + f"; it is {apart}"
+
+
+def _seeds_said(one: Weighed, values: np.ndarray, limit: float, unit: str) -> str:  # type: ignore[type-arg]
+    """The interval, the range of single seeds, and how many of all seeds may deviate unseen."""
+    test, count = one.test, len(one.found.values)
+    text = ""
+    if np.isfinite(test.estimate.low):
+        bounds = (test.estimate.low, test.estimate.high)
+        low, high = (100 * np.expm1(x) if unit == "%" else np.exp(x) for x in bounds)
+        text = (
+            f", 90 % interval [{low:+.3g}, {high:+.3g}]"
+            if unit == "%"
+            else f", 90 % interval [{number(low)}, {number(high)}]"
+        )
+    text += (
+        f" over {count} seed{'s' * (count != 1)} (single ones {number(values.min())} to {number(values.max())} {unit})"
+    )
+    beyond = int((np.abs(values) > limit).sum()) + count - len(values)
+    if count >= 2 and not beyond:
+        text += f"; none beyond the margin, so at most {most_that_deviate(count):.0%} of all seeds are"
+    elif beyond:
+        text += f"; {beyond} beyond the margin"
+    return text
+
+
+def _published(arm: str, *, by_error: bool) -> str:
+    if by_error:
+        return "not given"
+    return {
+        "standard": "MAE of the loss 0.00073 for standard against 0.00079 for the rerun, one run each",
+        "compiled": "MAE of the loss 0.00280 for compiled against 0.00079 for the rerun, one run each",
+    }.get(arm, "not run")
 
 
 def speed_claims(data: speed.Study) -> list[Claim]:
-    """Verdicts on the claims of the paper's speed section."""
-    claims = []
+    """Verdicts on what the study declared of times: arms against standard eager at the smallest and the largest size."""
     sizes = sorted({cell.parameters for cell in data.times})
-    published = {sizes[-1]: ("+5.0 %", "-7.5 %"), sizes[0]: ("+0.7 %", "-8.5 %")}
-    for size in dict.fromkeys((sizes[0], sizes[-1])):
-        where = f"with {size:,} parameters"
-        costs, gains = (speed.Cell(size, "custom", compiled) for compiled in (False, True))
-        slower = f"Custom DDP costs time against standard DDP {where}."
-        faster = f"Custom DDP with compilation is faster than standard eager DDP {where}."
-        claims += [
-            _sign(data, costs, 1, slower, published[size][0]),
-            _sign(data, gains, -1, faster, published[size][1]),
-        ]
-    return [*claims, _growing(data, len(sizes))]
+    cells = [
+        speed.Cell(size, *_cell(claim.arm))
+        for claim in data.plan.primary
+        if claim.endpoint == TIME
+        for size in dict.fromkeys((sizes[0], sizes[-1]))
+    ]
+    found = [speed.relative(data, cell) for cell in cells]
+    untested = [_untimed(data, cell, one.estimate.count) for cell, one in zip(cells, found, strict=True)]
+    p_values = holm([1.0 if why else one.p for one, why in zip(found, untested, strict=True)])
+    return [_speed_claim(data, *each) for each in zip(cells, found, untested, p_values, strict=True)]
 
 
-def needed(more: int | None, what: str = "") -> str:
-    """The verdict that leaves a claim open, with the number of further measurements that would settle it."""
-    about = f"more than {MOST}" if more is None else f"about {more}"
-    return f"{OPEN}: {about} more {what}{'is' if more == 1 else 'are'} needed"
+def _cell(arm: str) -> tuple[str, bool]:
+    strategy, _, rest = arm.partition(" ")
+    return strategy, rest == "compiled"
 
 
-def _arm(run: Run, baseline: Run) -> str | None:
-    if run.deterministic != baseline.deterministic or run.comm != baseline.comm:
-        return None
-    if (run.strategy, run.compiled) == (baseline.strategy, baseline.compiled):
-        return "custom" if run.seed == baseline.seed else "new seed"
-    if run.seed != baseline.seed:
-        return None
-    if run.strategy == "custom":
-        return "compiled"
-    return f"{run.strategy}{' compiled' if run.compiled and run.strategy != 'ingraph' else ''}"
+def _untimed(data: speed.Study, cell: speed.Cell, launches: int) -> str:
+    for needed in (cell, data.reference(cell)):
+        if needed not in data.times:
+            return f"there is no run of {needed.name} at this size"
+    if launches < FEWEST[TIME]:
+        return f"there {'is 1 pair' if launches == 1 else f'are {launches} pairs'} of launches, and a test needs {FEWEST[TIME]}"
+    if (again := speed.relative(data, data.again(cell)).estimate).excludes_zero:
+        return f"two launches of the same thing differ ({span(again.low, again.high)} %), so these times are not calibrated"
+    return ""
 
 
-def _measured(test: RatioTest, margin: float) -> str:
-    text = (
-        f"ratio of mean pairwise distances {number(test.ratio)} ({number(test.numerator)} / {number(test.denominator)})"
+def _speed_claim(data: speed.Study, cell: speed.Cell, one: speed.Relative, untested: str, p: float) -> Claim:
+    paper = speed.published_percent(data, cell)
+    published = "not given" if paper is None else f"{paper:+.1f} %"
+    estimate = one.estimate.percent()
+    text = f"{estimate.value:+.1f} %"
+    if np.isfinite(estimate.low):
+        text += f", 95 % interval {span(estimate.low, estimate.high)} over {estimate.count} pairs of launches"
+    if one.within is not None:
+        launches = f"{one.between:.1f} % between launches, " if np.isfinite(one.between) else ""
+        text += f"; spread {launches}{one.within:.1f} % between epochs of one launch"
+    if untested:
+        verdict = f"{OPEN}: {untested}"
+    elif p <= LEVEL:
+        verdict = HOLDS if estimate.value > 0 else FAILS
+    else:
+        verdict = f"{OPEN}: the difference lies between {estimate.low:+.1f} and {estimate.high:+.1f} %"
+    if not untested:
+        text += f"; p = {number(p, 2)} after Holm"
+    claim = (
+        f"{cell.name[0].upper()}{cell.name[1:]} takes longer than standard eager with {cell.parameters:,} parameters"
     )
-    if math.isfinite(test.lower):
-        text += f", 90 % interval [{number(test.lower)}, {number(test.upper)}] against the margin {margin:g}"
-    counts = " and ".join(str(n) for n in test.runs)
-    return f"{text}; {counts} runs an arm"
-
-
-def _power_said(test: RatioTest) -> str:
-    power = test.power()
-    if not math.isfinite(power):
-        return ""
-    return f"; if the arms were truly equal, runs like these would show it with probability {power:.2f}"
-
-
-def _robustly(data: Trajectories, arm: str) -> str:
-    """The ratio of medians over the steps, for a reader who wonders whether single spikes made the ratio of means."""
-    test = data.test((arm, "custom"), ("custom", "custom"), by_median=True)
-    if test is None or not math.isfinite(test.ratio):
-        return ""
-    interval = f" [{number(test.lower)}, {number(test.upper)}]" if math.isfinite(test.lower) else ""
-    return f"; with the median over the steps, which spikes do not move, the ratio is {number(test.ratio)}{interval}"
-
-
-def _size(data: Trajectories, test: RatioTest) -> str:
-    return f"{number(test.numerator)} on average, {number(test.numerator / data.loss)} of the loss"
-
-
-def _missing(claim: str, published: str, what: str, more: int) -> Claim:
-    return Claim(claim, published, needed(more), f"there is no {what}")
-
-
-def _equivalent(data: Trajectories, arm: str, claim: str, published: str) -> Claim:
-    test = data.test((arm, "custom"), ("custom", "custom"))
-    if test is None:
-        return _missing(claim, published, f"run of {arm}", _absent(data, arm))
-    if test.identical and test.numerator == 0:
-        reason = f"{arm} and all reruns agree to the last bit, so nothing is tested"
-        return Claim(claim, published, f"{HOLDS}: identical", reason)
-    if test.identical:
-        return Claim(claim, published, _NO_SPREAD, f"{arm} differs from them by {_size(data, test)}; {_ELSEWHERE}")
-    reason = _measured(test, MARGIN) + _power_said(test) + _robustly(data, arm)
-    verdict = HOLDS if test.below() else FAILS if test.above() else needed(test.more_runs())
-    return Claim(claim, published, verdict, reason)
-
-
-def _deviates(data: Trajectories) -> Claim:
-    claim = "Compiled training deviates notably more than a rerun does."
-    published = "MAE 0.00280 against 0.00079, RMSE 0.0264 against 0.00175"
-    test = data.test(("compiled", "custom"), ("custom", "custom"))
-    if test is None:
-        return _missing(claim, published, "compiled run", _absent(data, "compiled"))
-    if test.identical and test.numerator == 0:
-        reason = "compiled and all reruns agree to the last bit, so nothing is tested"
-        return Claim(claim, published, f"{FAILS}: identical", reason)
-    if test.identical:
-        return Claim(claim, published, _NO_SPREAD, f"compiled differs from them by {_size(data, test)}; {_ELSEWHERE}")
-    reason = _measured(test, MARGIN) + _robustly(data, "compiled")
-    verdict = HOLDS if test.above() else FAILS if test.below() else needed(test.more_runs())
-    return Claim(claim, published, verdict, reason)
-
-
-def _new_seed(data: Trajectories) -> Claim:
-    claim = "A new seed changes the losses more than the choice between standard and custom DDP does."
-    published = "MAE 0.00410 for the new seed against 0.00073 for standard"
-    test = data.test(("new seed", "custom"), ("standard", "custom"))
-    if test is None:
-        absent = "new seed" if "new seed" not in data.members else "standard"
-        return _missing(claim, published, f"run of {absent}", _absent(data, "new seed") + _absent(data, "standard"))
-    if test.identical and test.numerator == 0:
-        return Claim(claim, published, FAILS, "runs with a new seed agree with the baseline to the last bit")
-    if test.identical:
-        reason = f"standard agrees with custom to the last bit; a new seed differs by {_size(data, test)}"
-        return Claim(claim, published, HOLDS, reason)
-    verdict = HOLDS if test.above(1.0) else FAILS if test.below(1.0) else needed(test.more_runs(1.0))
-    return Claim(claim, published, verdict, _measured(test, 1.0))
-
-
-def _absent(data: Trajectories, arm: str) -> int:
-    return max(0, PLANNED - len(data.members.get(arm, [])))
-
-
-def _sign(data: speed.Study, cell: speed.Cell, sign: int, claim: str, published: str) -> Claim:
-    missing = [c.name for c in (cell, data.reference(cell)) if c not in data.times]
-    if missing:
-        return Claim(claim, published, needed(speed.FEWEST_REPEATS), f"there is no run of {missing[0]} at this size")
-    return _signed(claim, published, speed.relative_percent(data, cell), sign, data, "%")
-
-
-def _growing(data: speed.Study, sizes: int) -> Claim:
-    claim = "The cost of custom DDP against standard DDP grows with the number of parameters."
-    published = "from +0.7 % at 32.1 M to +5.0 % at 114 M"
-    estimate = speed.cost_growth(data, "custom", False)
-    if estimate is None:
-        reason = (
-            "custom and standard eager runs at two sizes are needed" if sizes > 1 else "there is one model size only"
-        )
-        return Claim(claim, published, needed(2 * speed.FEWEST_REPEATS), reason)
-    return _signed(claim, published, estimate, 1, data, "percentage points")
-
-
-def _signed(claim: str, published: str, estimate: speed.Estimate, sign: int, data: speed.Study, measure: str) -> Claim:
-    what, unit = f"{estimate.value:+.1f} {measure}", data.unit
-    if not data.is_paired:
-        runs = min(len(runs) for runs in data.runs.values())
-        reason = (
-            f"{what}, but the runs followed one another and did not take turns, so that drift of the machine is not told from "
-            "the difference"
-        )
-        return Claim(claim, published, needed(speed.FEWEST_REPEATS - runs, "runs of each configuration "), reason)
-    if not np.isfinite(estimate.low):
-        return Claim(
-            claim, published, needed(speed.FEWEST_REPEATS - 1, f"{unit}s "), f"{what}, from one {unit}: no interval"
-        )
-    reason = f"{what}, 95 % interval {span(estimate.low, estimate.high)} over {estimate.count} paired {unit}s"
-    if estimate.resolved:
-        return Claim(claim, published, HOLDS if estimate.value * sign > 0 else FAILS, reason)
-    return Claim(
-        claim, published, needed(estimate.more(), f"{unit}s "),
-        f"{reason}; it covers zero, so this hardware and these runs do not resolve the difference",
-    )  # fmt: skip
+    return Claim(f"{claim} ({data.scope}).", published, verdict, text)
 
 
 def summary(claims: Sequence[Claim]) -> str:
     """The verdicts as text, one claim after the other."""
     lines = []
     for claim in claims:
-        lines.append(f"- {claim.claim}")
+        lines.append(textwrap.fill(f"- {claim.claim}", 100, subsequent_indent="  "))
         lines.append(_indented(f"{claim.verdict}."))
         lines.append(_indented(_sentence(claim.reason)))
     return "\n".join(lines)

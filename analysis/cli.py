@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ddpkit.analysis import attribution, claims, figures, numerics, present, report, speed, tables
+from ddpkit.analysis import attribution, blocks, claims, figures, numerics, plan, present, report, speed, tables
 from ddpkit.analysis.runs import Run, holds_runs, read_runs
 from ddpkit.errors import InputError
 
@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder itself)")
     parser.add_argument(
-        "--baseline", default="baseline", metavar="LABEL", help="run to compare losses with (default: baseline)"
+        "--baseline",
+        default="baseline",
+        metavar="LABEL",
+        help="runs to compare with, one for each seed: LABEL, LABEL_2 ... (default: baseline)",
     )
     parser.add_argument(
         "--warmup",
@@ -63,43 +66,40 @@ def _numerics(
 ) -> tuple[report.Section, list[Run]]:
     runs, skipped = read_runs(folder, args.format)
     try:
-        data = numerics.study(runs, args.baseline)
+        data = blocks.study(runs, plan.read(folder, plan.NUMERICS), args.baseline)
     except InputError as error:
         raise InputError("; ".join([str(error), *skipped])) from None
+    data = replace(data, left_out=[*(f"{note}." for note in skipped), *data.left_out])
     values = numerics.table(data)
-    arms = claims.trajectories(data)
-    verdicts = claims.numerics_claims(arms)
-    compared = claims.comparisons(arms)
-    notes = [*(f"{note}." for note in skipped), *numerics.notes(data)]
-    notes += [f"{label} is too short for the tests on runs." for label in arms.left_out]
-    shown = present.numerics(values, notes, data.baseline.label)
-    if compared:
-        shown.append(present.tests(compared, int(arms.steps.sum())))
+    shown = [*present.numerics(values, data), present.endpoints(data), present.divergences(data)]
     if attributes:
         shown += _attribution(data, out)
-    tables.write(out, name, values, shown)
+    facts = present.numerics_facts(data)
+    tables.write(out, name, values, [facts, *shown])
     pictures = [
         report.Picture(
             figures.save(figures.trajectories(data), out / f"{name}.png"),
-            "Losses and loss differences, one column for each comparison",
-            "Top: losses, with the baseline's in each. Bottom: histogram of the differences cut at ±0.020, the number of "
+            f"Losses and loss differences, one column for each arm ({data.scope})",
+            "Top: losses, with the baselines' in each. Bottom: histogram of the differences cut at ±0.020, the number of "
             "points outside in the panel; where the cut leaves a few bars or few points, an inset shows the central 99 % of "
-            "all differences on their own scale. Repeats of an arm are pooled.",
-            "loss curves and histograms of loss differences, one column for each comparison",
+            "all differences on their own scale. Runs of an arm are pooled.",
+            "loss curves and histograms of loss differences, one column for each arm",
         ),
         report.Picture(
             figures.save(figures.divergences(data), out / f"{name.replace('numerics', 'divergence', 1)}.png"),
-            "Divergence from the baseline",
-            "Mean absolute loss difference over equal stretches of steps and over the repeats of an arm.",
-            "loss difference from the baseline against training step, one line for each comparison",
+            f"Divergence from the baseline ({data.scope})",
+            "Distance of the projected parameters relative to their size, geometric mean over the runs of an arm."
+            if data.by_projection
+            else "Mean absolute loss difference over equal stretches of steps and over the runs of an arm.",
+            "distance from the baseline against training step, one line for each arm",
         ),
     ]
     kernels = " Under deterministic kernels" if all(run.deterministic for run in runs) else ""
     heading = f"Numerics: does the scheme change the trajectory?{kernels}"
-    return report.Section(heading, verdicts, [*shown, *pictures]), runs
+    return report.Section(heading, [facts], claims.numerics_claims(data), [*shown, *pictures]), data.runs
 
 
-def _attribution(data: numerics.Study, out: Path) -> list[tables.Table]:
+def _attribution(data: blocks.Study, out: Path) -> list[tables.Table]:
     sources = attribution.table(data)
     tables.write_csv(out / "attribution.csv", sources)
     return [present.attribution(sources)] if len(sources) else []
@@ -112,9 +112,9 @@ def _attribution_over(folders: Sequence[Path], out: Path, args: argparse.Namespa
         for folder in folders
         for run in read_runs(folder, args.format)[0]
     ]
-    first = next((run.label for run in runs if run.label.endswith(f"/{args.baseline}")), args.baseline)
+    first = next((run.stem for run in runs if run.label.endswith(f"/{args.baseline}")), args.baseline)
     try:
-        data = numerics.study(runs, first)
+        data = blocks.study(runs, plan.Plan(plan.NUMERICS, declared=False), first)
     except InputError:
         return None
     return report.Section("Attribution: where do differences come from?", parts=_attribution(data, out))
@@ -124,18 +124,20 @@ def _speed(folder: Path, out: Path, args: argparse.Namespace, name: str = "speed
     if args.format == "lightning":
         raise InputError("Lightning's logs carry no step times; the speed study needs the run folders of ddpkit-run")
     runs, skipped = read_runs(folder)
-    data = speed.study(runs, args.warmup)
+    data = speed.study(runs, plan.read(folder, plan.SPEED), args.warmup)
     data = replace(data, notes=(*(f"{note}." for note in skipped), *data.notes))
     values = speed.table(data)
-    shown = present.epochs(values, data)
-    tables.write(out, name, values, shown)
+    shown, facts = present.epochs(values, data), present.speed_facts(data)
+    tables.write(out, name, values, [facts, *shown])
     picture = report.Picture(
         figures.save(figures.epochs(data), out / f"{name}.png"),
-        "Epoch time relative to standard eager of the same size",
-        f"Mean seconds of an epoch at the right; bars: 95 % intervals over {data.unit}s, see the table; crosses: published.",
+        f"Epoch time relative to standard eager of the same size ({data.scope})",
+        "Mean seconds of an epoch at the right; bars: 95 % intervals over launches, see the table; crosses: published.",
         "relative epoch time of each strategy with intervals, one panel for each model size",
     )
-    return report.Section("Speed: what does the scheme cost?", claims.speed_claims(data), [*shown, picture]), runs
+    return report.Section(
+        "Speed: what does the scheme cost?", [facts], claims.speed_claims(data), [*shown, picture]
+    ), runs
 
 
 def _report(folder: Path, out: Path, args: argparse.Namespace) -> None:
@@ -152,19 +154,20 @@ def _report(folder: Path, out: Path, args: argparse.Namespace) -> None:
     parts += [_speed(path, out, args, path.name) for path in found if path not in numeric]
     if not parts:
         runs, _ = read_runs(folder, args.format)
-        is_numerics = any(run.label == args.baseline for run in runs)
+        is_numerics = any(args.baseline in (run.label, run.stem) for run in runs)
         parts.append((_numerics if is_numerics else _speed)(folder, out, args))
     sections = []
     for section, runs in parts:
         _print_section(section)
         machine = [present.environment(runs)] if any(run.environment for run in runs) else []
-        sections.append(report.Section(section.heading, section.claims, [*section.parts, *machine]))
+        sections.append(replace(section, parts=[*section.parts, *machine]))
     page = out / "report.html"
     count = sum(len(runs) for _, runs in parts)
     report.write(
         page,
         "Gradient synchronisation: numerics and speed",
-        f"{count} runs in {folder.resolve().name}. The verdicts come first, then the tables and figures that they rest on.",
+        f"{count} runs in {folder.resolve().name}. Each part begins with what was run and what it can tell apart; "
+        "verdicts on what was declared beforehand follow, then the tables and figures that they rest on.",
         sections,
     )
     print(f"report: {page.resolve()}")
@@ -178,7 +181,7 @@ def _holds_study(path: Path, layout: str) -> bool:
 
 
 def _print_section(section: report.Section) -> None:
-    for part in section.parts:
+    for part in (*section.facts, *section.parts):
         print(f"{part.text()}\n" if isinstance(part, tables.Table) else f"figure: {part.path.resolve()}")
     if section.claims:
         print(f"\n{claims.summary(section.claims)}\n")

@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ddpkit.analysis import speed
-from ddpkit.analysis.numerics import CUT, Study, divergence
+from ddpkit.analysis.blocks import Study
+from ddpkit.analysis.divergence import curve
+from ddpkit.analysis.numerics import CUT, differences, pooled
 from ddpkit.analysis.published import published_speed
 from ddpkit.analysis.runs import NDArray
 from ddpkit.analysis.tables import number, percent
@@ -50,50 +52,84 @@ def save(figure: Figure, path: Path) -> Path:
 def trajectories(study: Study) -> Figure:
     """The paper's Figure 1: a column for each comparison, losses above, histogram of the differences below.
 
-    Repeats of an arm share a column; their differences are pooled.
+    Runs of an arm share a column; their differences are pooled.
     """
-    arms = study.arms()
-    across = min(len(arms), _COLUMNS_A_ROW)
-    blocks = math.ceil(len(arms) / _COLUMNS_A_ROW)
+    across = min(len(study.names), _COLUMNS_A_ROW)
+    rows = math.ceil(len(study.names) / _COLUMNS_A_ROW)
     with mpl.rc_context(dict(STYLE)):
-        figure = Figure(figsize=(max(3.4, 2.75 * across), 5.0 * blocks), layout="constrained")
-        axes = np.atleast_2d(figure.subplots(2 * blocks, across, squeeze=False))
+        figure = Figure(figsize=(max(3.4, 2.75 * across), 5.0 * rows + 0.3), layout="constrained")
+        figure.suptitle(study.scope, fontsize=9, color=GREY)
+        axes = np.atleast_2d(figure.subplots(2 * rows, across, squeeze=False))
         for axis in axes.flat:
             axis.set_visible(False)
-        for place, (name, members) in enumerate(arms.items()):
-            block, column = divmod(place, _COLUMNS_A_ROW)
-            _losses(axes[2 * block, column], study, name, members, first=column == 0)
-            _histogram(axes[2 * block + 1, column], study, members, first=column == 0)
+        for place, name in enumerate(study.names):
+            row, column = divmod(place, _COLUMNS_A_ROW)
+            _losses(axes[2 * row, column], study, name, first=column == 0)
+            _histogram(axes[2 * row + 1, column], pooled(study, name), first=column == 0)
     return figure
 
 
 def divergences(study: Study) -> Figure:
-    """Mean absolute difference from the baseline against the step, one line an arm; identical arms are named aside."""
+    """Distance from the baseline against the step, one line an arm; identical arms are named aside."""
     with mpl.rc_context(dict(STYLE)):
-        figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.0, 3.8), layout="constrained")
+        figure.suptitle(study.scope, fontsize=9, color=GREY)
         axis = figure.subplots()
         identical, drawn = [], 0
-        for name, members in study.arms().items():
-            steps, size = divergence(study, members)
-            if not len(size) or not size.any():
-                identical.append(name)
-                continue
+        for name in study.names:
+            steps, size = _projected(study, name) if study.by_projection else _stretches(study, name)
             shown = size > 0
+            if not shown.any():
+                identical += [name] if len(steps) else []
+                continue
             axis.plot(
-                steps[shown], size[shown], label=_plain(name), color=_CYCLE[drawn % len(_CYCLE)], lw=1.4,
+                steps[shown], size[shown], label=name, color=_CYCLE[drawn % len(_CYCLE)], lw=1.4,
                 ls=_LINES[drawn % len(_LINES)], marker="o" if shown.sum() < 4 else None, ms=3,
             )  # fmt: skip
             drawn += 1
         if drawn:
             axis.set_yscale("log")
             axis.legend(ncols=1 if drawn < 9 else 2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if study.by_projection and drawn:
+            axis.set_xscale("log")
         axis.set_xlabel("step")
-        axis.set_ylabel("mean |loss difference|")
+        axis.set_ylabel("relative distance of parameters" if study.by_projection else "mean |loss difference|")
         axis.grid(alpha=0.25, lw=0.5)
         if identical:
-            text = "identical to the baseline (bitwise): " + ", ".join(_plain(name) for name in identical)
+            text = "identical to the baseline: " + ", ".join(identical)
             axis.set_title(textwrap.fill(text, 80), fontsize=8, color=GREY, loc="left")
     return figure
+
+
+def _projected(study: Study, arm: str) -> tuple[NDArray, NDArray]:
+    """Recorded steps and the geometric mean over runs of the relative distances there; zero where all are."""
+    apart: dict[float, list[float]] = {}
+    for block, run in study.members(arm):
+        for step, distance in zip(*curve(block.baseline, run), strict=True):
+            apart.setdefault(step, []).append(distance / study.size(block.baseline))
+    steps = np.array(sorted(step for step in apart if step > 0))
+    means = [_geometric([d for d in apart[step] if d > 0]) for step in steps]
+    return steps, np.array(means)
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values)))) if len(values) else 0.0
+
+
+def _stretches(study: Study, arm: str, points: int = 30) -> tuple[NDArray, NDArray]:
+    """Middles of equal stretches of steps, and the mean |loss difference| over them and over an arm's runs."""
+    found = [differences(arm, block, run) for block, run in study.members(arm)]
+    steps = np.concatenate([s for s, _, _ in found])
+    size = np.abs(np.concatenate([mine - its for _, mine, its in found]))
+    steps, size = steps[np.isfinite(size)], size[np.isfinite(size)]
+    if not len(steps):
+        return np.empty(0), np.empty(0)
+    edges = np.linspace(steps.min(), steps.max() + 1, min(points, len(np.unique(steps))) + 1)
+    where = np.clip(np.digitize(steps, edges) - 1, 0, len(edges) - 2)
+    count = np.bincount(where, minlength=len(edges) - 1)
+    filled = count > 0
+    means = [np.bincount(where, x, minlength=len(count))[filled] / count[filled] for x in (steps, size)]
+    return means[0], means[1]
 
 
 def epochs(data: speed.Study) -> Figure:
@@ -106,13 +142,15 @@ def epochs(data: speed.Study) -> Figure:
         for axis, size in zip(panels, sizes, strict=True):
             _relative(axis, data, [cell for cell in data.times if cell.parameters == size])
             axis.set_title(f"{size:,} parameters", loc="left")
-        figure.supxlabel("filled: eager, open: compiled; bars: 95 % intervals; ×: published", fontsize=8, color=GREY)
+        figure.suptitle(data.scope, fontsize=9, color=GREY)
+        note = "filled: eager, open: compiled; bars: 95 % intervals over launches; ×: published"
+        figure.supxlabel(note, fontsize=8, color=GREY)
     return figure
 
 
 def _relative(axis: Any, data: speed.Study, cells: Sequence[speed.Cell]) -> None:
     for place, cell in enumerate(cells):
-        estimate = speed.relative_percent(data, cell)
+        estimate = speed.relative(data, cell).estimate.percent()
         colour = _STRATEGY_COLOUR.get(cell.strategy, PURPLE)
         if np.isfinite(estimate.low):
             axis.plot(
@@ -135,7 +173,7 @@ def _relative(axis: Any, data: speed.Study, cells: Sequence[speed.Cell]) -> None
         known = published_speed(cell.parameters, data.runs[cell][0].type_embedding_dim, cell.strategy, cell.compiled)
         if known and cell != data.reference(cell):
             axis.plot(known["relative_percent"], place - 0.28, "x", color="black", ms=5, mew=1.2)
-        seconds = f"{number(float(np.mean(list(data.times[cell].values()))))} s"
+        seconds = f"{number(float(np.mean([s for epochs in data.times[cell].values() for s in epochs.values()])))} s"
         text = seconds if cell == data.reference(cell) else f"{percent(estimate.value)}  ({seconds})"
         axis.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axis.axvline(0, color=GREY, lw=0.8, zorder=0)
@@ -146,19 +184,20 @@ def _relative(axis: Any, data: speed.Study, cells: Sequence[speed.Cell]) -> None
     axis.set_xlabel("epoch time relative to standard eager, %")
 
 
-def _losses(axis: Any, study: Study, name: str, members: Sequence[int], *, first: bool) -> None:
+def _losses(axis: Any, study: Study, name: str, *, first: bool) -> None:
     axis.set_visible(True)
-    colour = ORANGE
-    for run in members:
-        seen = study.present[run]
-        axis.plot(
-            study.steps[seen], study.losses[run, seen], color=colour, lw=1.6, alpha=1 if len(members) == 1 else 0.6
-        )
-    seen = study.present[0]
-    axis.plot(study.steps[seen], study.losses[0, seen], color=BLUE, lw=0.8, ls=(0, (4, 2)))
-    axis.plot([], [], color=colour, lw=1.6, label=_plain(name))
-    axis.plot([], [], color=BLUE, lw=0.8, ls=(0, (4, 2)), label=_plain(study.baseline.label))
-    losses = study.losses[[0, *members]]
+    members = list(study.members(name))
+    baselines = {block.baseline.label: block.baseline for block, _ in members}
+    several = {"alpha": 0.6} if len(members) > 1 else {}
+    for _, run in members:
+        axis.plot(run.steps["step"], run.steps["loss"], color=ORANGE, lw=1.6, **several)
+    for run in baselines.values():
+        axis.plot(run.steps["step"], run.steps["loss"], color=BLUE, lw=0.8, ls=(0, (4, 2)))
+    axis.plot([], [], color=ORANGE, lw=1.6, label=name)
+    axis.plot([], [], color=BLUE, lw=0.8, ls=(0, (4, 2)), label=study.baseline.stem)
+    losses = np.concatenate(
+        [run.steps["loss"].to_numpy(float) for run in (*baselines.values(), *(r for _, r in members))]
+    )
     positive = losses[np.isfinite(losses)]
     if len(positive) and positive.min() > 0:
         axis.set_yscale("log")
@@ -166,8 +205,8 @@ def _losses(axis: Any, study: Study, name: str, members: Sequence[int], *, first
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
-    repeats = f" ({len(members)} runs)" if len(members) > 1 else ""
-    axis.set_title(f"{_plain(name)}{repeats}")
+    counted = f" ({len(members)} runs, {len(baselines)} seed{'s' * (len(baselines) > 1)})" if len(members) > 1 else ""
+    axis.set_title(f"{name}{counted}")
     axis.legend(loc="upper right", handlelength=2.2)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -175,10 +214,8 @@ def _losses(axis: Any, study: Study, name: str, members: Sequence[int], *, first
         axis.set_ylabel("loss")
 
 
-def _histogram(axis: Any, study: Study, members: Sequence[int], *, first: bool) -> None:
+def _histogram(axis: Any, difference: NDArray, *, first: bool) -> None:
     axis.set_visible(True)
-    difference = np.concatenate([study.differences(run)[1] for run in members])
-    difference = difference[np.isfinite(difference)]
     inside = difference[np.abs(difference) <= CUT]
     excluded = len(difference) - len(inside)
     axis.hist(inside, bins=np.linspace(-CUT, CUT, 42), color=ORANGE, edgecolor="white", lw=0.3)
@@ -214,7 +251,3 @@ def _zoom(axis: Any, difference: NDArray, inside: NDArray) -> None:
     inset.tick_params(labelsize=6.5, length=2, pad=1)
     inset.xaxis.set_major_locator(MaxNLocator(3))
     inset.set_title(f"own scale, 1e{math.log10(scale):.0f}", fontsize=6.5, pad=2)
-
-
-def _plain(label: str) -> str:
-    return label.replace("_", " ")

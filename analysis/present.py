@@ -6,19 +6,62 @@ import numpy as np
 import pandas as pd
 
 from ddpkit.analysis import published, speed
-from ddpkit.analysis.claims import Comparison
-from ddpkit.analysis.equivalence import MARGIN, RatioTest
-from ddpkit.analysis.numerics import CUT
+from ddpkit.analysis.arms import RERUN
+from ddpkit.analysis.blocks import Study
+from ddpkit.analysis.divergence import SATURATED, SPIKE, divergence
+from ddpkit.analysis.endpoints import Evidence, evidence, spread, units
+from ddpkit.analysis.numerics import CUT, same_code
+from ddpkit.analysis.plan import DISTANCE, FEWEST, FORCE_ERROR, MARGINS, TIME, WINDOW
 from ddpkit.analysis.runs import Run
+from ddpkit.analysis.statistics import LEVEL, Estimate, mean_interval
 from ddpkit.analysis.tables import Table, number, percent, span
 
 MOST_ROWS = 24
 """A numerics study of more runs than this is shown by arm; its CSV still has a row for each run."""
 
 
-def numerics(values: pd.DataFrame, notes: Sequence[str], baseline: str) -> list[Table]:
+def numerics_facts(study: Study) -> Table:
+    """What was run and what it can tell apart, to be read before any verdict."""
+    seeds = len(study.blocks)
+    failed = {arm: study.failures(arm) for arm in ("baseline", *study.names)}
+    said = [f"{len(runs)} of {arm} ({'; '.join(run.label for run, _ in runs)})" for arm, runs in failed.items() if runs]
+    declared = ", ".join(f"{claim.arm} ({claim.endpoint.replace('_', ' ')})" for claim in study.plan.primary)
+    rows = [
+        ["ranks", f"{study.baseline.ranks}: {study.baseline.machine}"],
+        ["seeds", f"{seeds} (a claim is tested from {FEWEST[DISTANCE]} on)"],
+        ["length", f"{study.steps} steps"],
+        ["parameters", f"{study.baseline.parameters:,}" if study.baseline.parameters else "not told"],
+        ["runs", f"{len(study.runs)} in {1 + len(study.names)} arms; failed: {', '.join(said) or 'none'}"],
+        ["declared claims", declared],
+        ["declared by", "plan.json" if study.plan.declared else "ddpkit's defaults: the folder has no plan.json"],
+        [
+            "distance",
+            "of projected parameters after the last step" if study.by_projection else "mean |loss difference|",
+        ],
+        *([f"resolution, {what}", text] for what, text in _resolution(study)),
+    ]
+    return Table("What was run, and what it can tell apart", ("", "value"), rows, words=2)
+
+
+def _resolution(study: Study) -> list[tuple[str, str]]:
+    """Half the 90 % interval of the widest declared claim of each kind: smaller differences cannot be told apart."""
+    found = []
+    for endpoint, what in ((FORCE_ERROR, "force error"), (DISTANCE, "distance")):
+        arms = [claim.arm for claim in study.plan.primary if claim.endpoint == endpoint]
+        reaches = [mean_interval(evidence(study, endpoint, arm).values, 1 - 2 * LEVEL).reach for arm in arms]
+        reaches = [reach for reach in reaches if np.isfinite(reach)]
+        text = "none: too few seeds with an interval"
+        if reaches and endpoint == FORCE_ERROR:
+            text = f"±{100 * np.expm1(max(reaches)):.2g} % (margin ±{100 * MARGINS[endpoint]:g} %)"
+        elif reaches:
+            text = f"a factor of {np.exp(max(reaches)):.3g} (margin {1 + MARGINS[endpoint]:g})"
+        found.append((what, text))
+    return found
+
+
+def numerics(values: pd.DataFrame, study: Study) -> list[Table]:
     """The paper's Table 3 with the published values beside, and the robust measures."""
-    whole = list(notes)
+    whole = list(study.notes)
     if len(values) > MOST_ROWS:
         values = by_arm(values)
         whole.append("Each row is the mean over the runs of an arm; numerics.csv has a row for each run.")
@@ -27,7 +70,8 @@ def numerics(values: pd.DataFrame, notes: Sequence[str], baseline: str) -> list[
         label = str(row["run"])
         differences = [_difference(row, column) for column in ("mae", "rmse", "max_abs", "median_abs", "mae_within")]
         beside = [number(row["published_mae"]), number(row["published_rmse"])]
-        paper.append([label, str(row["steps"]), *differences[:3], *beside])
+        ended = {"complete": "", "failed": "FAILED"}.get(str(row["outcome"]), str(row["outcome"]))
+        paper.append([label, str(row["seed"]), str(row["steps"]), *differences[:3], ended, *beside])
         others = [row["outside_mean_abs"], 100 * row["relative_mae"], row["mae_first_third"], row["mae_last_third"]]
         robust.append([label, *differences[3:], f"{row['outside']:g}", *map(number, others)])
     explained = (
@@ -36,13 +80,13 @@ def numerics(values: pd.DataFrame, notes: Sequence[str], baseline: str) -> list[
     )
     return [
         Table(
-            f"Loss differences from {baseline} over the logged steps",
-            ("run", "steps", "MAE", "RMSE", "max", "paper MAE", "paper RMSE"),
+            f"Loss differences from the baseline of the same seeds ({study.scope})",
+            ("run", "seed", "steps", "MAE", "RMSE", "max", "ended", "paper MAE", "paper RMSE"),
             paper,
-            [*whole, f"Paper: {published.source('numerics')}."],
+            [*whole, f"Paper: {published.source('numerics')}; 64 ranks, one seed."],
         ),
         Table(
-            "The same, robustly",
+            f"The same, robustly ({study.scope})",
             ("run", "median", f"MAE in ±{CUT:.3f}", "outside", "mean outside", "rel. MAE %", "1st third", "last third"),
             robust,
             [explained],
@@ -52,72 +96,176 @@ def numerics(values: pd.DataFrame, notes: Sequence[str], baseline: str) -> list[
 
 def by_arm(values: pd.DataFrame) -> pd.DataFrame:
     """Means over the runs of each arm; `bitwise` where all of them are."""
-    arm = values["run"].str.replace(r"_\d+$", "", regex=True)
     rows = []
-    for name in dict.fromkeys(arm):
-        group = values[arm == name]
+    for name, group in values.groupby("arm", sort=False):
         row = group.iloc[0].copy()
         for column in values.columns:
             if pd.api.types.is_float_dtype(values[column]) or column in {"outside", "nonfinite"}:
                 row[column] = group[column].mean()
         row["steps"] = int(group["steps"].max())
         row["bitwise"] = bool(group["bitwise"].all())
+        failed = int((group["outcome"] == "failed").sum())
+        row["outcome"] = f"{failed} FAILED" if failed else "complete"
+        seeds = group["seed"].nunique()
+        row["seed"] = group["seed"].iloc[0] if seeds == 1 else f"{seeds} seeds"
         row["run"] = f"{name} ({len(group)} runs)" if len(group) > 1 else name
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def tests(comparisons: Sequence[Comparison], steps: int) -> Table:
-    """Ratio tests on runs: distances over the given number of shared steps, ratio, interval and power."""
+def endpoints(study: Study) -> Table:
+    """Both endpoints of every arm: the declared ones and all others, which are estimates."""
+    declared = {(claim.endpoint, claim.arm) for claim in study.plan.primary}
     rows = []
-    for entry in comparisons:
-        test = entry.test
-        power = test.power() if entry.margin == MARGIN else np.nan
+    for arm in study.names:
+        error, far, sizes = evidence(study, FORCE_ERROR, arm), evidence(study, DISTANCE, arm), units(study, arm)
+        ratio = [] if arm == RERUN else _ratio(far)
         rows.append(
             [
-                entry.name,
-                "/".join(str(n) for n in test.runs),
-                number(test.numerator),
-                number(test.denominator),
-                *_ratio(test, "identical"),
-                "-" if not np.isfinite(power) else f"{power:.2f}",
-                *_ratio(entry.by_median, "0/0"),
+                arm,
+                str(sum(1 for block in study.blocks if arm in block.arms)),
+                str(len(study.failures(arm))),
+                _mark(error.estimate.percent().value, (FORCE_ERROR, arm) in declared),
+                _bounds(error.estimate.percent(), 2),
+                *(ratio or ["1", "-"]),
+                number(sizes.relative),
+                number(sizes.roundings),
+                number(sizes.of_new_seed),
+            ]
+        )
+    what = "parameters" if study.by_projection else "loss"
+    explained = (
+        "Force error: final validation force RMSE over the baseline's, in per cent. Distance: that from the baseline over that "
+        f"of a rerun. Relative: distance over the size of the {what}; in roundings of float32 (2^-24); over a new seed's. "
+        "Intervals: 95 %, Student's t of logarithms over seeds. *: declared; all else are estimates without a verdict. A run "
+        "that failed counts as infinitely far."
+    )
+    notes = [explained, *same_code(study)]
+    if (several := spread(study)) is not None:
+        block, distances = several
+        low, high = distances.min(), distances.max()
+        apart = "all are equal" if high == low else f"from {number(low)} to {number(high)}"
+        notes.append(
+            f"Within seed {block.seed}, the distances of {len(distances)} reruns from their baseline: {apart}."
+        )
+    return Table(
+        f"Endpoints of every arm ({study.scope})",
+        ("arm", "seeds", "failed", "force %", "95 %", "distance", "95 %", "relative", "roundings", "/new seed"),
+        rows,
+        notes,
+    )
+
+
+def _ratio(found: Evidence) -> list[str]:
+    if found.exact:
+        return ["equal" if found.identical else "reruns exact", "-"]
+    estimate = found.estimate.map(np.exp)
+    return [number(estimate.value), f"[{number(estimate.low)}, {number(estimate.high)}]" if estimate.low > 0 else "-"]
+
+
+def _mark(value: float, declared: bool) -> str:
+    if np.isnan(value):
+        return "-"
+    return ("failed" if np.isinf(value) else f"{value:+.2g}") + "*" * declared
+
+
+def _bounds(estimate: Estimate, digits: int) -> str:
+    if not np.isfinite(estimate.low):
+        return "-"
+    return f"[{estimate.low:+.{digits}g}, {estimate.high:+.{digits}g}]"
+
+
+def divergences(study: Study) -> Table:
+    """Growth along the runs, saturation, and single-step spikes."""
+    rows = []
+    for arm in study.names:
+        found = divergence(study, arm)
+        grows = found.growth
+        rows.append(
+            [
+                arm,
+                "-" if grows is None else f"{grows.value:.2f}",
+                "-" if grows is None else _bounds(grows, 3),
+                "-" if found.saturates is None else f"step {found.saturates:.0f}",
+                percent(100 * found.probe, 4)
+                if np.isfinite(found.probe) and found.probe >= 1e-6
+                else number(found.probe),
+                f"{found.spikes.count} of {found.spikes.steps}",
+                number(found.spikes.largest) if found.spikes.count else "-",
+                str(found.spikes.runs),
             ]
         )
     explained = (
-        f"Distance: mean |loss difference| over the {steps} logged steps that all these runs share, averaged over pairs of runs. "
-        "Interval: jackknife by run, Student's t. Arms count as equal where it ends below "
-        f"{MARGIN:g}, declared beforehand, at 5 %; new seed / standard is held against 1. Power: probability that as many "
-        "runs with this spread show equality if the true ratio is 1. Median: the same ratio with the median over the steps, "
-        "which single spikes do not move."
+        f"Growth: exponent p of distance ~ step^p of the projected parameters, between {WINDOW[0]:.0%} and {WINDOW[1]:.0%} of "
+        f"the run, 95 % interval over seeds. Saturates: where the distance is {SATURATED:.0%} of a new seed's. Probe: |relative "
+        f"difference| of the loss on one fixed batch after the last step. Spikes: single loss differences of more than {SPIKE:g} "
+        "times the median of the 50 steps around."
     )
     return Table(
-        "Tests on runs: mean pairwise distances and their ratio",
-        ("arms", "runs", "distance", "over", "ratio", "90 % interval", "power", "median", "90 % interval"),
+        f"How trajectories part ({study.scope})",
+        ("arm", "growth", "95 %", "saturates", "probe", "spikes", "largest", "in runs"),
         rows,
         [explained],
     )
 
 
 def attribution(values: pd.DataFrame) -> Table:
-    """What each source contributes when it alone differs."""
+    """What each cause contributes when it alone differs."""
     rows = []
     for _, row in values.iterrows():
         equal = row["bitwise_pairs"] == row["pairs"]
         sizes = ["0 (bitwise)" if equal else number(row[column]) for column in ("mae", "max_abs")]
-        rows.append([row["source"], row["compared"], row["held"], str(row["pairs"]), *sizes, row["outcome"]])
+        counts = [
+            number(row["ranks"]) if pd.isna(row["ranks"]) else f"{row['ranks']:.0f}",
+            str(row["seeds"]),
+            str(row["pairs"]),
+        ]
+        rows.append(
+            [row["source"], row["compared"], row["held"], *counts, *sizes, number(row["distance"]), row["outcome"]]
+        )
     explained = (
-        "MAE: mean over the pairs. Det.: under deterministic=true, which must make reruns agree to the last bit, and "
-        "lossless strategies too on at most two ranks, where a sum of gradients has one order. Compiled, strategies that act "
-        "during the backward pass (standard, overlap), after it, or within the graph (ingraph) run different code."
+        "MAE: of losses, mean over the pairs. Distance: of the projected parameters, relative. Det.: under deterministic=true, "
+        "which must make reruns agree to the last bit, and lossless strategies too on at most two ranks, where a sum of "
+        "gradients has one order. Traced algorithms: eager code against the traced graph, interpreted; compiler: that graph, "
+        "compiled."
     )
     return Table(
         "Attribution: pairs of runs that differ in one thing alone",
-        ("source", "compared", "held", "pairs", "MAE", "max", "outcome"),
+        ("source", "compared", "held", "ranks", "seeds", "pairs", "MAE", "max", "distance", "outcome"),
         rows,
         [explained],
         words=3,
     )
+
+
+def speed_facts(data: speed.Study) -> Table:
+    """What was timed and what it can tell apart, to be read before any verdict."""
+    run = next(iter(data.runs.values()))[0]
+    launches = {cell.name: len(times) for cell, times in data.times.items()}
+    counts: dict[int, list[str]] = {}
+    for name, count in launches.items():
+        counts.setdefault(count, []).append(name)
+    rows = [
+        ["ranks", f"{run.ranks}: {run.machine}"],
+        ["launches", "; ".join(f"{count} of {', '.join(names)}" for count, names in sorted(counts.items(), reverse=True))],
+        ["length", f"epochs of {data.steps} steps, {'in turns' if data.in_turns else 'one run after another'}"],
+        ["pilot", f"launches {', '.join(map(str, data.plan.pilot))}, in no claim" if data.plan.pilot else "none"],
+        ["declared claims", ", ".join(f"{c.arm} (time)" for c in data.plan.primary if c.endpoint == TIME)],
+        ["declared by", "plan.json" if data.plan.declared else "ddpkit's defaults: the folder has no plan.json"],
+    ]  # fmt: skip
+    for cell in data.times:
+        if cell.again:
+            again = speed.relative(data, cell).estimate.percent()
+            covers = (
+                "-" if not np.isfinite(again.low) else "does NOT cover zero" if again.excludes_zero else "covers zero"
+            )
+            what = f"{percent(again.value)} {span(again.low, again.high)}: {covers}"
+            rows.append([f"calibration, {cell.parameters:,}", f"standard against itself {what}"])
+        elif cell.name in {claim.arm for claim in data.plan.primary}:
+            found = speed.relative(data, cell).estimate
+            told = f"±{100 * found.reach:.2g} %" if np.isfinite(found.reach) else "none: one launch has no interval"
+            rows.append([f"resolution, {cell.parameters:,}", f"{cell.name} against standard {told}"])
+    return Table("What was timed, and what it can tell apart", ("", "value"), rows, words=2)
 
 
 def epochs(values: pd.DataFrame, data: speed.Study) -> list[Table]:
@@ -129,20 +277,35 @@ def epochs(values: pd.DataFrame, data: speed.Study) -> list[Table]:
             number(row["seconds_per_epoch"], 4),
             percent(row["relative_percent"]) if cell != data.reference(cell) else "reference",
             span(row["relative_low"], row["relative_high"]),
-            f"{row['runs']}/{row['epochs']}",
+            f"{number(row['between_percent'], 2)}/{number(row['within_percent'], 2)}",
+            f"{row['launches']}/{row['epochs']}",
             _minutes(row["published_seconds"]),
             percent(row["published_relative_percent"]) if row["published_relative_percent"] != 0 else "reference",
         ]
         for cell, (_, row) in zip(data.times, values.iterrows(), strict=True)
     ]
+    explained = (
+        "Intervals: Student's t of logarithms over launches; one launch has none. Spread: of the ratio between launches / "
+        "between epochs of one launch. Launches/their epochs. What is not declared is an estimate without a verdict."
+    )
     first = Table(
-        f"Time of an epoch of {data.steps} steps, relative to standard eager of the same size",
-        ("parameters", "strategy", "s/epoch", "relative", "95 % interval", "runs/epochs", "paper", "paper rel."),
+        f"Time of an epoch relative to standard eager of the same size ({data.scope})",
+        (
+            "parameters",
+            "strategy",
+            "s/epoch",
+            "relative",
+            "95 %",
+            "spread %",
+            "launches",
+            "paper",
+            "paper rel.",
+        ),
         rows,
         [
             *data.notes,
-            _intervals(data),
-            f"Paper: {published.source('speed')}; at 32.1 M (embedding 32) and 114 M (embedding 128), min:s.",
+            explained,
+            f"Paper: {published.source('speed')}; 8 ranks, one launch; 32.1 M (embedding 32) and 114 M (embedding 128), min:s.",
         ],
         words=2,
     )
@@ -163,7 +326,7 @@ def epochs(values: pd.DataFrame, data: speed.Study) -> list[Table]:
         for cell, (_, row) in zip(data.times, values.iterrows(), strict=True)
     ]
     second = Table(
-        "A step, in ms, and its parts on rank 0",
+        f"A step, in ms, and its parts on rank 0 ({data.scope})",
         ("parameters", "strategy", "step", "data", "compute", "sync", "optimizer", "compile s", "gradients"),
         split,
         [
@@ -195,67 +358,42 @@ def environment(runs: Sequence[Run]) -> Table:
     return Table(f"Environment of the {len(runs)} runs", ("", "value"), rows, words=2)
 
 
-def _intervals(data: speed.Study) -> str:
-    if data.unit == "repeat":
-        return "Intervals are over paired repeats."
-    if data.in_turns:
-        return "Intervals are over epochs that took turns: the variation from one launch to the next is not in them."
-    return (
-        "Intervals are over epochs of runs that followed one another: drift of the machine is not told from the differences, and "
-        "nothing is concluded from them."
-    )
-
-
 def _effects(data: speed.Study) -> list[Table]:
-    paired = data.is_paired
     rows = [
-        [f"exposed communication, {cell.name}", f"{cell.parameters:,}", *_estimate(found, "s", paired)]
+        [f"exposed communication, {cell.name}", f"{cell.parameters:,}", *_estimate(found, "s")]
         for cell, found in speed.exposed_communication(data)
     ]
     rows += [
-        [f"interaction of compile with {cell.strategy}", f"{cell.parameters:,}", *_estimate(found, "%", paired)]
+        [f"interaction of compile with {cell.strategy}", f"{cell.parameters:,}", *_estimate(found, "%")]
         for cell, found in speed.interaction(data)
     ]
     for entry in speed.growth(data):
         parts = {"growth": entry.total, "of it compute": entry.compute, "of it communication": entry.communication}
-        rows += [
-            [f"{entry.cell.name}: {part}", "small to large", *_estimate(e, "%", paired)]
-            for part, e in parts.items()
-            if e
-        ]
+        rows += [[f"{entry.cell.name}: {part}", "small to large", *_estimate(e, "%")] for part, e in parts.items() if e]
     if not rows:
         return []
     explained = (
         "Exposed communication: epoch time beyond strategy none, which computes the same and sends nothing. Interaction: "
-        "compiled over eager, divided by the same of standard, less one. Growth: in percent of the smaller model's epoch. "
-        "Not resolved: the interval covers zero, so this hardware and these runs cannot tell. One interval in twenty misses its "
-        "value by chance: among many, a single yes proves little."
+        "compiled over eager, divided by the same of standard, less one. Growth: in percent of the smaller model's epoch. All "
+        "are estimates: one interval in twenty misses its value by chance."
     )
     return [
         Table(
-            "Effects: communication, interaction with compilation, growth with the number of parameters",
-            ("effect", "parameters", "value", "95 % interval", "resolved"),
+            f"Effects: communication, interaction with compilation, growth with the number of parameters ({data.scope})",
+            ("effect", "parameters", "value", "95 % interval", "launches"),
             rows,
             [explained],
         )
     ]
 
 
-def _estimate(found: speed.Estimate, unit: str, paired: bool) -> list[str]:
+def _estimate(found: Estimate, unit: str) -> list[str]:
     digits = 1 if unit == "%" else 3
-    resolved = "-" if not (paired and np.isfinite(found.low)) else "yes" if found.resolved else "no"
-    return [f"{found.value:+.{digits}f} {unit}", span(found.low, found.high, digits), resolved]
+    return [f"{found.value:+.{digits}f} {unit}", span(found.low, found.high, digits), str(found.count)]
 
 
 def _difference(row: "pd.Series[object]", column: str) -> str:
     return "0 (bitwise)" if row["bitwise"] else number(float(row[column]))  # type: ignore[arg-type]
-
-
-def _ratio(test: RatioTest, identical: str) -> list[str]:
-    if test.identical and test.numerator == 0:
-        return [identical, "-"]
-    bounds = f"[{number(test.lower)}, {number(test.upper)}]" if np.isfinite(test.lower) else "-"
-    return [number(test.ratio) if np.isfinite(test.ratio) else "-", bounds]
 
 
 def _minutes(seconds: float) -> str:

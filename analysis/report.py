@@ -24,9 +24,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page."""
+    """A part of the page: what was run and can be told apart, then verdicts, then what they rest on."""
 
     heading: str
+    facts: Sequence[Table] = ()
     claims: Sequence[Claim] = ()
     parts: Sequence[Table | Picture] = field(default_factory=list)
 
@@ -41,6 +42,7 @@ def write(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Non
 
 def _section(section: Section) -> str:
     lines = [f"<h2>{html.escape(section.heading)}</h2>"]
+    lines += [table.html() for table in section.facts]
     if section.claims:
         lines += ["<ul class='claims'>", *(_claim(claim) for claim in section.claims), "</ul>"]
     lines += [part.html() if isinstance(part, Table) else _picture(part) for part in section.parts]

@@ -23,10 +23,11 @@ _STRATEGY_OF_CLASS = {
     "InGraphSync": "ingraph",
     "OverlapSync": "overlap",
     "NoSync": "none",
+    "EmulatedSync": "emulated",
 }
 # What the studies vary, and where a run reads, writes and stops, may differ; all else must be equal.
 _VARIED = frozenset({"strategy", "compile", "seed", "deterministic", "comm", "run_dir", "resume", "experiment"})
-_HARMLESS = re.compile(r"^(max_.*|.*_every|tensorboard|timeout|turns|cache|.*workers|prefetch.*)$")
+_HARMLESS = re.compile(r"^(max_.*|.*_every|tensorboard|timeout|turns|cache|.*workers|prefetch.*|projection)$")
 _REPEAT = re.compile(r"^(?P<arm>.*?)_(?P<number>\d+)$")
 _LIGHTNING_LOSSES = ("train_loss_step/weighted_sum", "train_loss_step", "train_loss", "loss")
 
@@ -42,6 +43,8 @@ class Run:
         epochs: `epochs.csv`.
         summary: `summary.json`.
         environment: `environment.json`.
+        projection: `projection.csv`, the trajectory of the parameters; None where it was not recorded.
+        starts: how often the study started it, resumptions included.
     """
 
     label: str
@@ -50,16 +53,18 @@ class Run:
     epochs: pd.DataFrame
     summary: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    projection: pd.DataFrame | None = None
+    starts: int = 1
 
     @property
-    def arm(self) -> str:
-        """The label without the number of the repeat: `standard` for `standard_2`."""
+    def stem(self) -> str:
+        """The label without its number: `standard` for `standard_2`."""
         found = _REPEAT.match(self.label)
         return found["arm"] if found else self.label
 
     @property
     def repeat(self) -> int:
-        """Which repeat of its arm: 2 for `standard_2`, 1 for `standard`."""
+        """The label's number: 2 for `standard_2`, 1 for `standard`."""
         found = _REPEAT.match(self.label)
         return int(found["number"]) if found else 1
 
@@ -79,9 +84,32 @@ class Run:
         return bool(self.config.get("deterministic", False))
 
     @property
+    def eager_share(self) -> float:
+        """Share of the steps that ran eagerly although the run was to be compiled."""
+        eager, steps = self.summary.get("eager_steps") or 0, self.summary.get("steps") or self.last
+        return float(eager) / max(1, int(steps))
+
+    @property
+    def code(self) -> str | None:
+        """Digest of the code that was compiled; runs of equal digests ran the same code."""
+        found = self.summary.get("code")
+        return None if found is None else str(found)
+
+    @property
     def seed(self) -> Any:
         """Seed of the weights."""
         return self.config.get("seed")
+
+    @property
+    def data_seed(self) -> Any:
+        """Seed of split and order of the frames."""
+        data = self.config.get("data")
+        return data.get("seed") if isinstance(data, Mapping) else None
+
+    @property
+    def last(self) -> int:
+        """The last logged step."""
+        return int(self.steps["step"].max())
 
     @property
     def comm(self) -> str:
@@ -90,9 +118,25 @@ class Run:
 
     @property
     def world_size(self) -> int | None:
-        """Number of ranks."""
+        """Number of ranks, those that were emulated on one process included."""
+        strategy = self.config.get("strategy")
+        if self.strategy == "emulated" and isinstance(strategy, Mapping):
+            return int(strategy.get("ranks", 0)) or None
         size = self.environment.get("world_size")
         return None if size is None else int(size)
+
+    @property
+    def ranks(self) -> str:
+        """Their number, for captions: `2 ranks`, `64 emulated ranks`."""
+        size = self.world_size
+        kind = "emulated rank" if self.strategy == "emulated" else "rank"
+        return f"an unknown number of {kind}s" if size is None else f"{size} {kind}{'s' * (size != 1)}"
+
+    @property
+    def machine(self) -> str:
+        """What they ran on: the device, and what carried the gradients."""
+        known = (self.environment.get(key) for key in ("device", "backend"))
+        return ", ".join(str(value) for value in known if value) or "not told"
 
     @property
     def parameters(self) -> int | None:
@@ -176,21 +220,10 @@ def holds_runs(folder: Path) -> bool:
     )
 
 
-def align(runs: Sequence[Run], column: str = "loss") -> tuple[NDArray, NDArray]:
-    """One column of every run on the union of their logged steps.
-
-    Returns:
-        steps `[steps]` and values `[runs, steps]`, NaN where a run did not log a step (`logged` tells these from
-        logged NaNs).
-    """
-    series = [pd.Series(run.steps[column].to_numpy(float), index=run.steps["step"].to_numpy()) for run in runs]
-    steps = np.unique(np.concatenate([s.index.to_numpy() for s in series]))
-    return steps, np.stack([s.reindex(steps).to_numpy(float) for s in series])
-
-
-def logged(runs: Sequence[Run], steps: NDArray) -> NDArray:
-    """Which of `steps` each run logged, `[runs, steps]`; a logged loss may still be NaN."""
-    return np.stack([np.isin(steps, run.steps["step"].to_numpy()) for run in runs])
+def common(one: Run, other: Run, column: str = "loss") -> tuple[NDArray, NDArray, NDArray]:
+    """The steps that two runs logged, and a column of each there; a logged loss may be NaN."""
+    steps, mine, its = np.intersect1d(one.steps["step"], other.steps["step"], assume_unique=True, return_indices=True)
+    return steps, one.steps[column].to_numpy(float)[mine], other.steps[column].to_numpy(float)[its]
 
 
 def require_equal(runs: Sequence[Run], *, free: Sequence[str] = ()) -> None:
@@ -229,17 +262,15 @@ def require_same_frames(runs: Sequence[Run]) -> None:
     """
     for column in ("atoms", "edges"):
         usable = [run for run in runs if column in run.steps and run.steps[column].notna().any()]
-        if len(usable) < 2:
-            continue
-        steps, values = align(usable, column)
-        differs = np.isfinite(values) & np.isfinite(values[0]) & (values != values[0])
-        if differs.any():
-            run, step = np.argwhere(differs)[0]
-            raise InputError(
-                f"runs {usable[0].label} and {usable[run].label} cannot be compared: their batches differ at step "
-                f"{steps[step]:.0f} ({values[0, step]:.0f} and {values[run, step]:.0f} {column}); "
-                "compare runs with the same data and data.seed"
-            )
+        for other in usable[1:]:
+            steps, mine, its = common(usable[0], other, column)
+            differs = np.isfinite(mine) & np.isfinite(its) & (mine != its)
+            if differs.any():
+                at = int(np.argmax(differs))
+                raise InputError(
+                    f"runs {usable[0].label} and {other.label} cannot be compared: their batches differ at step {steps[at]} "
+                    f"({mine[at]:.0f} and {its[at]:.0f} {column}); compare runs with the same data and data.seed"
+                )
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -295,6 +326,8 @@ def _read_ddpkit(path: Path) -> Run | str | None:
         epochs=pd.DataFrame(columns=["epoch", "seconds", "steps"]) if epochs is None else epochs,
         summary=_read_json(path / "summary.json"),
         environment=_read_json(path / "environment.json"),
+        projection=_read_csv(path / "projection.csv", required=("step",)),
+        starts=int(_read_json(path / "study.json").get("starts", 1)),
     )
 
 
@@ -378,7 +411,7 @@ def _read_lightning(path: Path) -> Run | str | None:
     steps = steps.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
     run = Run(label=path.name, config={}, steps=steps, epochs=pd.DataFrame(columns=["epoch", "seconds", "steps"]))
     told = _lightning_config(_hyperparameters(logs[0].with_name("hparams.yaml")))
-    config = {"seed": "same", **_CONFIG_OF_LABEL.get(run.arm, {}), **told}
+    config = {"seed": "same", **_CONFIG_OF_LABEL.get(run.stem, {}), **told}
     if "strategy" not in config:
         known = ", ".join(_CONFIG_OF_LABEL)
         raise InputError(

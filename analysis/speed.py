@@ -1,76 +1,56 @@
 """What each strategy costs: the paper's Table 4, with intervals and with compute and communication told apart.
 
-Times are compared in pairs, so that drift of the machine cancels in the ratio: epochs of runs that took turns, one epoch at a
-time, or repeats of equal number, which ran one soon after the other.
+The unit is the launch. The runs of a block are launched together and take turns, an epoch at a time, so that drift of the machine
+cancels in their ratio; epochs of one launch resemble each other and are averaged. Intervals are over blocks.
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ddpkit.analysis import arms
+from ddpkit.analysis.plan import FEWEST, TIME, Plan
 from ddpkit.analysis.published import published_speed
 from ddpkit.analysis.runs import NDArray, Run, require_equal
+from ddpkit.analysis.statistics import CONFIDENCE, Estimate, mean_interval
 from ddpkit.errors import InputError
 
 COLUMNS = (
     "parameters", "strategy", "compile", "seconds_per_epoch", "relative_percent",
-    "relative_low", "relative_high", "seconds_low", "seconds_high", "runs", "epochs", "steps_per_epoch", "seconds_per_step",
-    "data_per_step", "compute_per_step", "sync_per_step", "optimizer_per_step", "logging_per_row", "seconds_compile",
-    "gradient_bytes_per_step",
-    "type_embedding_dim", "comm", "world_size", "published_seconds", "published_relative_percent",
+    "relative_low", "relative_high", "between_percent", "within_percent", "launches", "epochs", "steps_per_epoch",
+    "seconds_per_step", "data_per_step", "compute_per_step", "sync_per_step", "optimizer_per_step", "logging_per_row",
+    "seconds_compile", "gradient_bytes_per_step",
+    "type_embedding_dim", "comm", "again", "world_size", "published_seconds", "published_relative_percent",
 )  # fmt: skip
-CONFIDENCE = 0.95
-FEWEST_REPEATS = 3
-"""From this many paired repeats on, the repeat is the unit of the intervals; below it, the epoch is. Epochs settle a claim only
-where the runs took turns: otherwise whatever slowed the machine down during one run counts as that run's."""
 SPLITS = ("data", "compute", "sync", "optimizer")
+RESOLUTION = 0.01
+"""What a study with a pilot aims to tell apart: one per cent of an epoch."""
+MOST_PAIRS = 24
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One configuration of the study."""
+    """One configuration of the study; `again` is a second launch of the same one in a block, which checks calibration."""
 
     parameters: int
     strategy: str
     compiled: bool
     comm: str = "torch"
+    again: bool = False
 
     @property
     def name(self) -> str:
-        """For tables and figures: `custom`, `custom compiled`, `custom over mpi`."""
+        """For tables and figures: `custom`, `custom compiled`, `custom over mpi`, `standard again`."""
         over = "" if self.comm == "torch" else f" over {self.comm}"
-        return f"{self.strategy}{' compiled' if self.compiled else ''}{over}"
+        return f"{self.strategy}{' compiled' if self.compiled else ''}{over}{' again' if self.again else ''}"
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % interval; NaN bounds where there are too few measurements for one."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the interval excludes zero."""
-        return bool(np.isfinite(self.low)) and not self.low <= 0 <= self.high
-
-    def more(self) -> int | None:
-        """About how many more measurements would make the interval exclude zero; None where this cannot be told."""
-        if not np.isfinite(self.low) or self.value == 0:
-            return None
-        spread = (self.high - self.low) / 2 / stats.t.ppf((1 + CONFIDENCE) / 2, self.count - 1) * np.sqrt(self.count)
-        for n in range(self.count + 1, 1001):
-            # 80 % power: the interval's half width and the value's own scatter both fit into the value.
-            reach = (stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) + stats.norm.ppf(0.8)) * spread / np.sqrt(n)
-            if reach < abs(self.value):
-                return n - self.count
-        return None
+Block = tuple[int, str | None]  # the number in the labels, and what the runs took turns in
+Times = Mapping[Block, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -78,41 +58,77 @@ class Study:
     """Epoch times of every cell.
 
     Attributes:
-        times: seconds of each epoch, by cell, then by (repeat, epoch).
+        times: seconds of each epoch, by cell, block and epoch.
         runs: the runs of each cell.
         used: the epochs that count, by the label of the run.
-        unit: `repeat` or `epoch`: what the intervals are taken over.
-        in_turns: whether all runs of a repeat took turns with one another, so that epochs of equal number are pairs.
+        plan: what was declared.
         steps: steps of an epoch.
         notes: what was left out and why.
     """
 
-    times: Mapping[Cell, Mapping[tuple[int, int], float]]
+    times: Mapping[Cell, Times]
     runs: Mapping[Cell, Sequence[Run]]
     used: Mapping[str, Sequence[int]]
-    unit: str
-    in_turns: bool
+    plan: Plan
     steps: int
     notes: tuple[str, ...]
 
     @property
-    def is_paired(self) -> bool:
-        """Whether the units are pairs in which drift of the machine cancels."""
-        return self.in_turns or self.unit == "repeat"
+    def scope(self) -> str:
+        """Ranks, launches and length, for captions and claims."""
+        launches = {block for times in self.times.values() for block in times}
+        run = next(iter(self.runs.values()))[0]
+        count = len(launches)
+        return f"{run.ranks}, {count} launch{'es' * (count != 1)}, epochs of {self.steps} steps"
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether the runs of each block took turns."""
+        return all(turns is not None for times in self.times.values() for _, turns in times)
 
     def reference(self, cell: Cell) -> Cell:
         """Standard eager with the same number of parameters."""
         return Cell(cell.parameters, "standard", False)
 
+    def again(self, cell: Cell) -> Cell:
+        """Its second launch in a block."""
+        return replace(self.reference(cell), again=True)
+
+    def blocks(self, *cells: Cell) -> list[Block]:
+        """Those that all the cells have; without the pilot where a claim is about these cells."""
+        shared = sorted(set.intersection(*(set(self.times.get(cell, ())) for cell in cells)), key=str)
+        primary = {"standard", *(claim.arm for claim in self.plan.primary if claim.endpoint == TIME)}
+        if all(replace(cell, again=False).name in primary for cell in cells):
+            shared = [block for block in shared if block[0] not in self.plan.pilot]
+        return shared
+
+    def epochs(self, block: Block, *cells: Cell) -> NDArray:
+        """Seconds `[cells, epochs]` of the epochs that all the cells have in a block."""
+        shared = sorted(set.intersection(*(set(self.times[cell][block]) for cell in cells)))
+        return np.array([[self.times[cell][block][epoch] for epoch in shared] for cell in cells])
+
     def units(self, *cells: Cell) -> NDArray:
-        """Seconds of an epoch `[cells, units]`, for the repeats (or epochs) that all the cells have."""
-        common = sorted(set.intersection(*(set(self.times[cell]) for cell in cells)))
-        if self.unit == "epoch":
-            return np.array([[self.times[cell][key] for key in common] for cell in cells]).reshape(len(cells), -1)
-        repeats = sorted({repeat for repeat, _ in common})
-        return np.array(
-            [[np.mean([self.times[cell][k] for k in common if k[0] == r]) for r in repeats] for cell in cells]
-        ).reshape(len(cells), -1)
+        """Mean seconds of an epoch `[cells, blocks]`, over the epochs that all the cells have in a block."""
+        found = [self.epochs(block, *cells) for block in self.blocks(*cells)]
+        means = [epochs.mean(axis=1) for epochs in found if epochs.shape[1]]
+        return np.array(means).reshape(-1, len(cells)).T
+
+
+@dataclass(frozen=True)
+class Relative:
+    """An arm's epoch time relative to standard eager.
+
+    Attributes:
+        estimate: logarithm of the ratio, over launches.
+        p: two-sided p-value of "there is no difference".
+        between: standard deviation of the ratio between launches, beyond what epochs scatter, per cent.
+        within: of the ratio between epochs of one launch, per cent; None where epochs are no pairs.
+    """
+
+    estimate: Estimate
+    p: float
+    between: float
+    within: float | None
 
 
 @dataclass(frozen=True)
@@ -132,11 +148,12 @@ class Growth:
     communication: Estimate | None
 
 
-def study(runs: Sequence[Run], warmup: int | None = None) -> Study:
-    """Sorts runs into cells, after checking that they may be compared.
+def study(runs: Sequence[Run], declared: Plan, warmup: int | None = None) -> Study:
+    """Sorts runs into cells and blocks, after checking that they may be compared.
 
     Args:
         runs: the runs; what each was is read from its configuration.
+        declared: the study's plan.
         warmup: number of epochs to leave out at the start of each run; by default the one that warms up a run that takes turns.
 
     Raises:
@@ -144,11 +161,10 @@ def study(runs: Sequence[Run], warmup: int | None = None) -> Study:
     """
     usable, notes = _usable(runs, warmup)
     require_equal(usable, free=("model",))
-    by_size = itertools.groupby(sorted(usable, key=_parameters), key=_parameters)
-    for _, same_size in by_size:
-        require_equal(list(same_size))
+    for size in {_parameters(run) for run in usable}:
+        require_equal([run for run in usable if _parameters(run) == size])
     steps = max(int(run.epochs["steps"].max()) for run in usable)
-    times: dict[Cell, dict[tuple[int, int], float]] = {}
+    times: dict[Cell, dict[Block, dict[int, float]]] = {}
     members: dict[Cell, list[Run]] = {}
     used: dict[str, list[int]] = {}
     for run in usable:
@@ -157,60 +173,60 @@ def study(runs: Sequence[Run], warmup: int | None = None) -> Study:
             notes.append(f"{run.label}: epochs of fewer than {steps} steps are left out.")
         if whole.empty:
             continue
-        cell = Cell(_parameters(run), run.strategy, run.compiled, run.comm)
-        mine = times.setdefault(cell, {})
-        repeat = run.repeat
-        while any(key[0] == repeat for key in mine):
-            repeat += 1
+        cell, block = Cell(_parameters(run), run.strategy, run.compiled, run.comm), (run.repeat, run.turns)
+        if block in times.get(cell, {}) and cell == Cell(cell.parameters, "standard", False):
+            cell = replace(cell, again=True)
+        if block in times.get(cell, {}):
+            other = next(r.label for r in members[cell] if (r.repeat, r.turns) == block)
+            notes.append(
+                f"{run.label} is left out: {other} is the same in the same block; number it as another launch."
+            )
+            continue
+        times.setdefault(cell, {})[block] = {
+            int(e): float(s) for e, s in zip(whole["epoch"], whole["seconds"], strict=True)
+        }
         members.setdefault(cell, []).append(run)
         used[run.label] = [int(epoch) for epoch in whole["epoch"]]
-        mine |= {(repeat, int(e)): float(s) for e, s in zip(whole["epoch"], whole["seconds"], strict=True)}
-    sizes = {cell.parameters for cell in times}
-    if not any(Cell(size, "standard", False) in times for size in sizes):
+    if not any(not cell.compiled and cell.strategy == "standard" for cell in times):
         raise InputError(
             "no run with strategy standard and without compilation has a complete epoch; add one to compare with"
         )
-    repeats = [len({repeat for repeat, _ in keys}) for keys in times.values()]
-    unit = "repeat" if min(repeats) >= FEWEST_REPEATS else "epoch"
     ordered = sorted(times, key=_order)
-    together = {(run.repeat, run.turns) for run in usable}
-    in_turns = all(turns for _, turns in together) and len(together) == len({repeat for repeat, _ in together})
-    if not in_turns and (late := _slow_start(times)):
-        notes.append(late)
-    return Study(
-        {c: times[c] for c in ordered}, {c: members[c] for c in ordered}, used, unit, in_turns, steps, tuple(notes)
-    )
+    found = Study({c: times[c] for c in ordered}, {c: members[c] for c in ordered}, used, declared, steps, ())
+    return replace(found, notes=(*notes, *_notes(found)))
 
 
 def table(data: Study) -> pd.DataFrame:
     """One row for each cell, columns `COLUMNS`; percentages relative to standard eager of the same size."""
     rows = []
     for cell, times in data.times.items():
-        seconds = mean_interval(data.units(cell)[0])
-        relative = relative_percent(data, cell)
+        found = relative(data, cell)
+        change = found.estimate.percent()
         runs = data.runs[cell]
+        seconds = [s for epochs in times.values() for s in epochs.values()]
         values = published_speed(cell.parameters, runs[0].type_embedding_dim, cell.strategy, cell.compiled) or {}
         rows.append(
             {
                 "parameters": cell.parameters,
                 "strategy": cell.strategy,
                 "compile": cell.compiled,
-                "seconds_per_epoch": float(np.mean(list(times.values()))),
-                "relative_percent": relative.value,
-                "relative_low": relative.low,
-                "relative_high": relative.high,
-                "seconds_low": seconds.low,
-                "seconds_high": seconds.high,
-                "runs": len(runs),
-                "epochs": len(times),
+                "seconds_per_epoch": float(np.mean(seconds)),
+                "relative_percent": change.value,
+                "relative_low": change.low,
+                "relative_high": change.high,
+                "between_percent": found.between,
+                "within_percent": np.nan if found.within is None else found.within,
+                "launches": len(times),
+                "epochs": len(seconds),
                 "steps_per_epoch": data.steps,
-                "seconds_per_step": float(np.mean(list(times.values()))) / data.steps,
+                "seconds_per_step": float(np.mean(seconds)) / data.steps,
                 **{f"{split}_per_step": _split(data, runs, split) for split in SPLITS},
                 "logging_per_row": _mean_of(runs, "seconds_logging_per_row"),
                 "seconds_compile": _mean_of(runs, "seconds_compile"),
                 "gradient_bytes_per_step": _gradient_bytes(cell, runs),
                 "type_embedding_dim": runs[0].type_embedding_dim,
                 "comm": cell.comm,
+                "again": cell.again,
                 "world_size": runs[0].world_size,
                 "published_seconds": values.get("seconds_per_epoch", np.nan),
                 "published_relative_percent": values.get("relative_percent", np.nan),
@@ -219,37 +235,65 @@ def table(data: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def mean_interval(values: NDArray) -> Estimate:
-    """Mean with Student's 95 % interval."""
-    count = len(values)
-    if count == 0:
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    mean = float(np.mean(values))
-    if count < 2:
-        return Estimate(mean, np.nan, np.nan, count)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return Estimate(mean, mean - reach, mean + reach, count)
-
-
-def ratio_interval(values: NDArray, reference: NDArray) -> Estimate:
-    """Ratio of two means of paired values, with the 95 % interval of the ratio estimator (Cochran 1977, section 6.4)."""
-    if len(values) == 0:
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    ratio = float(values.mean() / reference.mean())
-    residual = mean_interval((values - ratio * reference) / reference.mean())
-    return Estimate(ratio, ratio + residual.low, ratio + residual.high, len(values))
-
-
-def relative_percent(data: Study, cell: Cell) -> Estimate:
-    """Epoch time relative to standard eager of the same size, in percent, over the repeats or epochs that both have."""
+def relative(data: Study, cell: Cell) -> Relative:
+    """Epoch time relative to standard eager of the same size, over the blocks that have both."""
     reference = data.reference(cell)
-    if reference not in data.times:
-        return Estimate(np.nan, np.nan, np.nan, 0)
+    nothing = Relative(Estimate(np.nan, np.nan, np.nan, 0), 1.0, np.nan, None)
+    if reference not in data.times or cell not in data.times:
+        return nothing
     mine, its = data.units(cell, reference)
     if cell == reference:
-        return Estimate(0.0, np.nan, np.nan, len(mine))
-    found = ratio_interval(mine, its)
-    return Estimate(100 * (found.value - 1), 100 * (found.low - 1), 100 * (found.high - 1), found.count)
+        return replace(nothing, estimate=Estimate(0.0, np.nan, np.nan, len(mine)))
+    logs = np.log(mine / its)
+    within = _within(data, cell, reference)
+    between = float(np.std(logs, ddof=1)) if len(logs) > 1 else np.nan
+    if within is not None:
+        count = np.mean([data.epochs(block, cell, reference).shape[1] for block in data.blocks(cell, reference)])
+        between = math.sqrt(max(0.0, between**2 - within**2 / count)) if np.isfinite(between) else np.nan
+    p = float(stats.ttest_1samp(logs, 0.0).pvalue) if len(logs) > 1 and np.ptp(logs) else 1.0
+    return Relative(mean_interval(logs), p, 100 * between, None if within is None else 100 * within)
+
+
+def pairs_needed(data: Study, cell: Cell) -> int:
+    """How many pairs of launches tell `RESOLUTION` apart, from the spread of a pilot; as many as a claim needs at least."""
+    mine, its = data.units(cell, data.reference(cell))
+    spread = float(np.std(np.log(mine / its), ddof=1)) if len(mine) > 1 else math.inf
+    for pairs in range(FEWEST[TIME], MOST_PAIRS):
+        if reach(spread, pairs) <= RESOLUTION:
+            return pairs
+    return MOST_PAIRS
+
+
+def reach(spread: float, pairs: int) -> float:
+    """Half of the 95 % interval of so many pairs whose logarithms have this standard deviation."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, pairs - 1)) * spread / math.sqrt(pairs)
+
+
+def published_percent(data: Study, cell: Cell) -> float | None:
+    """The paper's figure at this number of parameters, or embedding width."""
+    if cell not in data.runs:
+        return None
+    row = published_speed(cell.parameters, data.runs[cell][0].type_embedding_dim, cell.strategy, cell.compiled)
+    return None if row is None else float(row["relative_percent"])
+
+
+def _within(data: Study, cell: Cell, reference: Cell) -> float | None:
+    """Standard deviation of the logarithm of paired epochs' ratios about the mean of their launch."""
+    if not data.in_turns:
+        return None
+    found = [data.epochs(block, cell, reference) for block in data.blocks(cell, reference)]
+    logs = [np.log(epochs[0] / epochs[1]) for epochs in found if epochs.shape[1] > 1]
+    freedom = sum(len(x) - 1 for x in logs)
+    return math.sqrt(sum(float(((x - x.mean()) ** 2).sum()) for x in logs) / freedom) if freedom else None
+
+
+def _notes(data: Study) -> Iterator[str]:
+    if not data.in_turns:
+        yield "The runs of a block followed one another and did not take turns: drift of the machine adds to the spread."
+        if late := _slow_start(data.times):
+            yield late
+    if data.plan.pilot and (missing := sorted(set(data.plan.runs) - set(data.used))):
+        yield f"The plan has {len(missing)} launches that are not there or not complete: {', '.join(missing[:8])}."
 
 
 def interaction(data: Study) -> list[tuple[Cell, Estimate]]:
@@ -265,7 +309,7 @@ def interaction(data: Study) -> list[tuple[Cell, Estimate]]:
         cells = (cell, _with(cell, compiled=False), _with(data.reference(cell), compiled=True), data.reference(cell))
         estimate = _contrast(data, cells, lambda t: np.log(t[0] / t[1]) - np.log(t[2] / t[3]))
         if estimate:
-            found.append((cell, _as_percent(estimate)))
+            found.append((cell, estimate.percent()))
     return found
 
 
@@ -274,7 +318,7 @@ def exposed_communication(data: Study) -> list[tuple[Cell, Estimate]]:
     found = []
     for cell in data.times:
         silent = Cell(cell.parameters, "none", cell.compiled)
-        if cell.strategy != "none" and silent in data.times:
+        if cell.strategy != "none" and not cell.again and silent in data.times:
             estimate = _contrast(data, (cell, silent), lambda t: t[0] - t[1])
             if estimate:
                 found.append((cell, estimate))
@@ -290,7 +334,7 @@ def growth(data: Study) -> list[Growth]:
     found = []
     for cell in data.times:
         before = _with(cell, parameters=small)
-        if cell.parameters != large or before not in data.times:
+        if cell.parameters != large or cell.again or before not in data.times:
             continue
         total = _contrast(data, (cell, before), lambda t: 100 * (t[0] / t[1] - 1))
         silent = (Cell(large, "none", cell.compiled), Cell(small, "none", cell.compiled))
@@ -303,26 +347,11 @@ def growth(data: Study) -> list[Growth]:
     return found
 
 
-def cost_growth(data: Study, strategy: str, compiled: bool) -> Estimate | None:
-    """By how many percentage points a strategy's cost relative to standard eager grows from the small to the large model."""
-    sizes = sorted({cell.parameters for cell in data.times})
-    if len(sizes) < 2:
-        return None
-    small, large = Cell(sizes[0], strategy, compiled), Cell(sizes[-1], strategy, compiled)
-    cells = (large, data.reference(large), small, data.reference(small))
-    return _contrast(data, cells, lambda t: 100 * (t[0] / t[1] - t[2] / t[3]))
-
-
 def _contrast(data: Study, cells: Sequence[Cell], of: Callable[[NDArray], NDArray]) -> Estimate | None:
     if any(cell not in data.times for cell in cells):
         return None
     times = data.units(*cells)
     return mean_interval(of(times)) if times.shape[1] else None
-
-
-def _as_percent(estimate: Estimate) -> Estimate:
-    value, low, high = (100 * float(np.expm1(x)) for x in (estimate.value, estimate.low, estimate.high))
-    return Estimate(value, low, high, estimate.count)
 
 
 def _with(cell: Cell, *, parameters: int | None = None, compiled: bool | None = None) -> Cell:
@@ -345,8 +374,16 @@ def _usable(runs: Sequence[Run], warmup: int | None) -> tuple[list[Run], list[st
             notes.append(f"{run.label} is left out: its summary.json does not tell the number of parameters yet.")
         elif len(run.epochs) <= (out := _warmup(run, warmup)):
             notes.append(f"{run.label} is left out: it has no complete epoch{' after the warm-up' * (out > 0)} yet.")
+        elif arms.mode(run) == "partly compiled":
+            notes.append(
+                f"{run.label} is left out: {run.eager_share:.1%} of its steps ran eagerly, so it is not compiled."
+            )
         else:
             usable.append(run)
+            if run.status == "failed":
+                notes.append(
+                    f"{run.label} failed after {len(run.epochs)} epochs ({run.summary.get('error')}); they are used."
+                )
     if not usable:
         raise InputError(
             f"none of the {len(runs)} runs has a complete epoch in its epochs.csv and the number of parameters in its "
@@ -359,7 +396,7 @@ def _parameters(run: Run) -> int:
     return run.parameters or 0
 
 
-def _order(cell: Cell) -> tuple[int, int, str, bool, str]:
+def _order(cell: Cell) -> tuple[int, int, str, bool, str, bool]:
     known = ("standard", "custom", "overlap", "ingraph", "none")
     return (
         cell.parameters,
@@ -367,17 +404,16 @@ def _order(cell: Cell) -> tuple[int, int, str, bool, str]:
         cell.strategy,
         cell.compiled,
         cell.comm,
+        cell.again,
     )
 
 
-def _slow_start(times: Mapping[Cell, Mapping[tuple[int, int], float]]) -> str | None:
+def _slow_start(times: Mapping[Cell, Times]) -> str | None:
     """A note where first epochs are slower than later ones throughout, which tells of a warm-up inside the timing."""
     ratios = []
-    for cell in times.values():
-        for repeat in {repeat for repeat, _ in cell}:
-            epochs = [seconds for (r, _), seconds in sorted(cell.items()) if r == repeat]
-            if len(epochs) > 1:
-                ratios.append(epochs[0] / float(np.mean(epochs[1:])))
+    for block in (block for blocks in times.values() for block in blocks.values()):
+        first, *later = (seconds for _, seconds in sorted(block.items()))
+        ratios += [first / float(np.mean(later))] if later else []
     if ratios and np.median(ratios) > 1.05:
         return (
             f"The first epoch of a run takes {100 * (np.median(ratios) - 1):.0f} % longer than its later ones (median): "

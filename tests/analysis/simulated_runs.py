@@ -4,7 +4,10 @@ import copy
 import json
 
 import numpy as np
+import pandas as pd
 import yaml
+
+from ddpkit.analysis.runs import Run
 
 CONFIG = {
     "strategy": {"name": "custom"},
@@ -55,9 +58,15 @@ def write_run(
     splits=(0.001, 0.08, None, 0.002),
     atoms=None,
     summary=None,
+    val_forces=None,
+    projection=None,
+    starts=None,
     **config,
 ):
-    """Writes one run folder; `losses` are logged every `log_every` steps, `epochs` are seconds."""
+    """Writes one run folder; `losses` are logged every `log_every` steps, `epochs` are seconds.
+
+    `val_forces` is the final validation force error, `projection` maps steps to 64 numbers.
+    """
     run = folder / label
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(merged(CONFIG, config)))
@@ -68,10 +77,18 @@ def write_run(
         count = 100 + step if atoms is None else atoms[i]
         lines.append(f"{step},1,{float(loss)!r},,,,0.002,1.0,{count},{20 * count},0.1,{','.join(shown)}")
     (run / "steps.csv").write_text("\n".join(lines) + "\n")
+    error = "" if val_forces is None else repr(float(val_forces))
+    seconds = [1.0] if val_forces is not None and not len(epochs) else epochs
     rows = [
         EPOCH_COLUMNS,
-        *(f"{i},{float(s)!r},{epoch_steps},0.1,0.1,,,,,0.002" for i, s in enumerate(epochs, start=1)),
+        *(f"{i},{float(s)!r},{epoch_steps},0.1,0.1,,,{error},,0.002" for i, s in enumerate(seconds, start=1)),
     ]
+    if projection is not None:
+        lines = [",".join(["step", *(f"p{n}" for n in range(64)), "probe_loss"])]
+        lines += [",".join([str(step), *(repr(float(x)) for x in row), "0.5"]) for step, row in projection.items()]
+        (run / "projection.csv").write_text("\n".join(lines) + "\n")
+    if starts is not None:
+        (run / "study.json").write_text(json.dumps({"starts": starts}))
     (run / "epochs.csv").write_text("\n".join(rows) + "\n")
     facts = {
         "status": status,
@@ -99,3 +116,23 @@ def falling(steps, scale=0.4):
 def wander(rng, steps, size):
     """A diverging trajectory: relative noise that grows like a random walk."""
     return size * np.cumsum(rng.normal(size=steps)) / np.sqrt(steps) + size * rng.normal(size=steps)
+
+
+def run_of(
+    label, losses, *, val_forces=None, seed=1, status="finished", ranks=8, summary=None, epochs=(), turns=None, **config
+):
+    """A run as it would be read from a folder, for studies that are simulated by the hundred."""
+    steps = np.arange(1, len(losses) + 1)
+    seconds = list(epochs) if len(epochs) else [1.0]
+    error = np.nan if val_forces is None else val_forces
+    changes = {"seed": seed, "data.seed": seed, "train.turns": turns, **config}
+    return Run(
+        label=label,
+        config=merged(CONFIG, changes),
+        steps=pd.DataFrame({"step": steps, "epoch": 1, "loss": losses, "atoms": 100.0 + steps}),
+        epochs=pd.DataFrame(
+            {"epoch": np.arange(1, len(seconds) + 1), "seconds": seconds, "steps": 10, "val_forces_rmse": error}
+        ),
+        summary={"status": status, "parameters": 1000, "steps": len(losses), **(summary or {})},
+        environment={"world_size": ranks, "device": "cpu"},
+    )

@@ -88,9 +88,15 @@ def test_report_is_one_page_that_loads_nothing(demo, tmp_path, capsys):
     assert "@import" not in style
     words = " ".join(page.text)
     assert "0 (bitwise)" in words
-    assert "Holds: identical." in words
+    assert "Cannot be told from these runs: on two ranks a sum of gradients has one order" in words
     assert "Environment of the 5 runs" in words
-    assert "Cannot be told from these runs" in words
+    # What was run, and what it can tell apart, stands before any verdict.
+    for heading, what in (("Numerics: does", "2 ranks: cpu, gloo"), ("Speed: what", "2 ranks: cpu, gloo")):
+        part = words[words.index(heading) :]
+        first = part.index("Cannot be told from these runs")
+        for fact in (what, "steps", "resolution", "declared by"):
+            assert part.index(fact) < first, fact
+    assert "seeds" in words
     assert "arXiv:2504.16068" in words
     said = capsys.readouterr().out
     assert f"report: {tmp_path / 'report.html'}" in said
@@ -110,9 +116,10 @@ def test_numerics_writes_its_files(demo, tmp_path, capsys):
              for label in ("baseline", "compiled")]  # fmt: skip
     assert values.loc["compiled", "mae"] == (steps[1] - steps[0]).abs().mean()
     markdown = (tmp_path / "numerics.md").read_text()
-    assert "| standard | 30 | 0 (bitwise) | 0 (bitwise) | 0 (bitwise) | 0.000730 | 0.00156 |" in markdown
-    assert f"| compiled | 30 | {tables.number(values.loc['compiled', 'mae'])} |" in markdown
-    assert r"new\_seed & 30 &" in (tmp_path / "numerics.tex").read_text()
+    assert "| standard | 1 | 30 | 0 (bitwise) | 0 (bitwise) | 0 (bitwise) |  | 0.000730 | 0.00156 |" in markdown
+    assert f"| compiled | 1 | 30 | {tables.number(values.loc['compiled', 'mae'])} |" in markdown
+    assert "(2 ranks, 1 seed, 30 steps)" in markdown
+    assert r"new\_seed & 2 & 30 &" in (tmp_path / "numerics.tex").read_text()
     assert tables.number(values.loc["new_seed", "rmse"]) in capsys.readouterr().out
     assert len(lines) == 4
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from simulated_runs import falling, write_run
 
-from ddpkit.analysis.runs import align, read_runs, require_equal, require_same_frames
+from ddpkit.analysis.runs import common, read_runs, require_equal, require_same_frames
 from ddpkit.errors import InputError
 
 
@@ -29,7 +29,7 @@ def test_what_a_run_was_comes_from_its_configuration(tmp_path):
     write_run(tmp_path, "own", falling(5), strategy={"_target_": "mypackage.MySync"})
     runs = {run.label: run for run in read_runs(tmp_path)[0]}
     three = runs["misleading_3"]
-    assert (three.arm, three.repeat, three.strategy, three.compiled, three.seed) == (
+    assert (three.stem, three.repeat, three.strategy, three.compiled, three.seed) == (
         "misleading",
         3,
         "standard",
@@ -76,12 +76,17 @@ def test_a_resumed_step_counts_once_with_its_last_value(tmp_path):
     assert list(read.steps["loss"]) == [1.0, 0.75, 0.25]
 
 
-def test_align_puts_runs_of_different_steps_on_one_axis(tmp_path):
+def test_runs_of_different_steps_are_compared_where_both_logged(tmp_path):
     write_run(tmp_path, "a", [1.0, 2.0, 3.0, 4.0])
     write_run(tmp_path, "b", [20.0, 40.0], first_step=2, log_every=2, atoms=[102, 104])
-    steps, values = align(read_runs(tmp_path)[0])
-    assert list(steps) == [1, 2, 3, 4]
-    assert np.array_equal(values, [[1, 2, 3, 4], [np.nan, 20, np.nan, 40]], equal_nan=True)
+    steps, mine, its = common(*read_runs(tmp_path)[0])
+    assert (list(steps), list(mine), list(its)) == ([2, 4], [2, 4], [20, 40])
+
+
+def test_ranks_that_were_emulated_count(tmp_path):
+    write_run(tmp_path, "a", [1.0], world_size=1, strategy={"name": "emulated", "ranks": 64, "order": "ring"}, starts=3)
+    ((run,), _) = read_runs(tmp_path)
+    assert (run.world_size, run.ranks, run.starts) == (64, "64 emulated ranks", 3)
 
 
 @pytest.mark.parametrize(

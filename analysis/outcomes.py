@@ -1,0 +1,73 @@
+"""How runs ended. A run that failed of itself is evidence against its arm; one that was interrupted tells nothing of it."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from ddpkit.analysis.runs import Run, common
+
+FAR = 10.0
+"""A run has diverged whose last losses are this many times its own first ones, or the baseline's last ones."""
+_NOT_FINITE = re.compile(r"\b(nan|inf|infinite|infinity|not finite|non-?finite)\b", re.IGNORECASE)
+_OUTSIDE = re.compile(
+    r"\b(stopped by|sig[a-z]+|signal|killed|interrupted|time limit|did not arrive|rank \S+ (is )?(gone|lost)|lost|no space|"
+    r"disk|address|connect\w*|turns)\b", re.IGNORECASE,
+)  # fmt: skip
+_OUTSIDE_KINDS = frozenset({"KeyboardInterrupt", "RankLostError", "InputError"})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        kind: `complete`, `failed` (of itself), or `interrupted` (from outside, or still running).
+        why: in words.
+    """
+
+    kind: str
+    why: str = ""
+
+
+def outcome(run: Run, baseline: Run, steps: int) -> Outcome:
+    """How a run ended.
+
+    Args:
+        run: the run.
+        baseline: that of its block, perhaps itself.
+        steps: how many were to be made.
+    """
+    error = str(run.summary.get("error") or "")
+    losses = run.steps["loss"].to_numpy(float)
+    bad = int((~np.isfinite(losses)).sum())
+    skipped = int(run.summary.get("skipped") or 0)
+    if run.status == "failed" and _NOT_FINITE.search(error):
+        return Outcome("failed", f"met NaN or infinity ({error})")
+    if bad:
+        return Outcome("failed", f"logged {bad} losses that are not finite")
+    if skipped:
+        return Outcome("failed", f"skipped {skipped} updates whose gradient was not finite")
+    if (ratio := _risen(run, baseline)) > FAR:
+        return Outcome("failed", f"diverged (its last losses are {ratio:.2g} times what they were to be compared with)")
+    if run.status == "failed":
+        kind = str(run.summary.get("error_kind") or "")
+        outside = kind in _OUTSIDE_KINDS or (not kind and _OUTSIDE.search(error))
+        if outside or not (error or kind):
+            return Outcome("interrupted", f"interrupted at step {run.last}{f' ({error})' if error else ''}")
+        return Outcome("failed", f"failed at step {run.last} ({error or kind})")
+    if run.status != "finished" and run.last < steps:
+        return Outcome("interrupted", f"{run.status} at step {run.last} of {steps}")
+    return Outcome("complete")
+
+
+def _risen(run: Run, baseline: Run) -> float:
+    """The median of the last tenth of the losses over that of the first tenth, or over the baseline's last, if that is more."""
+    losses = run.steps["loss"].to_numpy(float)
+    tenth = max(1, len(losses) // 10)
+    first, last = np.median(np.abs(losses[:tenth])), np.median(np.abs(losses[-tenth:]))
+    _, mine, its = common(run, baseline)
+    its_last = np.median(np.abs(its[-tenth:])) if len(mine) else np.inf
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.array([last / first, last / its_last])
+    return float(np.nanmax(ratios, initial=0.0))
