@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ddpkit.batch import Batch
 
-
 _literal = False
 
 
