@@ -3,9 +3,9 @@
 The gate before compiled training compares compiled with eager code, both on the same kernels. This one compares the kernels: the
 model as it is going to be trained with one that computes the same literally, in plain PyTorch and float64.
 
-A model takes part by a method `with_reference_kernels()`. It returns a module that is called with the same batches, frames without
-edges among them, and returns the same tensors in float64; its parameters have the same names and share no memory with the
-model's. An attribute `kernels` of the model names them in messages.
+A model takes part by a method `with_reference_kernels()`. It returns a module that is called with the same batches, frames
+without edges among them, and returns the same tensors in float64; its parameters have the same names and share no memory with
+the model's. An attribute `kernels` of the model names them in messages.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ddpkit.batch import Batch
 from ddpkit.compile.layout import Layout, describe, sizes_of
-from ddpkit.compile.objective import undisturbed
 from ddpkit.compile.parity import Difference, differences, named, samples
 from ddpkit.errors import InputError, ParityError
 
@@ -47,7 +46,7 @@ def check_kernels(model: nn.Module, batch: Any, tolerance: float | None = None) 
     reference = model.with_reference_kernels()
     found: list[Difference] = []
     chosen = samples(batch)
-    with _full_precision(), undisturbed(list(model.buffers())):
+    with _full_precision(), _buffers_kept(model):
         for small in [chosen[0], chosen[-1]] if len(chosen) > 1 else chosen:
             shape = describe(sizes_of(Layout.of([small]), small))
             try:
@@ -99,6 +98,18 @@ def require_kernels(model: nn.Module, found: Sequence[Difference]) -> None:
 def _name(model: nn.Module) -> str:
     kernels = getattr(model, "kernels", None)
     return f"The kernels of {type(model).__name__}" + (f" (kernels={kernels})" if isinstance(kernels, str) else "")
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what happens to the model's buffers inside."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 @contextmanager
