@@ -146,34 +146,46 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._lock = lock or FolderLock(path)
+        self._summary: dict[str, Any] = _json(path / "summary.json") if resume_from else {}
+        self._description: tuple[str, Mapping[str, Any]] | None = None
+        self._starts_after = resume_from, resume_epoch
+        self._log_every, self._with_board = log_every, tensorboard
+        self._has_begun = False
+        if resume_from:
+            return
         try:
-            self._open(resume_from, resume_epoch, log_every)
-            self._board = _board(path / "tensorboard", resume_from) if tensorboard else None
+            with writing(path):
+                _refuse_results(path)
+                _move_aside(path)
+            self.begin()
         except BaseException:
             self._lock.release()
             raise
-        self._resumed = resume_from > 0
-        self._summary: dict[str, Any] = {}
 
-    def _open(self, resume_from: int, resume_epoch: int, log_every: int) -> None:
-        path = self.path
+    def begin(self) -> None:
+        """Begins to write. A new run has; one that goes on does when all is ready, until which the folder stays as it was."""
+        if self._has_begun:
+            return
+        path, (step, epoch) = self.path, self._starts_after
         with writing(path):
-            if not resume_from:
-                _refuse_results(path)
-                _move_aside(path)
             self.checkpoints.mkdir(exist_ok=True)
             for pattern in ("*.csv.part", "*.json.*.part", "config.yaml.*.part", "checkpoints/*.pt.part"):
                 for torn in path.glob(pattern):
                     torn.unlink()
-            last = drop_rows_after(path / "steps.csv", "step", resume_from)
-            drop_rows_after(path / "epochs.csv", "epoch", resume_epoch)
-            if last + log_every <= resume_from:
+            last = drop_rows_after(path / "steps.csv", "step", step)
+            drop_rows_after(path / "epochs.csv", "epoch", epoch)
+            if last + self._log_every <= step:
                 _say(
-                    f"{path / 'steps.csv'} ends at step {last}, but the checkpoint is of step {resume_from}: the rows between "
-                    "are lost."
+                    f"{path / 'steps.csv'} ends at step {last}, but the checkpoint is of step {step}: the rows between are lost."
                 )
             self._steps = CsvLog(path / "steps.csv", STEP_COLUMNS)
             self._epochs = CsvLog(path / "epochs.csv", EPOCH_COLUMNS)
+        self._board = _board(path / "tensorboard", step) if self._with_board else None
+        self._has_begun = True
+        if self._description is not None:
+            self.describe(*self._description)
+        if self._summary:
+            self.summarize()
 
     def write_step(self, row: Mapping[str, float | int | None]) -> None:
         """Logs one row of `steps.csv`."""
@@ -201,8 +213,11 @@ class RunFolder:
 
     def describe(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
         """Writes `config.yaml` and `environment.json`; a resumed run keeps what it ran on before under `earlier`."""
+        if not self._has_begun:
+            self._description = config_yaml, environment
+            return
         target = self.path / "environment.json"
-        before = _json(target) if self._resumed else {}
+        before = _json(target) if self._starts_after[0] else {}
         if before:
             environment = {**environment, "earlier": [*before.pop("earlier", []), before]}
         with writing(self.path):
@@ -213,16 +228,19 @@ class RunFolder:
         """Updates `summary.json` with these facts."""
         self._lock.require()
         self._summary.update(facts)
+        if not self._has_begun:
+            return
         with writing(self.path):
             write_atomically(self.path / "summary.json", json.dumps(self._summary, indent=2) + "\n")
 
     def close(self) -> None:
         """Closes the logs and lets others into the folder."""
         try:
-            self._steps.close()
-            self._epochs.close()
-            if self._board is not None:
-                self._board.close()
+            if self._has_begun:
+                self._steps.close()
+                self._epochs.close()
+                if self._board is not None:
+                    self._board.close()
         finally:
             self._lock.release()
 

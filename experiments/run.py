@@ -144,7 +144,7 @@ class Job:
                     OmegaConf.to_yaml(config),
                     describe_environment(here, comm=config.comm, seeds={"seed": config.seed, "data": config.data.seed}),
                 )
-                self.folder.summarize(status="running", error=None)
+                self.folder.summarize(status="running", error=None, error_kind=None)
         self.run_dir = path
 
     def record_failure(self, sentence: str) -> None:
@@ -201,6 +201,7 @@ def _train(job: Job, lifeline: Lifeline) -> None:
                 flush=True,
             )
             folder.summarize(imbalance_before=before, imbalance=after)
+        folder.begin()
     trainer.fit()
     phase.enter("end")
     if folder is None:

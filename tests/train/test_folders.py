@@ -132,6 +132,18 @@ def test_overrides_that_fit_need_not_be_complete(finished, tmp_path):
     assert environment["world_size"] == 1
 
 
+def test_a_resumption_that_is_refused_late_loses_nothing(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    last = run / "checkpoints" / "last.pt"
+    checkpoint.save(last, checkpoint.load(last) | {"model": {}})
+    with (run / "steps.csv").open("a") as file:
+        file.write("7,2,1.0,1.0,1.0,,0.002,1.0,10,20,0.1,0.1,0.1,0.1,0.1\n")  # after the checkpoint
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert "does not fit its model" in refusal(f"resume={run}", "train.max_epochs=2")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_of_an_older_version_goes_on_under_the_new_columns(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -163,16 +163,18 @@ def test_a_resumed_run_keeps_what_it_ran_on_before(tmp_path):
     for part in (1, 2, 3):
         folder = RunFolder(tmp_path / "run", resume_from=part - 1)
         folder.describe("seed: 1\n", {"world_size": part})
+        folder.begin()
         folder.close()
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment == {"world_size": 3, "earlier": [{"world_size": 1}, {"world_size": 2}]}
 
 
 def test_rows_that_are_missing_before_the_checkpoint_are_told(tmp_path, capsys):
-    started(tmp_path / "run", steps=4)
-    RunFolder(tmp_path / "run", resume_from=5, log_every=2).close()
+    for name in ("run", "other"):
+        started(tmp_path / name, steps=4)
+    RunFolder(tmp_path / "run", resume_from=5, log_every=2).begin()
     assert capsys.readouterr().err == ""
-    RunFolder(tmp_path / "run", resume_from=9, log_every=2).close()
+    RunFolder(tmp_path / "other", resume_from=9, log_every=2).begin()
     assert "steps.csv ends at step 4" in capsys.readouterr().err
 
 
@@ -180,5 +182,23 @@ def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
     started(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "last.pt.part").write_text("half")
     (tmp_path / "run" / "summary.json.12-34.part").write_text("half")
-    RunFolder(tmp_path / "run", resume_from=1).close()
+    RunFolder(tmp_path / "run", resume_from=1).begin()
     assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_a_run_that_does_not_come_to_go_on_leaves_the_folder_as_it_was(tmp_path):
+    started(tmp_path / "run", status="finished")
+    before = contents(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run", resume_from=1)
+    folder.describe("seed: 9\n", {})
+    folder.summarize(status="running", parameters=3)
+    folder.summarize(status="failed", error="The data have changed.")
+    folder.close()
+    assert contents(tmp_path / "run") == before
+    folder = RunFolder(tmp_path / "run", resume_from=1)
+    folder.summarize(status="running", parameters=3)
+    folder.begin()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {
+        "status": "running", "error": None, "parameters": 3,
+    }  # fmt: skip
+    assert pd.read_csv(tmp_path / "run" / "steps.csv").step.tolist() == [1]
