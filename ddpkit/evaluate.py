@@ -39,7 +39,7 @@ class Errors:
 
     def metrics(self) -> dict[str, float]:
         """RMSE and MAE of energy per atom [eV] and forces [eV/Å]."""
-        found = {}
+        found: dict[str, float] = {}
         for name, (count, magnitudes, squares) in zip(("energy", "forces"), self.sums.reshape(2, 3), strict=True):
             found |= {f"{name}_rmse": float(np.sqrt(squares / count)), f"{name}_mae": float(magnitudes / count)}
         return found
