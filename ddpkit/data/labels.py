@@ -179,9 +179,9 @@ class Labels:
             self._stressed += stress is not None
             if stress is None:
                 self._first_without = self._first_without or name
-        elif given.get("stress") is not None and self._is_virial(given["stress"]):
+        elif (virial := given.get("stress")) is not None and self._is_virial(virial):
             raise InputError(
-                f"{name} has {given['stress'].name} but no periodic cell, and a stress is a virial over a volume: give "
+                f"{name} has {virial.name} but no periodic cell, and a stress is a virial over a volume: give "
                 "it a cell, or leave the frame out"
             )
         return Values(

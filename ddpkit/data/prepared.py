@@ -94,7 +94,8 @@ class Block:
         Raises:
             InputError: a frame has no atoms or some on top of one another, or contradicts the energy of an isolated atom.
         """
-        kept, edges, atom_energies = [], [], {}
+        kept, edges = [], []
+        atom_energies: dict[str, float] = {}
         dropped: Counter[str] = Counter()
         read = 0
         for frame in frames:
