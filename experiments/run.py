@@ -144,6 +144,7 @@ class Job:
                     OmegaConf.to_yaml(config),
                     describe_environment(here, comm=config.comm, seeds={"seed": config.seed, "data": config.data.seed}),
                 )
+                self.run_dir = path  # it says "running" from here on, and the others may never come
                 self.folder.summarize(status="running", error=None, error_kind=None)
         self.run_dir = path
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from ddpkit import checkpoint
-from ddpkit.launch import mpirun
+from ddpkit.experiments import run
+from ddpkit.experiments.config import read
+from ddpkit.launch import Environment, mpirun
 from ddpkit.record import RunFolder, record_failure
 from ddpkit.train import random_state, set_random_state
 
@@ -43,6 +46,22 @@ def test_only_a_running_run_can_be_said_to_have_failed(tmp_path):
         assert (summary["error"] == "Rank 1 is gone.") is (expected == "failed")
     record_failure(tmp_path / "nothing", "Rank 1 is gone.")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_that_is_given_up_while_its_ranks_agree_on_the_folder_says_so(tmp_path, monkeypatch):
+    job = run.Job(read([f"run_dir={tmp_path / 'run'}"]), Environment())
+
+    @contextmanager
+    def agree(what):
+        yield
+        if what == "setting up the run":  # rank 1 never comes, and a thread is told so
+            job.record_failure("Rank 1 is stopped.")
+
+    monkeypatch.setattr(run, "agree", agree)
+    job.open([])
+    job.close()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("failed", "Rank 1 is stopped.")
 
 
 class Job:

@@ -418,6 +418,8 @@ def main(argv: Sequence[str]) -> int:
     pool = ThreadPoolExecutor(chosen.jobs)
     try:
         list(pool.map(make, numbers))
+    except KeyboardInterrupt:
+        print("Ended before all was tried: the same command goes on.")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         campaign.abandon()
