@@ -43,6 +43,7 @@ class Lifeline:
 
     def __init__(self, here: Environment, keep: Callable[[str], None]) -> None:
         self._here, self._keep = here, keep
+        self._launcher = os.getppid()
         self.step: Callable[[], int] = lambda: 0  # the step under way; 0 before the first
         self._said = False
         self._voice = threading.Lock()
@@ -113,6 +114,9 @@ class Lifeline:
         """
         if isinstance(error, NonFiniteGradientError):  # on every rank
             return _everywhere(NonFiniteGradientError(f"During step {self.step()}: {error}"))
+        if self._here.launcher != "alone" and os.getppid() != self._launcher:  # to write to its pipes fails, for one
+            lost = RankLostError(_ended(f"{self._when()} {self._here.launcher} (process {self._launcher}) was gone"))
+            return lost if self._here.world_size == 1 else self._tell("failure", lost)
         if self._here.world_size > 1 and self._stood_still():
             return _said(
                 RankLostError(_ended(f"{self._name(self._here.rank)} had been stopped, and the others ended the run"))
@@ -326,7 +330,7 @@ class Lifeline:
         beside = rank in self._beside()
         if beside:
             with suppress(OSError):
-                told = Path(f"/proc/{self._peers[rank].process}/comm").read_text().strip().removeprefix("ddpkit:")
+                told = phase.of(self._peers[rank].process)
         where = f" in phase {told}" if told in phase.PHASES else ""
         if what == IDLE:
             hint = " (it used no processor time, read and wrote nothing)"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PHASES = ("import", "rendezvous", "data", "model", "compile", "step", "checkpoint", "validation", "end")
+_NAMES = {f"ddpkit:{phase}"[:15]: phase for phase in PHASES}  # of a process: the system cuts them
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ def enter(phase: str) -> None:
     with suppress(OSError):  # no /proc here
         Path("/proc/self/comm").write_text(f"ddpkit:{phase}"[:15])
     _tell()
+
+
+def of(process: int) -> str:
+    """The phase of a process of this host; empty before the first.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return _NAMES.get(Path(f"/proc/{process}/comm").read_text().strip(), "")
 
 
 def current() -> tuple[str, float]:

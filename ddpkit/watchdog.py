@@ -295,17 +295,17 @@ def _others(ward: int) -> list[str]:
     """The ranks beside this one, started by the same launcher, that are stopped or in another phase."""
     described = []
     parent = _stat(Path(f"/proc/{ward}"))[1]
-    own = Path(f"/proc/{ward}/comm").read_text()
+    own = phase.of(ward)
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, IndexError):
-            fields, name = _stat(path), (path / "comm").read_text()
+            fields, name = _stat(path), phase.of(int(path.name))
             if fields[1] != parent or path.name == str(ward) or not (fields[0] in "tTZ" or name != own):
                 continue
             variables = dict(
                 word.split("=", 1) for word in (path / "environ").read_text(errors="replace").split("\0") if "=" in word
             )
             doing = {"t": "is stopped", "T": "is stopped", "Z": "has ended"}.get(fields[0], "is")
-            where = f" in phase {name.strip().removeprefix('ddpkit:')}" if name.startswith("ddpkit:") else " starting"
+            where = f" in phase {name}" if name else " starting"
             described.append(f"rank {any_rank(variables)} (process {path.name}) {doing}{where}")
     return described
 

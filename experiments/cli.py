@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from ddpkit import __version__, phase, watchdog
 from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, unusable_path
@@ -163,11 +164,13 @@ def _abandon(code: int, sentence: str, error: BaseException) -> None:
     own = getattr(error, "own", False)
     if rank == 0 or own or (_is_running_with_others() and not getattr(error, "everywhere", False)):
         if sentence:
-            print(f"ddpkit: {sentence}", file=sys.stderr)
+            with suppress(OSError):  # whoever read it is gone
+                print(f"ddpkit: {sentence}", file=sys.stderr)
     else:
         time.sleep(1.0)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

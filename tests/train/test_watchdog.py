@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,17 @@ def test_verdicts(waits, together, ages, words):
 )
 def test_the_timeout_of_the_command_line(words, seconds):
     assert _timeout(words) == seconds
+
+
+def test_the_phase_of_another_process_is_read_from_its_name():
+    before = Path("/proc/self/comm").read_text()
+    try:
+        for name in phase.PHASES:
+            phase.enter(name)
+            assert phase.of(os.getpid()) == name
+    finally:
+        Path("/proc/self/comm").write_text(before.strip())
+    assert phase.of(os.getppid()) == ""
 
 
 def test_a_rank_tells_its_watchdog_how_it_stands(tmp_path):

@@ -10,13 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ddpkit import phase
 from ddpkit.launch import MPIRUN_SETTINGS, mpirun
-from ddpkit.phase import PHASES
 from ddpkit.testing.ranks import LAUNCHER_VARIABLES, RANK_VARIABLES
 
 MARK = "DDPKIT_CAMPAIGN"
 LOOK = 0.001  # seconds between looks at a rank's phase
-_NAMES = {f"ddpkit:{phase}"[:15]: phase for phase in PHASES}  # the system cuts names of processes
 REAPING = 5.0  # seconds that helpers of a rank get to notice its end
 
 
@@ -82,10 +81,10 @@ class Job:
         if number is None:
             return "" if self.mpirun.poll() is None else "gone"
         try:
-            name = Path(f"/proc/{number}/comm").read_text().strip()
+            now = phase.of(number)
         except OSError:
             return "gone"
-        return "gone" if _facts(number)[0] in "ZX" else _NAMES.get(name, "")
+        return "gone" if _facts(number)[0] in "ZX" else now
 
     def left(self) -> dict[int, str]:
         """Number and command line of each process of the job that is still there."""
