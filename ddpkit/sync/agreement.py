@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddpkit import phase
 from ddpkit.errors import InputError, RankDisagreementError
-from ddpkit.sync.modules import Named
+from ddpkit.sync.modules import Modules, Named
 
 Description = list[tuple[str, str, dict[str, object]]]  # kind, name, what must be the same
 
@@ -90,28 +90,32 @@ def broadcast(module: Named) -> None:
 
 
 @torch.no_grad()
-def checksums(tensors: Sequence[Tensor]) -> Tensor:
-    """`[tensors]` int64: the sum of the bit patterns of each, which differs where a bit does (but for chance)."""
+def checksums(tensors: Sequence[Tensor], last: int) -> Tensor:
+    """`[tensors + 1]` int64: the sum of the bit patterns of each, which differs where a bit does (but for chance), and `last`."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
     def bits(tensor: Tensor) -> Tensor:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         return real.contiguous().view(words[real.element_size()]).sum(dtype=torch.int64)
 
-    return torch.stack([bits(tensor.detach()) for tensor in tensors])
+    sums = [bits(tensor.detach()) for tensor in tensors]
+    return torch.stack([*sums, torch.tensor(last, device=sums[0].device)])
 
 
-def compare_parameters(module: Named, calls: int) -> None:
+def compare_parameters(modules: Modules, calls: int) -> None:
     """Compares checksums of all parameters over the ranks (one collective, and the host waits).
 
     Raises:
         RankDisagreementError: on all ranks, naming ranks and parameter.
     """
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    mine = checksums([p.detach() for p in parameters])
+    names = [name for name, _ in modules.given]
+    changes = modules.changes()
+    mine = checksums([parameter for _, parameter in modules.given], len(changes))
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     table = torch.stack(everyone).cpu()
+    if table[:, -1].any():
+        raise of_replaced(calls, table[:, -1].nonzero().flatten().tolist(), changes)
     unlike = (table != table[0]).any(0)
     if not unlike.any():
         return
@@ -121,6 +125,21 @@ def compare_parameters(module: Named, calls: int) -> None:
     raise RankDisagreementError(
         f"At synchronize() number {calls} parameter {names[first]!r}{others} on {name_ranks(ranks)} differs from rank 0: the "
         "ranks have drifted apart; look for updates outside the optimizer, or for a rank that does not synchronise."
+    )
+
+
+def of_replaced(calls: int, ranks: Sequence[int], here: Sequence[str]) -> RankDisagreementError:
+    """What to raise where modules hold other parameters than at first.
+
+    Args:
+        calls: number of the `synchronize()`.
+        ranks: on which they do.
+        here: names, on this rank.
+    """
+    names = f" (here {here[0]!r})" if here else ""
+    return RankDisagreementError(
+        f"At synchronize() number {calls} the modules on {name_ranks(ranks)} held other parameters than make_sync() was given"
+        f"{names}, whose gradients are not averaged: call make_sync() after whatever adds, replaces or removes parameters."
     )
 
 

@@ -214,7 +214,7 @@ class FlatSync(GradientSync):
             self._template[:count] = 1
             self._template[missing] = 0
             self._missing = missing
-            self._replaced = self._no_longer_held() if missing and self.world_size > 1 else []
+            self._replaced = self._modules.changes() if missing and self.world_size > 1 else []
         torch.mul(self._template, scale, out=tail)
         start = count + ROW * self.rank
         tail[start + STEPS].fill_(self._guard.steps % 128 * scale)
@@ -235,11 +235,6 @@ class FlatSync(GradientSync):
             sums = [x.to(device, torch.float32) for bucket in self._buckets for x in bucket.sums]
             if sums:
                 tail[start + BAD].copy_(torch.stack(sums).sum().mul_(0))
-
-    def _no_longer_held(self) -> list[str]:
-        """Names of parameters that the modules have given up since."""
-        now = {p for _, p in self._chosen()}
-        return [name for name, p in zip(self._names, self._all, strict=True) if p not in now]
 
     def _hand_over(self, gradients: dict[int, Tensor | None]) -> None:
         """Puts the slices in place while they travel."""
@@ -332,11 +327,7 @@ class FlatSync(GradientSync):
             )
         replaced = [rank for rank, row in enumerate(rows) if row[REPLACED] > 0]
         if replaced:
-            here = f" (here {self._replaced[0]!r})" if self._replaced else ""
-            raise RankDisagreementError(
-                f"{where} the modules on {name_ranks(replaced)} held other parameters than make_sync() was given{here}, so that "
-                "gradients would not be averaged: call make_sync() after whatever replaces or removes parameters."
-            )
+            raise agreement.of_replaced(self._calls, replaced, self._replaced)
         steps = [round(row[STEPS] * self.world_size) for row in rows]
         if len(set(steps)) > 1:
             odd = [rank for rank, taken in enumerate(steps) if taken != steps[0]]

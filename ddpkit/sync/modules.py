@@ -25,6 +25,9 @@ class Modules:
     number where that is taken: `LearnedWeights.scale`, `LearnedWeights_2.scale`. A tensor that several modules hold has the
     name that it has in the first of them.
 
+    Attributes:
+        given: the parameters by name, as they were when this was made.
+
     Raises:
         InputError: one of the others is no module.
     """
@@ -46,6 +49,14 @@ class Modules:
                 name = f"{kind}_{number}"
             taken.add(name)
             self._prefixed.append((f"{name}.", other))
+        self.given = list(self.named_parameters())
+
+    def changes(self) -> list[str]:
+        """Names of parameters that are no longer there, or have come since and are trained."""
+        now = list(self.named_parameters())
+        held, known = {p for _, p in now}, {p for _, p in self.given}
+        lost = [name for name, p in self.given if p not in held]
+        return list(dict.fromkeys(lost + [name for name, p in now if p.requires_grad and p not in known]))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Each parameter once, the model's first."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from ddpkit.errors import InputError
 from ddpkit.testing.suite import run_conformance
 
-CAMPAIGNS = {"faults": "ddpkit.testing.faults.campaign"}
+CAMPAIGNS = {"faults": "ddpkit.testing.faults.campaign", "disagreements": "ddpkit.testing.disagreements"}
 """Word -> module whose `main` takes the words that follow and returns the exit code."""
 
 
