@@ -5,7 +5,6 @@ kernels of a graph are shared out to as many files as are compiled side by side.
 """
 
 import contextlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.utils import clear_on_fresh_cache
+
+from ddpkit.cores import all_of_job
 
 _INCLUDE = re.compile(r"^#include .*$", re.MULTILINE)
 _OTHER_DIRECTIVE = re.compile(r"^\s*#\s*(?!include\b|pragma\b)\w+", re.MULTILINE)
@@ -91,29 +92,11 @@ PyMODINIT_FUNC PyInit_kernels() {
 _METHOD = '{"%s", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<%s>)), METH_FASTCALL, nullptr},\n'
 
 
-@contextlib.contextmanager
-def all_cores() -> Iterator[None]:
-    """While this is open, this thread and what it starts may run on every core that the job has on this host.
-
-    Launchers bind a rank to a core or two. The other ranks of a host wait while one compiles.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def look_at_the_processor() -> None:
     """Finds out in the background which vector instructions there are: Inductor compiles a program for each and tries it."""
 
     def look() -> None:
-        with all_cores():
+        with all_of_job():
             valid_vec_isa_list()
 
     threading.Thread(target=look, name="look at the processor", daemon=True).start()
@@ -135,7 +118,7 @@ class _Kernel:
 
 @contextlib.contextmanager
 def compiled_together() -> Iterator[None]:
-    """While this is open, a graph is compiled on all cores, and its C++ kernels share files."""
+    """While this is open, a graph is compiled on all cores of the job, and its C++ kernels share files."""
     one_by_one, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
 
     def keep(compiler: AsyncCompile, argument_types: list[str], source: str) -> Any:
@@ -159,7 +142,7 @@ def compiled_together() -> Iterator[None]:
 
     AsyncCompile.cpp_pybinding, AsyncCompile.wait = keep, compile_kept  # type: ignore[assignment, method-assign]
     try:
-        with all_cores():
+        with all_of_job():
             threads = inductor_config.decide_compile_threads()
             # Compiling the headers ahead takes longer than a few files gain by it.
             with inductor_config.patch(compile_threads=threads, cpp_cache_precompile_headers=False):

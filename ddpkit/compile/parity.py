@@ -164,8 +164,8 @@ def require_finite(found: Sequence[Difference]) -> None:
     first = "loss" if bad[0].name == "loss" else f"gradient of {bad[0].name!r}"
     others = f" (and {len({d.name for d in bad}) - 1} other tensors)" if len({d.name for d in bad}) > 1 else ""
     raise InputError(
-        f"The {first}{others} is NaN or infinite on a batch of {bad[0].shape}, in eager and in compiled code: look for labels "
-        "and positions that are no numbers, atoms on one place, and weights or settings with which the loss overflows."
+        f"The {first}{others} is NaN or infinite on a batch of {bad[0].shape}, in eager code as in compiled code: look for "
+        "labels and positions that are no numbers, atoms on one place, and weights or settings with which the loss overflows."
     )
 
 

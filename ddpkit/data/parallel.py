@@ -9,32 +9,23 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from ddpkit.cores import of_job, take_all_of_job
 from ddpkit.errors import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "SLURM_PROCID")
 
 
 def cores() -> int:
-    """Cores that worker processes may use.
-
-    A launcher binds each rank to a few cores; while one rank works the others wait, so workers may use all of the machine's.
-    """
-    bound = os.sched_getaffinity(0)
-    if not any(name in os.environ for name in _LAUNCHERS):
-        return len(bound)
-    _unbind()
-    count = len(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, bound)
-    return count
+    """Cores that worker processes may use: while one rank works the others wait, so all that the job has on this host."""
+    return len(of_job())
 
 
 def _begin() -> None:
-    """Prepares a worker: it may use any core, and ends with the process that started it, however that ends."""
-    _unbind()
+    """Prepares a worker: it may use any core of the job, and ends with the process that started it, however that ends."""
+    take_all_of_job()
     starter = multiprocessing.parent_process()
     assert starter is not None
 
@@ -43,11 +34,6 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _unbind() -> None:
-    if any(name in os.environ for name in _LAUNCHERS):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 @contextmanager
