@@ -26,6 +26,7 @@ from ddpkit.errors import InputError, RankLostError, unusable_path
 from ddpkit.launchers import Place as Place  # noqa: PLC0414  (part of what this module offers)
 from ddpkit.launchers import place as place  # noqa: PLC0414
 from ddpkit.meeting import first_host as first_host  # noqa: PLC0414
+from ddpkit.network import within as within  # noqa: PLC0414
 
 T = TypeVar("T")
 
@@ -190,20 +191,6 @@ def shutdown() -> None:
 def store() -> dist.Store:
     """The key-value store that the ranks share, for what must not be a collective (long waits, who is missing)."""
     return dist.PrefixStore("ddpkit", dist.distributed_c10d._get_default_store())  # noqa: SLF001  (torch offers no public way)
-
-
-def within(seconds: float, ask: Callable[[], T]) -> T | None:
-    """What `ask` returns, or None where it fails or takes longer: a store whose rank is stopped answers never."""
-    answers: list[T] = []
-
-    def work() -> None:
-        with suppress(RuntimeError):
-            answers.append(ask())
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else None
 
 
 def wait_until(done: Callable[[], bool], what: str, every: float = 5e-5) -> None:

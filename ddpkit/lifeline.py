@@ -118,9 +118,8 @@ class Lifeline:
             lost = RankLostError(_ended(f"{self._when()} {self._here.launcher} (process {self._launcher}) was gone"))
             return lost if self._here.world_size == 1 else self._tell("failure", lost)
         if self._here.world_size > 1 and self._stood_still():
-            return _said(
-                RankLostError(_ended(f"{self._name(self._here.rank)} had been stopped, and the others ended the run"))
-            )
+            sentence = _ended(f"{self._name(self._here.rank)} had been stopped, and the others ended the run")
+            self._end(sentence, None)  # what they said of it stays in the summary
         alone = self._here.world_size == 1 or not isinstance(error, Exception)
         if alone or getattr(error, "everywhere", False):
             return error
@@ -183,7 +182,7 @@ class Lifeline:
             if state in "ZX":
                 found.append(f"{self._name(rank)} ended without a word (killed, or out of memory)")
             elif state in "Tt":
-                found.append(f"{self._name(rank)} is stopped")
+                found.append(f"{self._name(rank)} is stopped{self._in_phase(rank)}")
         return " and ".join(found)
 
     def _beside(self) -> list[int]:
@@ -325,13 +324,17 @@ class Lifeline:
         more = f" and {len(lost) - 8} more" * (len(lost) > 8)
         return _ended(f"{' and '.join(parts)}{more}")
 
+    def _in_phase(self, rank: int) -> str:
+        """The phase of a rank of this host, as the end of a sentence; empty where it is not to be seen."""
+        with suppress(OSError):
+            if now := phase.of(self._peers[rank].process):
+                return f" in phase {now}"
+        return ""
+
     def _describe(self, rank: int, what: str, told: str) -> str:
         """A lost rank, what happened to it, and in which phase: the one of its process where that is to be seen, else as told."""
         beside = rank in self._beside()
-        if beside:
-            with suppress(OSError):
-                told = phase.of(self._peers[rank].process)
-        where = f" in phase {told}" if told in phase.PHASES else ""
+        where = (self._in_phase(rank) if beside else "") or (f" in phase {told}" if told in phase.PHASES else "")
         if what == IDLE:
             hint = " (it used no processor time, read and wrote nothing)"
             return f"{self._name(rank)} has made no progress for {self._limit:.0f} s{where}{hint}"

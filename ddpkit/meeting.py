@@ -20,6 +20,7 @@ from ddpkit.errors import InputError, RankLostError
 from ddpkit.launchers import Place
 
 TRIES = 8  # ports of a SLURM step
+_HANDSHAKE = 5.0  # seconds; torch's client waits for ever for the answer of a program that is no store
 LINKS = 16  # hosts that a host tries to reach
 OPEN = "let ranks reach each other on all ports, or name another interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
 
@@ -195,8 +196,8 @@ def _serve(port: int, timeout: timedelta) -> "dist.TCPStore | None":
 def _join(here: Place, hosts: Sequence[str], port: int, timeout: timedelta, source: str) -> tuple[dist.Store, str]:
     address, why = network.first_that_answers(hosts, port, timeout.total_seconds())
     if address:
-        with suppress(dist.DistError):
-            return _client(address, port, timeout), address
+        if store := network.within(_HANDSHAKE, lambda: _client(address, port, timeout)):
+            return store, address
         why = f"{address}: what answers there is no store of torch"
     raise InputError(
         f"Rank {here.rank} on {socket.gethostname()} does not reach the rendezvous on port {port} within "
@@ -211,13 +212,16 @@ def _client(address: str, port: int, timeout: timedelta) -> "dist.TCPStore":
 
 def _joined(address: str, port: int, timeout: timedelta, job: str) -> dist.Store | None:
     """The store of that job, where this is it: another program may have taken the port."""
-    with suppress(dist.DistError):
-        store = _client(address, port, timedelta(seconds=5))
-        store.wait(["job"], timedelta(seconds=5))
-        if store.get("job").decode() == job:
-            store.set_timeout(timeout)
-            return store
-    return None
+
+    def join() -> dist.Store | None:
+        store = _client(address, port, timedelta(seconds=_HANDSHAKE))
+        store.wait(["job"], timedelta(seconds=_HANDSHAKE))
+        if store.get("job").decode() != job:
+            return None
+        store.set_timeout(timeout)
+        return store
+
+    return network.within(_HANDSHAKE, join)
 
 
 def _resolved(host: str) -> str:

@@ -4,10 +4,14 @@ import ctypes
 import ctypes.util
 import ipaddress
 import socket
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 DEFAULT_EPHEMERAL = (32768, 60999)
 
@@ -128,3 +132,17 @@ def ephemeral_ports() -> tuple[int, int]:
         low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
         return low, high
     return DEFAULT_EPHEMERAL
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """What `ask` returns, or None where it fails or takes longer: a store whose rank is stopped answers never."""
+    answers: list[T] = []
+
+    def work() -> None:
+        with suppress(RuntimeError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None

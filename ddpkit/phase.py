@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PHASES = ("import", "rendezvous", "data", "model", "compile", "step", "checkpoint", "validation", "end")
-_NAMES = {f"ddpkit:{phase}"[:15]: phase for phase in PHASES}  # of a process: the system cuts them
+
+
+_NAME = 15  # characters that Linux keeps of a process's name
+_NAMES = {f"ddpkit:{phase}"[:_NAME]: phase for phase in PHASES}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def enter(phase: str) -> None:
         return
     _now = phase, time.monotonic()
     with suppress(OSError):  # no /proc here
-        Path("/proc/self/comm").write_text(f"ddpkit:{phase}"[:15])
+        Path("/proc/self/comm").write_text(f"ddpkit:{phase}"[:_NAME])
     _tell()
 
 

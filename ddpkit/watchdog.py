@@ -198,7 +198,7 @@ def _watch(ward: int, rank: int, board: Board) -> None:
         if why := verdict(seen, ages):
             name = f"Rank {rank} (process {ward} on {socket.gethostname()})"
             others = "".join(f", {other}" for other in _others(ward)) if seen.waits else ""
-            after = "; resume goes on from the last checkpoint" if seen.run_dir else ""
+            after = "; resume goes on from the last checkpoint" if seen.run_dir and seen.phase != "end" else ""
             sentence = f"{name} {why} in phase {seen.phase}{others}: the run ends{after}."
             if seen.run_dir:
                 record_failure(Path(seen.run_dir), sentence)

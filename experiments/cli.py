@@ -27,6 +27,11 @@ VERBS = {
     "bench sync": ("ddpkit.experiments.bench_sync", "time gradient synchronisation", False),
     "bench step": ("ddpkit.experiments.bench_step", "time a training step, beside the peer's", False),
     "bench comm": ("ddpkit.experiments.bench_comm", "time all-reduces", False),
+    "doctor": (
+        "ddpkit.experiments.doctor",
+        "what launcher, network, GPUs and libraries look like, and what is wrong",
+        False,
+    ),
     "predict": ("ddpkit.experiments.predict", "step time of each strategy on N ranks", False),
 }
 
