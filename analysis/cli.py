@@ -102,7 +102,7 @@ def _numerics(
 def _attribution(data: blocks.Study, out: Path) -> list[tables.Table]:
     sources = attribution.table(data)
     tables.write_csv(out / "attribution.csv", sources)
-    return [present.attribution(sources)] if len(sources) else []
+    return [present.attribution(sources, data.scope)] if len(sources) else []
 
 
 def _attribution_over(folders: Sequence[Path], out: Path, args: argparse.Namespace) -> report.Section | None:

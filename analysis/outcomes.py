@@ -1,7 +1,9 @@
 """How runs ended. A run that failed of itself is evidence against its arm; one that was interrupted tells nothing of it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,34 +32,42 @@ class Outcome:
     why: str = ""
 
 
+def ended(summary: Mapping[str, Any]) -> Outcome:
+    """How a run ended, as far as its `summary.json` tells: `failed` of itself, `interrupted` (or not ended), or `complete`."""
+    status, error, kind = (str(summary.get(key) or "") for key in ("status", "error", "error_kind"))
+    if status == "finished":
+        return Outcome("complete")
+    if status != "failed":
+        return Outcome("interrupted", status or "unknown")
+    if _NOT_FINITE.search(error):
+        return Outcome("failed", f"met NaN or infinity ({error})")
+    outside = kind in _OUTSIDE_KINDS or (not kind and _OUTSIDE.search(error))
+    if outside or not (error or kind):
+        return Outcome("interrupted", f"interrupted{f' ({error})' if error else ''}")
+    return Outcome("failed", f"failed ({error or kind})")
+
+
 def outcome(run: Run, baseline: Run, steps: int) -> Outcome:
-    """How a run ended.
+    """How a run ended, by its logs too.
 
     Args:
         run: the run.
         baseline: that of its block, perhaps itself.
         steps: how many were to be made.
     """
-    error = str(run.summary.get("error") or "")
-    losses = run.steps["loss"].to_numpy(float)
-    bad = int((~np.isfinite(losses)).sum())
+    told = ended(run.summary)
+    bad = int((~np.isfinite(run.steps["loss"].to_numpy(float))).sum())
     skipped = int(run.summary.get("skipped") or 0)
-    if run.status == "failed" and _NOT_FINITE.search(error):
-        return Outcome("failed", f"met NaN or infinity ({error})")
+    if told.kind == "failed":
+        return Outcome("failed", f"{told.why} at step {run.last}")
     if bad:
         return Outcome("failed", f"logged {bad} losses that are not finite")
     if skipped:
         return Outcome("failed", f"skipped {skipped} updates whose gradient was not finite")
     if (ratio := _risen(run, baseline)) > FAR:
         return Outcome("failed", f"diverged (its last losses are {ratio:.2g} times what they were to be compared with)")
-    if run.status == "failed":
-        kind = str(run.summary.get("error_kind") or "")
-        outside = kind in _OUTSIDE_KINDS or (not kind and _OUTSIDE.search(error))
-        if outside or not (error or kind):
-            return Outcome("interrupted", f"interrupted at step {run.last}{f' ({error})' if error else ''}")
-        return Outcome("failed", f"failed at step {run.last} ({error or kind})")
-    if run.status != "finished" and run.last < steps:
-        return Outcome("interrupted", f"{run.status} at step {run.last} of {steps}")
+    if told.kind == "interrupted" and (run.status == "failed" or run.last < steps):
+        return Outcome("interrupted", f"{told.why} at step {run.last} of {steps}")
     return Outcome("complete")
 
 

@@ -209,29 +209,25 @@ def divergences(study: Study) -> Table:
     )
 
 
-def attribution(values: pd.DataFrame) -> Table:
+def attribution(values: pd.DataFrame, scope: str) -> Table:
     """What each cause contributes when it alone differs."""
+    projected = bool(values["distance"].notna().any())
     rows = []
     for _, row in values.iterrows():
         equal = row["bitwise_pairs"] == row["pairs"]
         sizes = ["0 (bitwise)" if equal else number(row[column]) for column in ("mae", "max_abs")]
-        counts = [
-            number(row["ranks"]) if pd.isna(row["ranks"]) else f"{row['ranks']:.0f}",
-            str(row["seeds"]),
-            str(row["pairs"]),
-        ]
-        rows.append(
-            [row["source"], row["compared"], row["held"], *counts, *sizes, number(row["distance"]), row["outcome"]]
-        )
+        sizes += [number(row["distance"])] if projected else []
+        counts = f"{row['pairs']} of {row['seeds']}"
+        rows.append([row["source"], row["compared"], row["held"], counts, *sizes, row["outcome"]])
     explained = (
-        "MAE: of losses, mean over the pairs. Distance: of the projected parameters, relative. Det.: under deterministic=true, "
-        "which must make reruns agree to the last bit, and lossless strategies too on at most two ranks, where a sum of "
-        "gradients has one order. Traced algorithms: eager code against the traced graph, interpreted; compiler: that graph, "
-        "compiled."
+        "Pairs: of so many seeds. MAE: of losses, mean over the pairs. Distance: of the projected parameters, relative. Det.: "
+        "under deterministic=true, which must make reruns agree to the last bit, and lossless strategies too on at most two "
+        "ranks, where a sum of gradients has one order. Traced algorithms: eager code against the traced graph, interpreted; "
+        "compiler: that graph, compiled."
     )
     return Table(
-        "Attribution: pairs of runs that differ in one thing alone",
-        ("source", "compared", "held", "ranks", "seeds", "pairs", "MAE", "max", "distance", "outcome"),
+        f"Attribution: pairs of runs that differ in one thing alone ({scope})",
+        ("source", "compared", "held", "pairs", "MAE", "max", *(["distance"] if projected else []), "outcome"),
         rows,
         [explained],
         words=3,

@@ -1,15 +1,21 @@
 """Run every configuration of a study under mpirun, into one folder.
 
-usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [repeats=N] [--slurm] [OVERRIDES...]
+usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [--slurm] [OVERRIDES...]
+       numerics: [seeds=N] [scale=causes|emulated]    speed: [launches=N] [pairs=N]
 
 Each configuration becomes a run folder below `out` (default: studies/STUDY-SCALE). What is complete is skipped and what was
-interrupted is resumed, so that the same command can be given again. Further overrides go to every run (deterministic=true has a
-default folder of its own, beside which `ddpkit-analyze report studies` finds it). `--slurm` prints a job script for the study
-instead of running it.
+interrupted is resumed, so that the same command can be given again; a run that failed of itself, as by NaN, is kept: it counts
+against its arm. Further overrides go to every run (deterministic=true has a default folder of its own, beside which
+`ddpkit-analyze report studies` finds it). `--slurm` prints a job script for the study instead of running it.
 
-Runs of the numerics study follow one another. Those of the speed study are started one after another and then take turns, an
-epoch at a time, so that drift of the machine falls on all alike (at scale=paper, where so many do not fit into memory at once,
-they follow one another).
+Before the first run `plan.json` declares which claims will get a verdict; write one of your own there to declare others.
+
+The study of numerics runs all arms for one seed after another; claims are tested from six seeds on. scale=causes has one arm for
+each cause of difference, scale=emulated 64 ranks on one process.
+
+In the study of speed all arms are launched together and take turns, an epoch at a time, so that drift of the machine falls on all
+alike (where so many do not fit into memory at once, they follow one another). After three such launches, the pilot, pairs of
+launches of custom and standard follow: eight, or as many as resolve one per cent.
 """
 
 import json
@@ -25,9 +31,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddpkit.analysis import plan, speed
+from ddpkit.analysis.outcomes import ended
+from ddpkit.analysis.runs import read_runs
 from ddpkit.errors import InputError
 from ddpkit.experiments.config import read
-from ddpkit.experiments.studies import STUDIES, Scale
+from ddpkit.experiments.studies import STUDIES, Arm, Numerics, Speed
 from ddpkit.experiments.turns import Turns, order
 from ddpkit.launch import mpirun
 
@@ -43,7 +52,9 @@ class Options:
     scale: str
     out: Path
     ranks: int | None
-    repeats: int | None
+    seeds: int | None
+    launches: int | None
+    pairs: int | None
     slurm: bool
     overrides: tuple[str, ...]
 
@@ -61,21 +72,89 @@ def main(arguments: Sequence[str]) -> None:
         print(slurm_script(options, scale, ranks))
         return
     read([*scale.overrides, *options.overrides])  # a wrong override is told here, not by the first run
-    runs = [
-        StudyRun(options.out / arm.label, (*scale.overrides, *arm.overrides, *options.overrides), ranks)
-        for arm in scale.arms(options.repeats)
-    ]
-    complete = [run for run in runs if run.is_complete()]
-    options.out.mkdir(parents=True, exist_ok=True)
     with _stopped_like_ctrl_c():
-        takes_turns = scale.turns and _fit_into_memory(len(scale.repeated) * ranks)
-        failed = _take_turns(runs, scale, options) if takes_turns else _one_after_another(runs)
-    if failed:
-        labels = ", ".join(run.label for run in failed)
+        if isinstance(scale, Numerics):
+            blocks = _runs(scale.blocks(options.seeds), scale, options, ranks)
+            _declare(options, scale, blocks, ranks=ranks, seeds=options.seeds or scale.seeds)
+            _work(blocks, scale, options)
+        else:
+            _speed(scale, options, ranks)
+
+
+def _speed(scale: Speed, options: Options, ranks: int) -> None:
+    """The pilot, and the pairs that it asks for."""
+    pilot = scale.blocks(options.launches)
+    blocks = _runs(pilot, scale, options, ranks)
+    numbers = tuple(range(1, len(pilot) + 1)) if scale.pair else ()
+    _declare(options, scale, blocks, numbers, ranks=ranks)
+    _work(blocks, scale, options)
+    if not scale.pair:
+        return
+    known = plan.read(options.out, scale.primary)
+    pairs = known.pairs or options.pairs or _pairs(options.out, known)
+    blocks += _runs(scale.pairs(pairs, len(pilot)), scale, options, ranks)
+    labels = tuple(run.label for block in blocks for run in block)
+    plan.write(options.out, plan.Plan(known.primary, labels, numbers, pairs), ranks=ranks)
+    print(f"{pairs} pairs of launches follow the pilot.", flush=True)
+    _work(blocks[len(pilot) :], scale, options)
+
+
+def _pairs(out: Path, declared: plan.Plan) -> int:
+    """How many pairs the pilot asks for: those of the arm and size that scatter most."""
+    data = speed.study(read_runs(out)[0], plan.Plan(declared.primary))
+    cells = [cell for cell in data.times if cell.name in {claim.arm for claim in declared.primary}]
+    return max([speed.pairs_needed(data, cell) for cell in cells], default=plan.FEWEST[plan.TIME])
+
+
+def _declare(
+    options: Options, scale: Numerics | Speed, blocks: "list[list[StudyRun]]", pilot: tuple[int, ...] = (), **more: int
+) -> None:
+    """Writes the plan before the first run; later it must be the same.
+
+    Raises:
+        InputError: the folder's plan has other runs.
+    """
+    labels = tuple(run.label for block in blocks for run in block)
+    known = plan.read(options.out, scale.primary)
+    if known.runs and not set(labels) <= set(known.runs):
         raise InputError(
-            f"{len(failed)} of {len(runs)} runs failed ({labels}): see what they said above, then give the same command."
+            f"{options.out}/plan.json declared {len(known.runs)} runs and not {len(labels)}: what is tested is fixed before the "
+            "first run; give another out=."
         )
-    print(f"{options.study}: {len(runs)} runs in {options.out} ({len(complete)} were complete before).")
+    if not known.runs:
+        plan.write(options.out, plan.Plan(known.primary, labels, pilot, known.pairs), **more)
+
+
+def _runs(
+    blocks: Sequence[Sequence[Arm]], scale: Numerics | Speed, options: Options, ranks: int
+) -> "list[list[StudyRun]]":
+    common = (*scale.overrides, *options.overrides)
+    return [[StudyRun(options.out / arm.label, (*common, *arm.overrides), ranks) for arm in block] for block in blocks]
+
+
+def _work(blocks: "Sequence[Sequence[StudyRun]]", scale: Numerics | Speed, options: Options) -> None:
+    """Runs what is not complete.
+
+    Raises:
+        InputError: runs that failed.
+    """
+    everything = [run for block in blocks for run in block]
+    complete = [run for run in everything if run.is_complete()]
+    options.out.mkdir(parents=True, exist_ok=True)
+    together = max(map(len, blocks), default=0) * (everything[0].ranks if everything else 1)
+    if isinstance(scale, Speed) and scale.turns and _fit_into_memory(together):
+        failed = _take_turns(blocks, scale, options)
+    else:
+        failed = _one_after_another(everything)
+    lost = [run.label for run in failed if not run.has_ended()]
+    if lost:
+        raise InputError(
+            f"{len(lost)} of {len(everything)} runs failed ({', '.join(lost)}): see what they said above, then give the same "
+            "command."
+        )
+    if evidence := [run.label for run in everything if not run.has_finished()]:
+        print(f"{len(evidence)} runs failed of themselves and count against their arms: {', '.join(evidence)}.")
+    print(f"{options.study}: {len(everything)} runs in {options.out} ({len(complete)} were complete before).")
 
 
 def _parse(arguments: Sequence[str]) -> Options:
@@ -88,13 +167,17 @@ def _parse(arguments: Sequence[str]) -> Options:
         key, _, value = word.partition("=")
         if word == "--slurm":
             slurm = True
-        elif key in ("scale", "out", "ranks", "repeats"):
+        elif key in ("scale", "out", "ranks", "seeds", "launches", "pairs"):
             named[key] = value
+        elif key in ("repeats", "seed", "data.seed"):
+            raise InputError(
+                f"{word} is for the study to choose: give seeds=N (numerics), launches=N or pairs=N (speed)."
+            )
         else:
             overrides.append(word)
     if named["scale"] not in STUDIES[study]:
         raise InputError(f"scale={named['scale']} is unknown: use one of {', '.join(STUDIES[study])}.")
-    for key in ("ranks", "repeats"):
+    for key in ("ranks", "seeds", "launches", "pairs"):
         if key in named and not re.fullmatch(r"[1-9]\d*", named[key]):
             raise InputError(f"{key}={named[key]} is no number of {key}: give a whole number from 1.")
     return Options(
@@ -104,8 +187,7 @@ def _parse(arguments: Sequence[str]) -> Options:
             named.get("out")
             or f"studies/{study}-{named['scale']}{'-deterministic' * ('deterministic=true' in overrides)}"
         ),
-        int(named["ranks"]) if "ranks" in named else None,
-        int(named["repeats"]) if "repeats" in named else None,
+        *(int(named[key]) if key in named else None for key in ("ranks", "seeds", "launches", "pairs")),
         slurm,
         tuple(overrides),
     )
@@ -125,7 +207,7 @@ class StudyRun:
         return self.folder.name
 
     def is_complete(self) -> bool:
-        """Whether this very run has finished.
+        """Whether this very run has finished, or failed of itself.
 
         Raises:
             InputError: the folder holds a run of another configuration.
@@ -133,21 +215,30 @@ class StudyRun:
         made_as = self.folder / "study.json"
         if not made_as.is_file():
             return False
-        if json.loads(made_as.read_text()) != self._identity():
+        if {k: v for k, v in json.loads(made_as.read_text()).items() if k != "starts"} != self._identity():
             raise InputError(
                 f"{self.folder} holds a run of another configuration: give another out=, or remove that folder."
             )
-        return self.has_finished()
+        return self.has_ended()
+
+    def has_ended(self) -> bool:
+        """Whether there is nothing to go on with: the run has finished, or failed of itself."""
+        return ended(self._summary()).kind != "interrupted"
 
     def has_finished(self) -> bool:
         """Whether the run's summary says so."""
-        summary = self.folder / "summary.json"
-        return summary.is_file() and json.loads(summary.read_text()).get("status") == "finished"
+        return self._summary().get("status") == "finished"
+
+    def _summary(self) -> dict[str, object]:
+        path = self.folder / "summary.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
     def start(self, *more: str) -> "subprocess.Popen[bytes]":
         """Starts it under mpirun, or resumes it, with further overrides."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "study.json").write_text(json.dumps(self._identity()))
+        made_as = self.folder / "study.json"
+        starts = json.loads(made_as.read_text()).get("starts", 1) + 1 if made_as.is_file() else 1
+        made_as.write_text(json.dumps(self._identity() | {"starts": starts}))
         head, variables = mpirun(self.ranks)
         resumes = (self.folder / "checkpoints" / "last.pt").is_file()
         where = f"resume={self.folder}" if resumes else f"run_dir={self.folder}"
@@ -179,23 +270,24 @@ def _one_after_another(runs: Sequence[StudyRun]) -> list[StudyRun]:
     return failed
 
 
-def _take_turns(runs: Sequence[StudyRun], scale: Scale, options: Options) -> list[StudyRun]:
-    """Has the runs of each repeat take turns; those that failed."""
+def _take_turns(blocks: Sequence[Sequence[StudyRun]], scale: Speed, options: Options) -> list[StudyRun]:
+    """Has the runs of each block take turns; those that failed."""
     epochs = int(read([*scale.overrides, *options.overrides]).train.max_epochs)
-    together = len(scale.repeated)
+    total = sum(map(len, blocks))
     for left_behind in options.out.glob(".turns-*"):
         shutil.rmtree(left_behind)
-    failed = []
-    for first in range(0, len(runs), together):
+    failed, before = [], 0
+    for block in blocks:
         these = []
-        for number, run in enumerate(runs[first : first + together], first + 1):
+        for number, run in enumerate(block, before + 1):
             if run.is_complete():
-                print(f"[{number}/{len(runs)}] {run.label}: complete, kept")
+                print(f"[{number}/{total}] {run.label}: complete, kept")
             else:
                 these.append((number, run))
+        before += len(block)
         if these:
             # Named after now, so that the analysis can tell which runs were there at the same time.
-            failed += _side_by_side(these, len(runs), epochs, options.out / f".turns-{time.strftime('%Y%m%d-%H%M%S')}")
+            failed += _side_by_side(these, total, epochs, options.out / f".turns-{time.strftime('%Y%m%d-%H%M%S')}")
     return failed
 
 
@@ -276,11 +368,12 @@ def _saved_on_ctrl_c(processes: "Collection[subprocess.Popen[bytes]]") -> Iterat
         raise
 
 
-def slurm_script(options: Options, scale: Scale, ranks: int) -> str:
+def slurm_script(options: Options, scale: Numerics | Speed, ranks: int) -> str:
     """A SLURM job script that runs the study."""
     per_node = min(ranks, scale.ranks_per_node)
     nodes = -(-ranks // per_node)
-    repeats = f" repeats={options.repeats}" if options.repeats else ""
+    given = {key: getattr(options, key) for key in ("seeds", "launches", "pairs")}
+    counts = "".join(f" {key}={value}" for key, value in given.items() if value)
     words = "".join(f" {shlex.quote(word)}" for word in options.overrides)
     out = shlex.quote(str(options.out))
     return f"""#!/bin/bash
@@ -293,7 +386,7 @@ def slurm_script(options: Options, scale: Scale, ranks: int) -> str:
 #SBATCH --signal=B:USR1@300
 
 # Give it again after a time limit: complete runs are kept, the interrupted one is resumed.
-ddpkit experiment {options.study} scale={options.scale} out={out} ranks={ranks}{repeats}{words} &
+ddpkit experiment {options.study} scale={options.scale} out={out} ranks={ranks}{counts}{words} &
 study=$!
 trap 'kill -USR1 $study' USR1
 wait $study || wait $study  # the first is cut short by the signal

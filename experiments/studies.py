@@ -1,7 +1,12 @@
-"""The studies' configurations: what is run, in which order, at which size."""
+"""The studies' configurations: what is run, in which blocks, at which size, and what is declared beforehand."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
+
+from ddpkit.analysis.plan import DISTANCE, FORCE_ERROR, NUMERICS, SPEED, Declared
+
+Overrides = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -9,62 +14,142 @@ class Arm:
     """One run: its label, which is its folder's name, and what sets it apart."""
 
     label: str
-    overrides: tuple[str, ...]
+    overrides: Overrides
 
-    def repeat(self, number: int) -> "Arm":
-        """Its first, second ... run: `new_seed`, `new_seed_2` ...; where it sets the seed, each has a seed of its own."""
-        if number == 1:
-            return self
-        own = [f"seed={int(word[5:]) + number - 1}" if word.startswith("seed=") else word for word in self.overrides]
-        return Arm(f"{self.label}_{number}", tuple(own))
+    def numbered(self, number: int, *more: str) -> "Arm":
+        """Its run in a block: `standard`, `standard_2` ..., with further overrides that its own replace."""
+        own = {word.partition("=")[0] for word in self.overrides}
+        kept = tuple(word for word in more if word.partition("=")[0] not in own)
+        return Arm(self.label if number == 1 else f"{self.label}_{number}", (*kept, *self.overrides))
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A study at one size.
+class Numerics:
+    """A study of numerics at one size.
 
-    `overrides` are common to all runs. Repeats are interleaved: the second of every arm comes after the first of every arm, so
-    that a drift of the machine falls on all arms alike. With `turns` the runs of a repeat are there at the same time and take
-    turns, an epoch at a time, after a first epoch that warms up; all of them must fit into memory.
+    Each seed, of weights and of data order alike, is a block: all arms, in random order. `spread` further reruns of the first
+    seed show how much one seed varies.
     """
 
     ranks: int
-    overrides: tuple[str, ...]
-    first: tuple[Arm, ...]
-    repeated: tuple[Arm, ...]
-    repeats: int
+    overrides: Overrides
+    arms: tuple[Arm, ...]
+    seeds: int
+    spread: int = 0
+    primary: tuple[Declared, ...] = NUMERICS
     ranks_per_node: int = 8
-    turns: bool = False
 
-    def arms(self, repeats: int | None = None) -> list[Arm]:
-        """Every run in order; repeats are labelled `standard_2`, `standard_3` ..."""
-        runs = list(self.first)
-        for repeat in range(1, (repeats or self.repeats) + 1):
-            runs += [arm.repeat(repeat) for arm in self.repeated]
-        return runs
+    def blocks(self, seeds: int | None = None) -> list[list[Arm]]:
+        """The runs, seed by seed."""
+        found = []
+        for seed in range(1, (seeds or self.seeds) + 1):
+            own = f"seed={seed}", f"data.seed={seed}"
+            block = [_seeded(arm, seed).numbered(seed, *own) for arm in self.arms]
+            Random(seed).shuffle(block)
+            found.append(block)
+        rerun = next((arm.overrides for arm in self.arms if arm.label == "rerun"), ())
+        again = [Arm("spread", rerun).numbered(n, "seed=1", "data.seed=1") for n in range(1, self.spread + 1)]
+        return [*found, again] if again else found
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A study of speed at one size.
+
+    A block is one launch of each of its arms, which are there at the same time and take turns, an epoch at a time, after a first
+    epoch that warms up; all of them must fit into memory. `launches` blocks of all arms are the pilot, whose spread tells how
+    many blocks of `pair`, which the declared claims are about, come after it.
+    """
+
+    ranks: int
+    overrides: Overrides
+    arms: tuple[Arm, ...]
+    launches: int
+    pair: tuple[Arm, ...] = ()
+    primary: tuple[Declared, ...] = SPEED
+    ranks_per_node: int = 8
+    turns: bool = True
+
+    def blocks(self, launches: int | None = None) -> list[list[Arm]]:
+        """The pilot, launch by launch."""
+        return [_shuffled(self.arms, number) for number in range(1, (launches or self.launches) + 1)]
+
+    def pairs(self, count: int, after: int) -> list[list[Arm]]:
+        """The pairs of launches after so many of the pilot."""
+        return [_shuffled(self.pair, after + number) for number in range(1, count + 1)]
+
+
+def _shuffled(arms: Sequence[Arm], number: int) -> list[Arm]:
+    block = [arm.numbered(number) for arm in arms]
+    Random(number).shuffle(block)
+    return block
+
+
+def _seeded(arm: Arm, seed: int) -> Arm:
+    """An arm whose own seed is a new one, made new for each block."""
+    fresh = {f"{key}=new": f"{key}={1000 + seed}" for key in ("seed", "data.seed")}
+    return Arm(arm.label, tuple(fresh.get(word, word) for word in arm.overrides))
 
 
 BASELINE = Arm("baseline", ("strategy=custom", "compile=false"))
+RERUN = Arm("rerun", BASELINE.overrides)
+NEW_SEED = Arm("new_seed", (*BASELINE.overrides, "seed=new"))
 PAPER_NUMERICS = (
+    BASELINE,
     Arm("standard", ("strategy=standard", "compile=false")),
     Arm("compiled", ("strategy=custom", "compile=true")),
-    Arm("rerun", ("strategy=custom", "compile=false")),
-    Arm("new_seed", ("strategy=custom", "compile=false", "seed=2")),
+    RERUN,
+    NEW_SEED,
 )
 OUR_NUMERICS = (
+    Arm("interpreted", ("strategy=custom", "compile=true", "compiler=interpreted")),
     Arm("standard_compiled", ("strategy=standard", "compile=true")),
     Arm("ingraph", ("strategy=ingraph", "compile=true")),
     Arm("overlap", ("strategy=overlap", "compile=false")),
 )
+# Each differs from the baseline, or from one other arm, in one thing.
+CAUSES = (
+    BASELINE,
+    RERUN,
+    NEW_SEED,
+    Arm("new_order", (*BASELINE.overrides, "data.seed=new")),
+    Arm("deterministic", (*BASELINE.overrides, "deterministic=true")),
+    Arm("deterministic_rerun", (*BASELINE.overrides, "deterministic=true")),
+    Arm("ring", (*BASELINE.overrides, "nccl_algo=Ring")),
+    Arm("tree", (*BASELINE.overrides, "nccl_algo=Tree")),
+    Arm("overlap", ("strategy=overlap", "compile=false")),
+    Arm("small_buckets", ("strategy=overlap", "+strategy.bucket_mb=0.1", "compile=false")),
+    Arm("interpreted", ("strategy=custom", "compile=true", "compiler=interpreted")),
+    Arm("compiled", ("strategy=custom", "compile=true")),
+    Arm("tf32", (*BASELINE.overrides, "tf32=true")),
+)
+
+
+def emulated(label: str, *overrides: str) -> Arm:
+    """An arm of emulated ranks."""
+    return Arm(label, ("strategy=emulated", *overrides))
+
+
+EMULATED = (
+    emulated("baseline"),
+    emulated("rerun"),
+    emulated("new_seed", "seed=new"),
+    emulated("tree", "strategy.order=tree"),
+    emulated("halving_doubling", "strategy.order=halving_doubling"),
+    emulated("buckets", "strategy.bucket_mb=0.1"),
+)
 
 
 def speed_arms(
-    strategies: Sequence[str], widths: Sequence[int], compiled: Callable[[str], Sequence[bool]]
+    strategies: Sequence[str],
+    widths: Sequence[int],
+    compiled: Callable[[str], Sequence[bool]],
+    name: str = "{strategy}",
 ) -> tuple[Arm, ...]:
     """{strategies} x {eager, compile} x {embedding widths}."""
     return tuple(
         Arm(
-            f"{strategy}-{'compile' if compile_ else 'eager'}-{width}",
+            f"{name.format(strategy=strategy)}-{'compile' if compile_ else 'eager'}-{width}",
             (f"strategy={strategy}", f"compile={str(compile_).lower()}", f"model.type_embedding_dim={width}"),
         )
         for width in widths
@@ -81,6 +166,16 @@ def _custom(strategy: str) -> Sequence[bool]:
     return (False, True) if strategy == "custom" else (False,)
 
 
+def _eager(_: str) -> Sequence[bool]:
+    return (False,)
+
+
+WIDTHS = (32, 128)
+PAIR = (
+    *speed_arms(("standard", "custom"), WIDTHS, _eager),
+    *speed_arms(("standard",), WIDTHS, _eager, "{strategy}_again"),  # against itself: whether the times are calibrated
+)
+
 _DEMO_NUMERICS = (
     "model=allegro_tiny",
     "data=generated",
@@ -90,7 +185,17 @@ _DEMO_NUMERICS = (
     "train.batch_size=16",
     "train.ema_decay=0.95",
     "train.plateau.factor=1",
+    "train.projection=true",
     "device=cpu",
+)
+_WORKSTATION_NUMERICS = (
+    "model=allegro_small",
+    "data=generated",
+    "data.frames=2000",
+    "train.max_epochs=4",
+    "train.batch_size=16",
+    "train.plateau.factor=1",
+    "train.projection=true",
 )
 _DEMO_SPEED = (
     "model=nequip_tiny",
@@ -104,17 +209,24 @@ _DEMO_SPEED = (
     "device=cpu",
 )
 
-STUDIES: dict[str, dict[str, Scale]] = {
+STUDIES: dict[str, dict[str, Numerics | Speed]] = {
     "numerics": {
-        "demo": Scale(2, _DEMO_NUMERICS, (BASELINE,), PAPER_NUMERICS, repeats=1),
-        "workstation": Scale(
-            2,
-            ("model=allegro_small", "data=generated", "data.frames=2000", "train.max_epochs=4", "train.batch_size=16"),
-            (BASELINE,),
-            (*PAPER_NUMERICS, *OUR_NUMERICS),
-            repeats=5,
+        "demo": Numerics(2, _DEMO_NUMERICS, PAPER_NUMERICS, seeds=1),
+        "workstation": Numerics(2, _WORKSTATION_NUMERICS, (*PAPER_NUMERICS, *OUR_NUMERICS), seeds=6, spread=5),
+        "causes": Numerics(2, _WORKSTATION_NUMERICS, CAUSES, seeds=3),
+        "emulated": Numerics(
+            1,
+            (*_WORKSTATION_NUMERICS, "model=allegro_tiny", "train.batch_size=128", "data.shifts=fitted"),
+            EMULATED,
+            seeds=6,
+            spread=5,
+            primary=(
+                Declared(FORCE_ERROR, "emulated, order=tree"),
+                Declared(DISTANCE, "emulated, order=tree"),
+                Declared(DISTANCE, "emulated, bucket_mb=0.1"),
+            ),
         ),
-        "paper": Scale(
+        "paper": Numerics(
             64,
             (
                 "model=allegro_medium",
@@ -124,24 +236,18 @@ STUDIES: dict[str, dict[str, Scale]] = {
                 "train.batch_size=256",
                 "train.log_every=100",
                 "train.plateau.factor=1",
+                "train.projection=true",
                 "device=cuda",
             ),
-            (BASELINE,),
             (*PAPER_NUMERICS, *OUR_NUMERICS),
-            repeats=5,
+            seeds=6,
+            spread=5,
             ranks_per_node=4,
         ),
     },
     "speed": {
-        "demo": Scale(
-            2,
-            _DEMO_SPEED,
-            (),
-            speed_arms(("standard", "custom", "none"), (32, 128), _custom),
-            repeats=1,
-            turns=True,
-        ),
-        "workstation": Scale(
+        "demo": Speed(2, _DEMO_SPEED, speed_arms(("standard", "custom", "none"), WIDTHS, _custom), launches=1),
+        "workstation": Speed(
             2,
             (
                 "model=nequip_small",
@@ -153,12 +259,11 @@ STUDIES: dict[str, dict[str, Scale]] = {
                 "train.checkpoint_every=0",
                 "loss.stress=1.0",
             ),
-            (),
-            speed_arms(("standard", "custom", "none", "ingraph"), (32, 128), _both),
-            repeats=3,
-            turns=True,
+            speed_arms(("standard", "custom", "none", "ingraph"), WIDTHS, _both),
+            launches=3,
+            pair=PAIR,
         ),
-        "paper": Scale(
+        "paper": Speed(
             8,
             (
                 "experiment=mptrj",
@@ -171,9 +276,10 @@ STUDIES: dict[str, dict[str, Scale]] = {
                 "train.checkpoint_every=0",
                 "device=cuda",
             ),
-            (),
-            speed_arms(("standard", "custom", "none", "ingraph"), (32, 128), _both),
-            repeats=3,
+            speed_arms(("standard", "custom", "none", "ingraph"), WIDTHS, _both),
+            launches=3,
+            pair=PAIR,
+            turns=False,
         ),
     },
 }

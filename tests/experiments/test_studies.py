@@ -4,8 +4,13 @@ import signal
 import subprocess
 import threading
 
+import numpy as np
+import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
+from ddpkit.analysis import blocks, plan
+from ddpkit.analysis.runs import Run
 from ddpkit.errors import InputError
 from ddpkit.experiments import experiment, turns
 from ddpkit.experiments.config import read
@@ -13,46 +18,81 @@ from ddpkit.experiments.studies import STUDIES
 from ddpkit.train import Progress
 
 
-def test_repeats_are_interleaved_and_labelled():
-    labels = [arm.label for arm in STUDIES["numerics"]["demo"].arms(2)]
-    assert labels == [
-        "baseline", "standard", "compiled", "rerun", "new_seed", "standard_2", "compiled_2", "rerun_2", "new_seed_2",
-    ]  # fmt: skip
+def configs(study, scale, *counts):
+    size = STUDIES[study][scale]
+    return {arm.label: read([*size.overrides, *arm.overrides]) for block in size.blocks(*counts) for arm in block}
+
+
+def test_each_seed_is_a_block_of_all_arms_in_an_order_of_its_own():
+    size = STUDIES["numerics"]["workstation"]
+    blocks = size.blocks()
+    *seeds, spread = blocks
+    assert len(seeds) == 6
+    stems = [[arm.label.removesuffix(f"_{n}") for arm in block] for n, block in enumerate(seeds, 1)]
+    assert all(sorted(block) == sorted(arm.label for arm in size.arms) for block in stems)
+    assert len({tuple(block) for block in stems}) > 1
+    assert blocks == size.blocks()  # the same command goes on where it stopped
+    assert [arm.label for arm in spread] == ["spread", "spread_2", "spread_3", "spread_4", "spread_5"]
 
 
 def test_the_papers_cells_and_the_ones_it_could_not_fill():
-    labels = {arm.label for arm in STUDIES["speed"]["paper"].arms(1)}
-    assert labels >= {
+    found = {arm.label for block in STUDIES["speed"]["paper"].blocks(1) for arm in block}
+    assert found >= {
         f"{s}-{c}-{w}" for s in ("standard", "custom", "none") for c in ("eager", "compile") for w in (32, 128)
     }
-    assert "ingraph-compile-128" in labels
-    assert "ingraph-eager-128" not in labels
+    assert "ingraph-compile-128" in found
+    assert "ingraph-eager-128" not in found
 
 
-@pytest.mark.parametrize(("study", "scale"), [(study, scale) for study in STUDIES for scale in STUDIES[study]])
+@pytest.mark.parametrize(("study", "scale"), [("speed", scale) for scale in STUDIES["speed"]])
 def test_every_arm_is_a_valid_configuration(study, scale, monkeypatch):
     monkeypatch.setenv("DDPKIT_SPICE", "spice")
     monkeypatch.setenv("DDPKIT_MPTRJ", "mptrj")
-    size = STUDIES[study][scale]
-    for arm in size.arms(1):
-        read([*size.overrides, *arm.overrides])
+    found = configs(study, scale, 1)
+    for label, config in found.items():
+        assert config.strategy.name, label
+    for block in getattr(STUDIES[study][scale], "pairs", lambda *_: [])(1, 3):
+        for arm in block:
+            read([*STUDIES[study][scale].overrides, *arm.overrides])
 
 
-def test_the_new_seed_changes_the_seed_alone():
-    scale = STUDIES["numerics"]["demo"]
-    configs = {arm.label: read([*scale.overrides, *arm.overrides]) for arm in scale.arms(1)}
-    assert configs["baseline"] == configs["rerun"]
-    changed = {key for key in configs["baseline"] if configs["baseline"][key] != configs["new_seed"][key]}
+def test_seeds_of_weights_and_data_go_together():
+    found = configs("numerics", "workstation", 2)
+    for seed in (1, 2):
+        tag = "" if seed == 1 else f"_{seed}"
+        for arm in ("baseline", "rerun", "standard", "compiled", "overlap"):
+            assert (found[arm + tag].seed, found[arm + tag].data.seed) == (seed, seed)
+        assert (found[f"new_seed{tag}"].seed, found[f"new_seed{tag}"].data.seed) == (1000 + seed, seed)
+        assert found[f"baseline{tag}"] == found[f"rerun{tag}"]
+    assert found["baseline"] == found["spread_5"]
+    changed = {key for key in found["baseline"] if found["baseline"][key] != found["new_seed"][key]}
     assert changed == {"seed"}
+    (ordered,) = (arm for arm in STUDIES["numerics"]["causes"].blocks(2)[1] if arm.label == "new_order_2")
+    assert ordered.overrides[0] == "seed=2"
+    assert ordered.overrides[-1] == "data.seed=1002"
 
 
-def test_each_run_with_a_new_seed_has_another_one():
-    scale = STUDIES["numerics"]["workstation"]
-    seeds = {arm.label: read([*scale.overrides, *arm.overrides]).seed for arm in scale.arms()}
-    new = [seed for label, seed in seeds.items() if label.startswith("new_seed")]
-    assert len(set(new)) == len(new) == scale.repeats
-    assert {seed for label, seed in seeds.items() if not label.startswith("new_seed")} == {seeds["baseline"]}
-    assert seeds["baseline"] not in new
+def test_arms_are_what_the_analysis_calls_them(monkeypatch):
+    """The declared claims name arms as the analysis will find them in the configurations."""
+    monkeypatch.setenv("DDPKIT_SPICE", "spice")
+    for scale in STUDIES["numerics"]:
+        runs = [
+            Run(
+                label,
+                OmegaConf.to_container(config, resolve=True),
+                pd.DataFrame({"step": [1], "loss": [1.0]}),
+                pd.DataFrame(),
+            )
+            for label, config in configs("numerics", scale, 1).items()
+        ]
+        found = blocks.study(runs, plan.Plan(()))
+        assert len(found.blocks) == 1
+        assert {claim.arm for claim in STUDIES["numerics"][scale].primary} - {"standard", "compiled"} <= set(
+            found.names
+        )
+        if scale != "causes":
+            assert {claim.arm for claim in STUDIES["numerics"][scale].primary} <= set(found.names)
+        assert not found.left_out
 
 
 class Ended:
@@ -67,32 +107,77 @@ class Ended:
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Studies whose runs are written instead of trained; what was run, in order."""
+    """Studies whose runs are written instead of trained; what was run, in order; what befalls runs."""
     ran = []
-    fails = set()
+    befalls = {}
+    begin = experiment.StudyRun.start
 
-    def start(run, *_):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "study.json").write_text(json.dumps({"overrides": list(run.overrides), "ranks": run.ranks}))
-        status = "failed" if run.label in fails else "finished"
-        (run.folder / "summary.json").write_text(json.dumps({"status": status}))
+    def start(run, *more):
+        with monkeypatch.context() as context:
+            context.setattr(experiment.subprocess, "Popen", lambda *_, **__: Ended())
+            process = begin(run, *more)
         ran.append(run.label)
-        return Ended()
+        config = OmegaConf.create(OmegaConf.to_yaml(read(run.overrides)))
+        facts = {"status": "finished", "parameters": 100 * config.model.get("type_embedding_dim", 1)}
+        (run.folder / "summary.json").write_text(json.dumps(facts | befalls.get(run.label, {})))
+        config.train.turns = next((word.split("=")[1] for word in more if word.startswith("train.turns")), None)
+        (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+        (run.folder / "steps.csv").write_text("step,loss\n1,1.0\n")
+        seconds = np.exp(np.random.default_rng(len(ran)).normal(0, 0.001, 3)) + (run.label[:6] == "custom")
+        rows = "".join(f"{n},{s},4\n" for n, s in enumerate(seconds, 1))
+        (run.folder / "epochs.csv").write_text("epoch,seconds,steps\n" + rows)
+        return process
 
     monkeypatch.setattr(experiment.StudyRun, "start", start)
-    return lambda *words, name="numerics": experiment.main([name, "scale=demo", f"out={tmp_path}", *words]), ran, fails
+
+    def run(*words, name="numerics", scale="demo"):
+        experiment.main([name, f"scale={scale}", f"out={tmp_path}", *words])
+
+    return run, ran, befalls
 
 
-def test_complete_runs_are_kept_and_unfinished_ones_run_again(study, tmp_path):
+DEMO = {"baseline", "standard", "compiled", "rerun", "new_seed"}
+
+
+def test_complete_runs_are_kept_and_interrupted_ones_run_again(study, tmp_path):
     start, ran, _ = study
     start()
-    assert ran == ["baseline", "standard", "compiled", "rerun", "new_seed"]
+    assert set(ran) == DEMO
     ran.clear()
     (tmp_path / "compiled" / "summary.json").write_text('{"status": "running"}')
     start()
     assert ran == ["compiled"]
-    start("repeats=2")
-    assert ran == ["compiled", "standard_2", "compiled_2", "rerun_2", "new_seed_2"]
+    starts = {label: json.loads((tmp_path / label / "study.json").read_text())["starts"] for label in DEMO}
+    assert starts == {label: 1 + (label == "compiled") for label in DEMO}
+
+
+def test_a_run_that_failed_of_itself_is_kept_as_evidence(study, capsys):
+    start, ran, befalls = study
+    befalls["compiled"] = {
+        "status": "failed",
+        "error": "The loss was nan at step 9 on rank 1: look at that batch's labels",
+    }
+    start()
+    assert "1 runs failed of themselves and count against their arms: compiled." in capsys.readouterr().out
+    ran.clear()
+    start()
+    assert not ran
+
+
+def test_what_is_tested_is_fixed_before_the_first_run(study, tmp_path):
+    start, ran, _ = study
+    plan.write(tmp_path, plan.Plan((plan.Declared("force_error", "compiled"),)))
+    start()
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    assert facts["primary"] == [{"endpoint": "force_error", "arm": "compiled"}]
+    assert set(facts["runs"]) == DEMO
+    assert (facts["ranks"], facts["seeds"]) == (2, 1)
+    with pytest.raises(InputError, match="declared 5 runs and not 10: what is tested is fixed before the first run"):
+        start("seeds=2")
+    for word in ("repeats=3", "seed=4", "data.seed=4"):
+        with pytest.raises(InputError, match="is for the study to choose: give seeds=N"):
+            start(word)
+    assert len(ran) == 5
 
 
 def test_a_folder_of_another_configuration_is_refused(study):
@@ -103,24 +188,41 @@ def test_a_folder_of_another_configuration_is_refused(study):
 
 
 @pytest.mark.parametrize(("name", "bad"), [("numerics", "compiled"), ("speed", "custom-compile-32")])
-def test_a_run_that_fails_does_not_keep_the_others(study, name, bad):
-    start, ran, fails = study
-    fails.add(bad)
+def test_a_run_that_is_interrupted_does_not_keep_the_others(study, name, bad):
+    start, ran, befalls = study
+    befalls[bad] = {"status": "failed", "error": "stopped by SIGUSR1 after step 7"}
     with pytest.raises(InputError, match=rf"1 of \d runs failed \({bad}\)"):
         start(name=name)
-    everything = [arm.label for arm in STUDIES[name]["demo"].arms()]
-    assert ran == everything
+    assert set(ran) == {arm.label for block in STUDIES[name]["demo"].blocks() for arm in block}
     ran.clear()
-    fails.clear()
+    befalls.clear()
     start(name=name)
     assert ran == [bad]
+
+
+def test_a_pilot_is_followed_by_as_many_pairs_as_it_asks_for(study, tmp_path):
+    start, ran, _ = study
+    start(name="speed", scale="workstation")
+    pilot = [label for label in ran if not label.endswith(tuple(f"_{n}" for n in range(4, 30)))]
+    assert len(pilot) == 3 * 14
+    assert ran[: len(pilot)] == pilot
+    later = [label for label in ran if label not in pilot]
+    assert len(later) == 8 * 6
+    assert {label.rsplit("_", 1)[0] for label in later} == {
+        f"{arm}-eager-{width}" for arm in ("standard", "custom", "standard_again") for width in (32, 128)
+    }
+    known = plan.read(tmp_path, ())
+    assert (known.pilot, known.pairs, set(known.runs)) == ((1, 2, 3), 8, set(ran))
+    ran.clear()
+    start(name="speed", scale="workstation")
+    assert not ran
 
 
 def test_runs_that_do_not_fit_into_memory_at_once_follow_one_another(study, monkeypatch, capsys):
     start, ran, _ = study
     monkeypatch.setattr(experiment, "_BYTES_OF_A_RANK", 1e15)
     start(name="speed")
-    assert ran == [arm.label for arm in STUDIES["speed"]["demo"].arms()]
+    assert set(ran) == {arm.label for block in STUDIES["speed"]["demo"].blocks() for arm in block}
     said = capsys.readouterr().out
     assert "16 ranks at once need" in said
     assert "in turns" not in said
@@ -207,7 +309,7 @@ def test_job_script(capsys, tmp_path):
             "numerics",
             "scale=paper",
             "--slurm",
-            "repeats=2",
+            "seeds=8",
             "train.max_epochs=2",
             "model.num_features=[8,4]",
             "out=my runs",
@@ -217,7 +319,7 @@ def test_job_script(capsys, tmp_path):
     assert "#SBATCH --nodes=16" in script
     assert "#SBATCH --ntasks-per-node=4" in script
     line = next(line for line in script.splitlines() if line.startswith("ddpkit experiment"))
-    words = "ranks=64 repeats=2 train.max_epochs=2 'model.num_features=[8,4]' &"
+    words = "ranks=64 seeds=8 train.max_epochs=2 'model.num_features=[8,4]' &"
     assert line == f"ddpkit experiment numerics scale=paper out='my runs' {words}"
     path = tmp_path / "job.sh"
     path.write_text(script)
