@@ -27,8 +27,8 @@ _LAUNCHERS = (
 def of_job() -> set[int]:
     """The cores that this process may use while the other ranks of its job on this host wait.
 
-    Those that the launcher may run on itself, where ranks have one; else those of the control group, where it holds fewer than the
-    host; else those that this process is bound to.
+    Those that the launcher may run on itself, where ranks have one; else those of the control group, where it holds fewer than
+    the host; else those that this process is bound to.
     """
     own = os.sched_getaffinity(0)
     launcher = _of_launcher()

@@ -21,8 +21,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(digest, "_kernels", [])
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("strategy", ["custom", "overlap", "standard", "none"])
-def test_interpreted_steps_train_like_eager_ones(interpreted, strategy):
+def test_interpreted_steps_train_like_eager_ones(strategy):
     model = Toy()
     eager = copy.deepcopy(model)
     steps = [
