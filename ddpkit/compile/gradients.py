@@ -118,7 +118,7 @@ class CompiledGradients:
         self._used: dict[bool, dict[str, bool]] = {}  # as last known, which parameters have a gradient on any rank
         roots = {"model": model, "criterion": criterion}
         self._situations = Situations(roots, self._make, tuple if update is None else update.form)
-        self._situations.now()
+        self._make(Snapshot(roots))  # refuses what can be refused before the first step
 
     def _make(self, snapshot: Snapshot) -> Situation:
         """What belongs to a state."""

@@ -135,7 +135,7 @@ class State:
     def _carry_out(self, values: Sequence[Tensor]) -> None:
         """Where a tensor has been replaced, brings the new value into the one that was there."""
         for home, key, n in self._places:
-            now = home[key] if key in home or isinstance(home, list) else values[n]
+            now = home[key] if isinstance(home, list) or key in home else values[n]
             if now is values[n]:
                 continue
             if not isinstance(now, Tensor) or now.shape != values[n].shape or now.dtype != values[n].dtype:
