@@ -11,6 +11,9 @@ from ddpkit import phase
 from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.sync.modules import Modules, Named
 
+PIECE = 2**20  # elements that are summed up at once
+MIXING = 0x9E3779B97F4A7C15 - 2**64  # odd, 2^64 by the golden ratio (Knuth)
+
 Description = list[tuple[str, str, dict[str, object]]]  # kind, name, what must be the same
 
 
@@ -91,15 +94,25 @@ def broadcast(module: Named) -> None:
 
 @torch.no_grad()
 def checksums(tensors: Sequence[Tensor], last: int) -> Tensor:
-    """`[tensors + 1]` int64: the sum of the bit patterns of each, which differs where a bit does (but for chance), and `last`."""
+    """`[tensors + 1]` int64: the sum of the bit patterns of each, each times a number of its place, and `last`.
+
+    Without those numbers, what is added to a number and taken from its neighbour would leave the sum as it was.
+    """
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    device = tensors[0].device
+    longest = min(PIECE, max(tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in tensors))
+    factors = (2 * torch.arange(longest, device=device) + 1) * MIXING  # odd, so that no bit is lost
 
-    def bits(tensor: Tensor) -> Tensor:
+    def total(tensor: Tensor) -> Tensor:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        return real.contiguous().view(words[real.element_size()]).sum(dtype=torch.int64)
+        bits = real.contiguous().view(words[real.element_size()]).flatten()
+        sum_ = torch.zeros((), dtype=torch.int64, device=device)
+        for piece in bits.split(PIECE):
+            sum_ = sum_ * MIXING + (piece.to(device, torch.int64) * factors[: len(piece)]).sum()
+        return sum_
 
-    sums = [bits(tensor.detach()) for tensor in tensors]
-    return torch.stack([*sums, torch.tensor(last, device=sums[0].device)])
+    sums = [total(tensor.detach()) for tensor in tensors]
+    return torch.stack([*sums, torch.tensor(last, device=device)])
 
 
 def compare_parameters(modules: Modules, calls: int) -> None:

@@ -34,6 +34,7 @@ CANNOT = {
         "no_backward_on_some": "DistributedDataParallel communicates in backward(), so that every rank needs one",
         "not_finite": "DistributedDataParallel averages NaN into all ranks without a word",
         "calls": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
+        "zero_grad_on_some": "DistributedDataParallel compares nothing",
         "no_gradient": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
     },
 }
@@ -683,6 +684,20 @@ def frozen_after_backward(setting: Setting) -> None:
         sync.synchronize()
         _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
         sync.synchronize()
+
+
+@case(ranks=2)
+def zero_grad_on_some(setting: Setting) -> None:
+    """A rank that forgets `zero_grad()` would bring the last average in again."""
+    model = Potential()
+    sync = setting.sync(model)
+    with _expects(RankDisagreementError, f"rank {setting.size - 1}", "zero_grad"):
+        for step in range(3):
+            _backward(force_loss(setting, sync.module, setting.points(setting.rank, step), step))
+            sync.synchronize()
+            if setting.rank < setting.size - 1 or step == 0:
+                model.zero_grad()
+        sync.stats  # noqa: B018  (looks at the flags)
 
 
 @case(ranks=2)

@@ -18,8 +18,8 @@ from ddpkit.sync.comm import Work
 from ddpkit.sync.guard import parse_dtype
 
 # What each rank says of itself in the tail, after one number per parameter.
-STEPS, STALE, REPLACED, BAD = range(4)
-ROW = 4
+STEPS, STALE, REPLACED, BAD, ADDED, FRESH = range(6)
+ROW = 6
 
 
 class FlatSync(GradientSync):
@@ -223,6 +223,9 @@ class FlatSync(GradientSync):
             tail[start + STALE].fill_(scale)
         if self._replaced:
             tail[start + REPLACED].fill_(scale)
+        added, fresh = self._added_or_fresh(gradients)
+        if added is not fresh:
+            tail[start + (ADDED if added else FRESH)].fill_(scale)
         if not self._check_finite:
             return
         device = tail.device
@@ -235,6 +238,11 @@ class FlatSync(GradientSync):
             sums = [x.to(device, torch.float32) for bucket in self._buckets for x in bucket.sums]
             if sums:
                 tail[start + BAD].copy_(torch.stack(sums).sum().mul_(0))
+
+    def _added_or_fresh(self, gradients: dict[int, Tensor | None]) -> tuple[bool, bool]:
+        """Whether there are gradients in the slices, where they lay after the last step, and whether there are others."""
+        inside = [gradients[n] is view for n, view in self._slices.items() if gradients[n] is not None]
+        return any(inside), not all(inside)
 
     def _hand_over(self, gradients: dict[int, Tensor | None]) -> None:
         """Puts the slices in place while they travel."""
@@ -283,8 +291,9 @@ class FlatSync(GradientSync):
     def _flag_on_device(self, tail: Tensor) -> None:
         """Sets the flag by which optimizers skip a step, and sends the tail to the host without waiting."""
         rows = tail[len(self._order) :].view(self.world_size, ROW).float()
-        spread = (rows.amax(0) - rows.amin(0))[:BAD].amax() * self.world_size
-        fine = (spread < 0.5) & (rows[:, BAD].sum() == 0)
+        high = rows.amax(0) * self.world_size
+        spread = (high - rows.amin(0) * self.world_size)[:BAD].amax()
+        fine = (spread < 0.5) & (high[ADDED:].sum() < 1.5) & (rows[:, BAD].sum() == 0)
         torch.logical_not(fine, out=self._bad)
         # Whoever looks at the gradient (clipping, another optimizer) sees that it is not to be used.
         first = self._buckets[0].body[:1]
@@ -334,6 +343,12 @@ class FlatSync(GradientSync):
             raise RankDisagreementError(
                 f"{where} {name_ranks(odd)} had taken another number of optimizer steps than rank 0: every rank must call "
                 "synchronize() and optimizer.step() equally often."
+            )
+        added, fresh = ([rank for rank, row in enumerate(rows) if row[way] > 0] for way in (ADDED, FRESH))
+        if added and fresh:
+            raise RankDisagreementError(
+                f"{where} gradients had been added to those of the last step on {name_ranks(added)} but not on "
+                f"{name_ranks(fresh)}: call zero_grad() once a step, and alike on every rank."
             )
         bad = [rank for rank, row in enumerate(rows) if math.isnan(row[BAD])]
         if not bad:

@@ -113,6 +113,10 @@ class OverlapSync(FlatSync):
                     self._hooks.append(hook)
         self._begin()
 
+    def _added_or_fresh(self, gradients: dict[int, Tensor | None]) -> tuple[bool, bool]:
+        added, fresh = super()._added_or_fresh(gradients)
+        return (False, True) if self._fresh_came else (added, fresh)
+
     def _watched(self, bucket: Bucket) -> list[int]:
         """Slots whose gradients are told of when they arrive. Each costs the backward pass time that a GPU would wait for."""
         if self._arrivals is None or bucket.one_by_one or self.comm.wants_calls:
@@ -124,6 +128,7 @@ class OverlapSync(FlatSync):
         """Expects the gradients of a step."""
         self._next = 0
         self._held: bool | None = None
+        self._fresh_came = False  # where each gradient is handed over as it comes
         self._at_first: dict[int, tuple[Tensor | None, int]] = {}
         self._travelling: dict[int, tuple[Tensor | None, int]] = {}
 
@@ -151,6 +156,7 @@ class OverlapSync(FlatSync):
                 if gradient is not None and gradient.is_sparse:
                     self._refuse_sparse(n)
                 bucket.place(slot, gradient)
+                self._fresh_came = self._fresh_came or (gradient is not None and gradient is not bucket.views[slot])
                 if gradient is not None and not bucket.compressed:
                     parameter.grad = bucket.views[slot]  # the next gradient takes the memory of this one
             bucket.awaited.discard(slot)

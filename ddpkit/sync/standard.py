@@ -75,6 +75,7 @@ class StandardSync(GradientSync):
                 check_finite=False,
             )
         self._sent_parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self._frozen = [(name, p) for name, p in self._module.named_parameters() if not p.requires_grad]
         if not self._sent_parameters:
             return
         device = self._sent_parameters[0].device
@@ -110,6 +111,11 @@ class StandardSync(GradientSync):
             raise InputError(
                 "No forward pass since the last synchronize() came through the DistributedDataParallel wrapper: call "
                 "sync.module(batch) on every rank, with the last micro-batch outside of no_sync()."
+            )
+        if unfrozen := [name for name, p in self._frozen if p.requires_grad]:
+            raise InputError(
+                f"Parameter {unfrozen[0]!r} was frozen when make_sync() wrapped the model, so DistributedDataParallel never averages "
+                "it: unfreeze it before, or use strategy=custom."
             )
         self._called = False
         self.comm.bytes = sum(p.numel() * (2 if self._compressed else p.element_size()) for p in self._sent_parameters)

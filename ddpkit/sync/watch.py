@@ -85,9 +85,9 @@ class Watch:
             if computes and not is_of_communication(error):
                 raise
             # Where rank 0, which holds the store, is stopped, asking takes for ever.
-            if (sentence := within(10 * TICK, self.missing)) is None:
-                raise
-            raise RankDisagreementError(sentence) from error
+            cause = str(error).splitlines()[0]
+            sentence = within(10 * TICK, lambda: self.missing() or self._unlike(cause))
+            raise RankDisagreementError(sentence or self._unanswered()) from error
         finally:
             self._since = None
 
@@ -114,6 +114,18 @@ class Watch:
         )
         return (
             f"Rank {self._rank} waited {waited:.0f} s in {self._where} for {', '.join(late)}: every rank must {must}."
+        )
+
+    def _unlike(self, cause: str) -> str:
+        return (
+            f"On rank {self._rank} a collective of {self._where} failed, though every rank had come there "
+            f"({cause}): ranks communicate differently, such as after another number of backward passes, or "
+            "one of them has died there."
+        )
+
+    def _unanswered(self) -> str:
+        return (
+            f"Rank {self._rank} waited in {self._where}, and rank 0, which holds the store, is gone: see what ended it."
         )
 
     @property

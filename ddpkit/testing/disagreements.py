@@ -142,7 +142,7 @@ def draw(count: int, seed: int) -> list[Trial]:
 class Net(nn.Module):
     """A chain of layers with whatever makes trouble: several dtypes, a shared weight, an unused layer, an empty parameter."""
 
-    def __init__(self, generator: random.Random, *, odd: str = "") -> None:
+    def __init__(self, generator: random.Random, *, odd: str = "", normed: bool = True) -> None:
         super().__init__()
         depth, width = generator.randint(1, 5), generator.randint(2, 6)
         dtypes = generator.choice([[torch.float64], [torch.float32], [torch.float32, torch.float64]])
@@ -176,7 +176,8 @@ class Net(nn.Module):
         if odd == "extra":
             self.extra = nn.Parameter(torch.zeros(3))
         self.register_buffer("scale", torch.ones(1 + (odd == "buffer")))
-        if generator.random() < 0.3 and not odd:
+        # the gradient of a bias before it is rounding alone, which the comparison of compiled code does not bear
+        if generator.random() < 0.3 and not odd and normed:
             self.norm = nn.BatchNorm1d(width)
         self.at_first_frozen = generator.choice(list(dict(self.named_parameters()))) if depth > 1 else None
         if self.at_first_frozen is not None:
@@ -280,7 +281,7 @@ class Actor:
             "check_every": 1 if trial.kind in DRIFTS else generator.choice([0, 0, 1, 2]),
             "timeout": TIMEOUT,
         }
-        self.model = Net(generator, odd=at_build)
+        self.model = Net(generator, odd=at_build, normed=name != "ingraph")
         self.loss = Loss(self.model)
         if at_build == "option":
             options["check_every"] += 1
@@ -426,7 +427,7 @@ def work(trials: Sequence[Trial], folder: str) -> None:
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def judge(trial: Trial, outcomes: Sequence[Outcome | None]) -> tuple[str, str]:
+def judge(outcomes: Sequence[Outcome | None]) -> tuple[str, str]:
     """`detected`, `harmless` or `failed`, and why."""
     if any(outcome is None for outcome in outcomes):
         return "failed", f"a rank hung for more than {DEADLINE:.0f} s or died"
@@ -441,7 +442,7 @@ def judge(trial: Trial, outcomes: Sequence[Outcome | None]) -> tuple[str, str]:
     if said:
         left = all(all(f"rank {rank}" in o.said for rank in ended) for o in told if o.state == "raised")
         return ("detected" if left else "failed"), f"{said} | ranks {ended} ended"
-    if trial.kind in ("nan", "inf"):
+    if not all(torch.isfinite(g).all() for o in told for gradients in o.expected for g in gradients.values()):
         counted = all(o.skipped == 1 for o in told)
         return ("detected", "skipped and counted") if counted and _alike(told) else ("failed", "a bad gradient passed")
     if wrong := _wrong_average(told):
@@ -491,10 +492,10 @@ def run(trials: Sequence[Trial], ranks: int = 2) -> Iterator[tuple[Trial, str, s
             for trial in left:
                 outcomes = [_read(Path(folder) / f"{trial.number}.{rank}") for rank in range(ranks)]
                 if report and any(outcome is None for outcome in outcomes):
-                    yield trial, "failed", f"{judge(trial, outcomes)[1]}: {report}"
+                    yield trial, "failed", f"{judge(outcomes)[1]}: {report}"
                     played += 1
                     break
-                yield trial, *judge(trial, outcomes)
+                yield trial, *judge(outcomes)
                 played += 1
         left = left[played:]
 
