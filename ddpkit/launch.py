@@ -213,8 +213,8 @@ def wait_until(done: Callable[[], bool], what: str, every: float = 5e-5) -> None
 
 
 def is_of_communication(error: BaseException) -> bool:
-    """Whether a collective or the store failed; gloo's errors are plain ones that name its source file."""
-    return isinstance(error, (dist.DistError, ConnectionError)) or "gloo" in str(error)
+    """Whether a collective or the store failed; gloo's errors are plain ones that name its source file or a pair of ranks."""
+    return isinstance(error, (dist.DistError, ConnectionError)) or any(word in str(error) for word in ("gloo", "pair closure"))
 
 
 _agreements = 0

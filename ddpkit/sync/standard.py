@@ -114,8 +114,8 @@ class StandardSync(GradientSync):
             )
         if unfrozen := [name for name, p in self._frozen if p.requires_grad]:
             raise InputError(
-                f"Parameter {unfrozen[0]!r} was frozen when make_sync() wrapped the model, so DistributedDataParallel never averages "
-                "it: unfreeze it before, or use strategy=custom."
+                f"Parameter {unfrozen[0]!r} was frozen when make_sync() wrapped the model, so DistributedDataParallel never "
+                "averages it: unfreeze it before, or use strategy=custom."
             )
         self._called = False
         self.comm.bytes = sum(p.numel() * (2 if self._compressed else p.element_size()) for p in self._sent_parameters)
