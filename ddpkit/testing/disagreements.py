@@ -247,6 +247,10 @@ class Actor:
         self.generator = random.Random(f"{trial.seed}/{trial.number}")
         self.guilty = self.generator.randrange(size)
         self.moment = self.generator.randrange(STEPS - 2)
+        if (
+            trial.strategy == "ingraph"
+        ):  # compiling is waited for patiently, until the launcher ends ranks that have lost one
+            self.moment = 1
         self.odd = rank == self.guilty
         self.outcome = Outcome()
         self.syncs: list[GradientSync] = []
@@ -401,8 +405,13 @@ def work(trials: Sequence[Trial], folder: str) -> None:
     """Plays the trials on this rank; writes each one's outcome as it ends."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     base = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    from ddpkit import launch
+    from ddpkit.compile import meeting
+    from ddpkit.compile import ranks as compile_ranks
     from ddpkit.compile.graph import Interpreted
 
+    # What ranks count alike, which they no longer do after trials in which one of them did something alone.
+    counters = ((Watch, "_made"), (meeting, "_meetings"), (compile_ranks, "_shared"), (launch, "_agreements"))
     Interpreted.enabled = True
     warnings.simplefilter("ignore")
     for trial in trials:
@@ -412,7 +421,8 @@ def work(trials: Sequence[Trial], folder: str) -> None:
             dist.init_process_group(
                 "gloo", store=shared, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT + 1)
             )
-        Watch._made = 10 * trial.number  # noqa: SLF001  (alike again after trials in which ranks made unequally many)
+        for home, counter in counters:
+            setattr(home, counter, 1000 * trial.number)
         outcome = Actor(trial, rank, size).play()
         target = Path(folder) / f"{trial.number}.{rank}"
         target.with_suffix(f".{rank}.part").write_bytes(pickle.dumps(outcome))
