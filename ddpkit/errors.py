@@ -4,6 +4,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
@@ -47,6 +48,21 @@ def writing(path: Path) -> Iterator[None]:
 
 def _is_below_a_file(path: Path) -> bool:
     return any(place.is_file() for place in (path, *path.parents))
+
+
+E = TypeVar("E", bound=BaseException)
+
+
+def own(error: E) -> E:
+    """Marks an error of this rank alone, which it has to print."""
+    error.own = True  # type: ignore[attr-defined]
+    return error
+
+
+def everywhere(error: E) -> E:
+    """Marks an error that every rank raises, and rank 0 prints."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    return error
 
 
 class RankDisagreementError(RuntimeError):

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ddpkit import meeting, network, phase
-from ddpkit.errors import InputError, RankLostError, unusable_path
+from ddpkit.errors import InputError, RankLostError, own, unusable_path
 from ddpkit.launchers import Place as Place  # noqa: PLC0414  (part of what this module offers)
 from ddpkit.launchers import place as place  # noqa: PLC0414
 from ddpkit.meeting import first_host as first_host  # noqa: PLC0414
@@ -138,9 +138,11 @@ def _connect(shared: dist.Store, here: Place, device: torch.device, backend: str
         if here.world_size == 1 or not is_of_communication(error):
             raise
         interface = os.environ.get("GLOO_SOCKET_IFNAME") or "the one of the host's name"
-        raise RankLostError(
-            f"Rank {here.rank} on {socket.gethostname()} did not connect to the other ranks ({chosen}, interface {interface}: "
-            f"{' '.join(str(error).split())[:200]}): look whether another rank has failed; {meeting.OPEN}."
+        raise own(
+            RankLostError(
+                f"Rank {here.rank} on {socket.gethostname()} did not connect to the others ({chosen}, interface {interface}: "
+                f"{' '.join(str(error).split())[:200]}): look whether another rank has failed; {meeting.OPEN}."
+            )
         ) from error
 
 

@@ -24,7 +24,15 @@ from typing import Any
 import torch.distributed as dist
 
 from ddpkit import launch, meeting, phase, watchdog
-from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError, RankLostError, unusable_path
+from ddpkit.errors import (
+    InputError,
+    NonFiniteGradientError,
+    RankDisagreementError,
+    RankLostError,
+    everywhere,
+    own,
+    unusable_path,
+)
 from ddpkit.launch import Environment, agree, is_of_communication, store, within
 from ddpkit.sync.watch import before_abort
 
@@ -113,7 +121,7 @@ class Lifeline:
         Takes a few seconds at most.
         """
         if isinstance(error, NonFiniteGradientError):  # on every rank
-            return _everywhere(NonFiniteGradientError(f"During step {self.step()}: {error}"))
+            return everywhere(NonFiniteGradientError(f"During step {self.step()}: {error}"))
         if self._here.launcher != "alone" and os.getppid() != self._launcher:  # to write to its pipes fails, for one
             lost = RankLostError(_ended(f"{self._when()} {self._here.launcher} (process {self._launcher}) was gone"))
             return lost if self._here.world_size == 1 else self._tell("failure", lost)
@@ -124,7 +132,7 @@ class Lifeline:
         if alone or getattr(error, "everywhere", False):
             return error
         if isinstance(error, FloatingPointError):
-            return _everywhere(error)
+            return everywhere(error)
         error = unusable_path(error) or error
         if isinstance(error, InputError):
             return self._tell("input", error)
@@ -142,7 +150,7 @@ class Lifeline:
         within(_ANSWER, dist.destroy_process_group)  # breaks what the others wait in
         if self._here.is_first:
             time.sleep(1.0)  # the store lives in this process
-        return _own(error) if first in (None, word) else _said(error)
+        return own(error) if first in (None, word) else _said(error)
 
     def _cause(self, error: BaseException) -> Exception | None:
         """What another rank said, or what happened to it."""
@@ -187,8 +195,8 @@ class Lifeline:
 
     def _beside(self) -> list[int]:
         """The other ranks of this host."""
-        own = self._here.rank
-        return [r for r, p in enumerate(self._peers) if r != own and p.machine == self._peers[own].machine]
+        me = self._here.rank
+        return [r for r, p in enumerate(self._peers) if r != me and p.machine == self._peers[me].machine]
 
     def _state(self, rank: int) -> str:
         """The state of the process of a rank of this host, as `ps` shows it."""
@@ -227,7 +235,7 @@ class Lifeline:
 
     def _turn(self) -> None:
         """Has a new phase told at once."""
-        if phase.current()[0] != self._news.phase:
+        if phase.number() != self._news.phase:
             self._turned.set()
 
     def _part(self) -> None:
@@ -249,7 +257,7 @@ class Lifeline:
     def _exchange(self) -> None:
         """A thread: tells that this rank lives, and reads what the others told. Stands still where the store does not answer."""
         watchdog.name_thread(watchdog.WATCHER)
-        own, news = self._here.rank, self._news
+        me, news = self._here.rank, self._news
         judge = Judge(self._here.world_size, self._limit)
         number = 0
         last = time.monotonic()
@@ -257,10 +265,10 @@ class Lifeline:
             shared = self._store.clone()  # type: ignore[attr-defined]  # the main thread may keep the other connection for hours
             while not self._left.is_set():
                 number += 1
-                stand = self._stand()
-                shared.set(f"alive/{own}", json.dumps({"number": number} | stand))
-                news.phase = stand["phase"]
-                if own == 0:
+                number_told, stand = phase.number(), self._stand()
+                shared.set(f"alive/{me}", json.dumps({"number": number} | stand))
+                news.phase = number_told
+                if me == 0:
                     now = time.monotonic()
                     passed, last = min(now - last, 3 * self._tick), now
                     self._judge(shared, judge, passed)
@@ -420,18 +428,6 @@ def _ended(what: str) -> str:
     return f"{what[0].upper()}{what[1:]}; resume goes on from the last checkpoint."
 
 
-def _everywhere(error: Exception) -> Exception:
-    """Marks an error that every rank raises."""
-    error.everywhere = True  # type: ignore[attr-defined]
-    return error
-
-
-def _own(error: Exception) -> Exception:
-    """Marks an error of this rank alone, which it has to print."""
-    error.own = True  # type: ignore[attr-defined]
-    return error
-
-
 def _said(error: Exception) -> Exception:
     """Marks an error whose sentence has been printed, by the rank that had it or by this one."""
     error.said = True  # type: ignore[attr-defined]
@@ -442,7 +438,7 @@ def _said(error: Exception) -> Exception:
 class _News:
     """What the threads of a lifeline know. Times in seconds that this process has run meanwhile."""
 
-    phase: str = ""  # that was told last
+    phase: int = -1  # that was told last, its place in PHASES
     first: bytes = b""  # what rank 0 told last
     since_first: float = 0.0
     since_answer: float = 0.0  # of the store

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ddpkit import network
-from ddpkit.errors import InputError, RankLostError
+from ddpkit.errors import InputError, RankLostError, everywhere, own
 from ddpkit.launchers import Place
 
 TRIES = 8  # ports of a SLURM step
@@ -129,10 +129,12 @@ def _of_step(here: Place, timeout: timedelta, variables: Mapping[str, str]) -> t
             if address and (store := _joined(address, port, timeout, job)):
                 return store, address
         time.sleep(0.2)
-    raise InputError(
-        f"Rank {here.rank} on {socket.gethostname()} does not reach rank 0 on {host} at any of the ports "
-        f"{', '.join(map(str, ports))} within {timeout.total_seconds():.0f} s ({why or 'other programs answer'}): see whether "
-        "rank 0 runs there, or set MASTER_ADDR to an address that this host reaches and MASTER_PORT."
+    raise own(
+        InputError(
+            f"Rank {here.rank} on {socket.gethostname()} does not reach rank 0 on {host} at any of the ports "
+            f"{', '.join(map(str, ports))} within {timeout.total_seconds():.0f} s ({why or 'other programs answer'}): see "
+            "whether rank 0 runs there, or set MASTER_ADDR to an address that this host reaches and MASTER_PORT."
+        )
     )
 
 
@@ -199,10 +201,12 @@ def _join(here: Place, hosts: Sequence[str], port: int, timeout: timedelta, sour
         if store := network.within(_HANDSHAKE, lambda: _client(address, port, timeout)):
             return store, address
         why = f"{address}: what answers there is no store of torch"
-    raise InputError(
-        f"Rank {here.rank} on {socket.gethostname()} does not reach the rendezvous on port {port} within "
-        f"{timeout.total_seconds():.0f} s ({why}; {source}): see whether rank 0 runs there and no firewall is between, or set "
-        "MASTER_ADDR to an address of rank 0's host that this host reaches."
+    raise own(
+        InputError(
+            f"Rank {here.rank} on {socket.gethostname()} does not reach the rendezvous on port {port} within "
+            f"{timeout.total_seconds():.0f} s ({why}; {source}): see whether rank 0 runs there and no firewall is between, or "
+            "set MASTER_ADDR to an address of rank 0's host that this host reaches."
+        )
     )
 
 
@@ -249,8 +253,8 @@ def meet(store: dist.Store, here: Place, reached: str, timeout: timedelta) -> li
     Raises:
         RankLostError: on every rank that came, naming those that did not.
     """
-    own = Peer(socket.gethostname(), machine(), os.getpid(), network.source_for(reached) if reached else "", reached)
-    store.set(f"peer/{here.rank}", json.dumps(asdict(own)))
+    me = Peer(socket.gethostname(), machine(), os.getpid(), network.source_for(reached) if reached else "", reached)
+    store.set(f"peer/{here.rank}", json.dumps(asdict(me)))
     keys = [f"peer/{rank}" for rank in range(here.world_size)]
     if here.rank == 0:
         told: Any
@@ -271,15 +275,15 @@ def meet(store: dist.Store, here: Place, reached: str, timeout: timedelta) -> li
     try:
         store.wait(["meeting"], timeout + timedelta(seconds=2))
     except dist.DistError as error:
-        raise RankLostError(
-            f"Rank {here.rank} on {own.host} has come to the rendezvous{f' at {reached}' * bool(reached)}, but rank 0 has not "
-            f"said who else is there within {timeout.total_seconds():.0f} s: see whether rank 0 was started and still runs."
+        raise own(
+            RankLostError(
+                f"Rank {here.rank} on {me.host} has come to the rendezvous{f' at {reached}' * bool(reached)}, but rank 0 has not "
+                f"said who else is there within {timeout.total_seconds():.0f} s: see whether rank 0 was started and still runs."
+            )
         ) from error
     told = json.loads(store.get("meeting"))
     if isinstance(told, str):
-        lost = RankLostError(told)
-        lost.everywhere = True  # type: ignore[attr-defined]  # (rank 0 says it)
-        raise lost
+        raise everywhere(RankLostError(told))
     return [Peer(**facts) for facts in told]
 
 
@@ -314,11 +318,11 @@ def interface(
 ) -> Interface | None:
     """The interface over which this host reaches the others; None where all ranks are on one host.
 
-    Gloo would take the address that the host's own name leads to, which is loopback on many systems; NCCL the first interface
+    Gloo would take the address that the host's me name leads to, which is loopback on many systems; NCCL the first interface
     that is not, which may be a container's bridge.
     """
-    own = peers[rank]
-    others = [peer for peer in peers if peer.machine != own.machine]
+    me = peers[rank]
+    others = [peer for peer in peers if peer.machine != me.machine]
     if not others:
         return None
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -326,15 +330,15 @@ def interface(
         if chosen in of_host and not variables[name].startswith("^"):
             return Interface(chosen, of_host[chosen][0], f"{name} is set")
     local = {address for listed in of_host.values() for address in listed}
-    for address, why in _candidates(own, others, local):
+    for address, why in _candidates(me, others, local):
         if address in local and not network.is_loopback(address) and (name := network.interface_of(address, of_host)):
             return Interface(name, of_host[name][0], why)
     return None
 
 
-def _candidates(own: Peer, others: Sequence[Peer], local: "set[str]") -> Iterator[tuple[str, str]]:
+def _candidates(me: Peer, others: Sequence[Peer], local: "set[str]") -> Iterator[tuple[str, str]]:
     """Addresses of this host in the order of preference, with the reason for each."""
-    yield own.address, f"it leads to the rendezvous at {own.reached}"
+    yield me.address, f"it leads to the rendezvous at {me.reached}"
     for peer in others:
         if peer.reached in local:
             yield peer.reached, f"{peer.host} reaches the rendezvous there"
@@ -374,9 +378,7 @@ def try_links(store: dist.Store, rank: int, peers: Sequence[Peer], address: str,
     _wait_for(store, answers, patience)
     if failed := [text for key in answers for text in store.get(key).decode().splitlines()]:
         more = f" (and {len(failed) - 1} more)" * (len(failed) > 1)
-        refused = InputError(f"{failed[0]}{more}: {OPEN}.")
-        refused.everywhere = True
-        raise refused
+        raise everywhere(InputError(f"{failed[0]}{more}: {OPEN}."))
 
 
 def _try_link(store: dist.Store, peers: Sequence[Peer], rank: int, target: int, patience: timedelta) -> str:
@@ -396,6 +398,8 @@ def _wait_for(store: dist.Store, keys: list[str], patience: timedelta) -> None:
     except dist.DistError as error:
         missing = [key for key in keys if not store.check([key])]
         shown = ", ".join(key.rpartition("/")[2] for key in missing[:8])
-        raise RankLostError(
-            f"Rank {shown} came to the rendezvous but no further within {patience.total_seconds():.0f} s: see what it says."
+        raise own(
+            RankLostError(
+                f"Rank {shown} came to the rendezvous but no further within {patience.total_seconds():.0f} s: see what it says."
+            )
         ) from error

@@ -6,9 +6,9 @@ the ranks have met.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ContextDecorator, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 PHASES = ("import", "rendezvous", "data", "model", "compile", "step", "checkpoint", "validation", "end")
 
@@ -17,8 +17,7 @@ _NAME = 15  # characters that Linux keeps of a process's name
 _NAMES = {f"ddpkit:{phase}"[:_NAME]: phase for phase in PHASES}
 
 
-@dataclass(frozen=True)
-class Wait:
+class Wait(NamedTuple):
     """What a process waits for.
 
     Attributes:
@@ -32,7 +31,7 @@ class Wait:
     patient: bool
 
 
-_now = ("", time.monotonic())
+_now, _number = ("", time.monotonic()), 0
 _waits: list[Wait] = []
 listeners: list[Callable[[], None]] = []
 """Called after each change, by the thread that made it: by whoever watches this process."""
@@ -40,11 +39,11 @@ listeners: list[Callable[[], None]] = []
 
 def enter(phase: str) -> None:
     """Begins a phase."""
-    global _now  # noqa: PLW0603  (a process is in one phase)
+    global _now, _number
     assert phase in PHASES
     if phase == _now[0]:
         return
-    _now = phase, time.monotonic()
+    _now, _number = (phase, time.monotonic()), PHASES.index(phase)
     with suppress(OSError):  # no /proc here
         Path("/proc/self/comm").write_text(f"ddpkit:{phase}"[:_NAME])
     _tell()
@@ -57,6 +56,11 @@ def of(process: int) -> str:
         OSError: there is no such process.
     """
     return _NAMES.get(Path(f"/proc/{process}/comm").read_text().strip(), "")
+
+
+def number() -> int:
+    """The phase's place in `PHASES`; 0 before the first."""
+    return _number
 
 
 def current() -> tuple[str, float]:
@@ -77,8 +81,7 @@ def during(phase: str) -> Iterator[None]:
             enter(before)
 
 
-@contextmanager
-def waiting(what: str, *, patient: bool = False) -> Iterator[None]:
+class waiting(ContextDecorator):  # noqa: N801  (used as a function; a generator would cost a step more)
     """Around what does nothing but wait for other ranks, or with `patient` for another run: no lack of progress then.
 
     Also a decorator of a function that waits.
@@ -87,18 +90,22 @@ def waiting(what: str, *, patient: bool = False) -> Iterator[None]:
         what: in words that follow "waits for".
         patient: whether it may last for any time.
     """
-    _waits.append(Wait(what, time.monotonic(), patient))
-    _tell()
-    try:
-        yield
-    finally:
+
+    def __init__(self, what: str, *, patient: bool = False) -> None:
+        self._what, self._patient = what, patient
+
+    def __enter__(self) -> None:
+        _waits.append(Wait(self._what, time.monotonic(), self._patient))
+        _tell()
+
+    def __exit__(self, *_: object) -> None:
         _waits.pop()
         _tell()
 
 
 def wait_from_now(what: str) -> None:
     """As `waiting`, for the rest of this process's life."""
-    _waits.append(Wait(what, time.monotonic(), patient=False))
+    _waits.append(Wait(what, time.monotonic(), False))
     _tell()
 
 
@@ -109,6 +116,11 @@ def waits() -> Wait | None:
     except IndexError:
         return None
     return Wait(last.what, first.since, any(wait.patient for wait in _waits[:]))
+
+
+def patience() -> int:
+    """0 while this process works, 1 while it waits, 2 while it waits patiently."""
+    return 2 if any(wait.patient for wait in _waits) else 1 if _waits else 0
 
 
 def _tell() -> None:

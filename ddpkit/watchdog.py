@@ -65,20 +65,19 @@ class Board:
 
     _head = struct.Struct("<qBBBd")
     _idle = struct.Struct("<d")
+    _at = _idle.size  # where the head begins
 
     def __init__(self, limit: float) -> None:
-        self._memory = mmap.mmap(-1, self._idle.size + self._head.size + _PATH)
+        self._memory = mmap.mmap(-1, self._at + self._head.size + _PATH)
         self._changes, self._together, self._limit = 0, False, limit
         self.tell()
 
     def tell(self) -> None:
         """Tells how this rank stands now."""
-        wait = phase.waits()
         self._changes += 1
         self._head.pack_into(
-            self._memory, self._idle.size, self._changes, phase.PHASES.index(phase.current()[0] or phase.PHASES[0]),
-            0 if wait is None else 1 + wait.patient, self._together, self._limit,
-        )  # fmt: skip
+            self._memory, self._at, self._changes, phase.number(), phase.patience(), self._together, self._limit
+        )
 
     def watch_together(self, together: bool, limit: float | None = None) -> None:
         """Tells whether the ranks watch over each other from now on, and what the timeout is."""
@@ -89,7 +88,7 @@ class Board:
         """Tells the run folder whose summary is to tell of a failure."""
         path = os.fsencode(run_dir.absolute())
         if len(path) <= _PATH:
-            start = self._idle.size + self._head.size
+            start = self._at + self._head.size
             self._memory[start : start + len(path)] = path
 
     @property
@@ -103,8 +102,8 @@ class Board:
 
     def read(self) -> Seen:
         """How the rank stands."""
-        changes, number, waits, together, limit = self._head.unpack_from(self._memory, self._idle.size)
-        path = self._memory[self._idle.size + self._head.size :].rstrip(b"\0")
+        changes, number, waits, together, limit = self._head.unpack_from(self._memory, self._at)
+        path = self._memory[self._at + self._head.size :].rstrip(b"\0")
         return Seen(changes, phase.PHASES[number], waits, bool(together), limit, os.fsdecode(path))
 
 

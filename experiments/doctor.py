@@ -410,7 +410,7 @@ def judge(everyone: Sequence[dict[str, Any]]) -> list[str]:
                 f"{one['cache'][0]} cannot be written on {host}: set DDPKIT_CACHE to a folder that can be written."
             )
     clocks = [facts["clock"] for facts in everyone]
-    if max(clocks) - min(clocks) > SKEW + 30.0 * (len(everyone) > 64):
+    if max(clocks) - min(clocks) > SKEW:
         problems.append(
             f"Clocks differ by {max(clocks) - min(clocks):.1f} s between ranks: have the hosts follow a time server, or times in "
             "logs mislead."
