@@ -195,25 +195,6 @@ def store() -> dist.Store:
     return dist.PrefixStore("ddpkit", dist.distributed_c10d._get_default_store())  # noqa: SLF001  (torch offers no public way)
 
 
-def wait_until(done: Callable[[], bool], what: str, every: float = 5e-5) -> None:
-    """Waits, without keeping Python's lock, for something that other ranks or a device have to do.
-
-    Args:
-        done: asked again and again.
-        what: in words that follow "waits for".
-        every: seconds between two questions.
-
-    Raises:
-        DistBackendError: it has not come within the timeout of the process group.
-    """
-    deadline = time.monotonic() + _timeout.total_seconds()
-    with phase.waiting(what):
-        while not done():
-            if time.monotonic() > deadline:
-                raise dist.DistBackendError(f"Waited {_timeout.total_seconds():.0f} s for {what}.")
-            time.sleep(every)
-
-
 def is_of_communication(error: BaseException) -> bool:
     """Whether a collective or the store failed; gloo's errors are plain ones that name its source file or a pair of ranks."""
     return isinstance(error, (dist.DistError, ConnectionError)) or any(word in str(error) for word in ("gloo", "pair closure"))
