@@ -197,7 +197,9 @@ def store() -> dist.Store:
 
 def is_of_communication(error: BaseException) -> bool:
     """Whether a collective or the store failed; gloo's errors are plain ones that name its source file or a pair of ranks."""
-    return isinstance(error, (dist.DistError, ConnectionError)) or any(word in str(error) for word in ("gloo", "pair closure"))
+    return isinstance(error, (dist.DistError, ConnectionError)) or any(
+        word in str(error) for word in ("gloo", "pair closure")
+    )
 
 
 _agreements = 0

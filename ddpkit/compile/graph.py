@@ -7,10 +7,10 @@ compiler as it is: `torch.compile` would trace it twice again, by Dynamo and by 
 
 import contextlib
 import itertools
-import re
+import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import sympy  # type: ignore[import-untyped]
@@ -26,7 +26,6 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.dependencies import StarDep, WeakDep
-from torch._inductor.exc import InductorError
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.scheduler import SchedulerNode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -42,7 +41,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
-from ddpkit.compile import digest
+from ddpkit.compile import cache, digest
 from ddpkit.compile.kernels import compiled_together, look_at_the_processor
 from ddpkit.compile.layout import Layout, TensorLeaf
 from ddpkit.compile.lines import calling_line, failing_line, last_line
@@ -54,7 +53,6 @@ from ddpkit.errors import InputError
 _ON_CPU = {"realize_opcount_threshold": 1, "realize_reads_threshold": 1}
 # With symbolic sizes, Triton kernels whose loops were reordered may fail to split (CantSplit, pytorch issue 183696).
 _ON_GPU = {"loop_ordering_after_fusion": False}
-_ATTEMPTS = 3
 
 # Takes a batch and tensors that are not part of it, such as parameters; may write into the latter.
 Function = Callable[..., Sequence[Tensor | None]]
@@ -193,6 +191,7 @@ def trace(
         present[:] = [x is not None for x in results]
         return [x for x in results if x is not None]
 
+    cache.make_ready()
     if not any(tensor.is_cuda for tensor in fixed):
         look_at_the_processor()
     with _saying_what_cannot_be_traced(symbols):
@@ -370,22 +369,42 @@ def lower(
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
         if Interpreted.enabled:
             return Interpreted(graph)
-        for left in range(_ATTEMPTS - 1, -1, -1):
-            try:
-                kernel = compile_fx_inner(
+
+        def compiled() -> Kernel:
+            with cache.sealing():
+                return compile_fx_inner(  # type: ignore[return-value]
                     _copy(graph),
                     list(inputs),
                     static_input_idxs=list(fixed),
                     is_backward=backward,
                     is_inference=inference,
                 )
-            except (InductorError, ImportError, OSError) as error:
-                if not (left and _removed_torn_library(error)):
-                    raise
-            else:
-                digest.note(kernel)
-                return kernel  # type: ignore[return-value]
-        raise AssertionError
+
+        kernel = _whatever_the_cache_holds(compiled)
+        digest.note(kernel)
+        return kernel
+
+
+def _whatever_the_cache_holds(compiled: Callable[[], Kernel]) -> Kernel:
+    """Compiles again without damaged files of the cache, and then without the cache, where the reason may lie in it."""
+    cache.make_ready()
+    try:
+        return compiled()
+    except Exception as error:  # noqa: BLE001  (what a damaged file leads to may be anything)
+        first = error
+    try:
+        if cache.mend():
+            return compiled()
+        with cache.afresh():
+            kernel = compiled()
+    except Exception:  # noqa: BLE001  (the first one tells more)
+        raise first from None
+    warnings.warn(
+        f"The compiler's cache in {os.environ['TORCHINDUCTOR_CACHE_DIR']} could not be used ({type(first).__name__}: "
+        f"{' '.join(str(first).split())[:200]}), and the code was compiled without it: remove that folder.",
+        stacklevel=2,
+    )
+    return kernel
 
 
 @contextlib.contextmanager
@@ -425,19 +444,6 @@ def _copy(graph: fx.GraphModule) -> fx.GraphModule:
     output = nodes.output(nodes.graph_copy(graph.graph, {}))
     output.meta = dict(output_of(graph).meta)
     return fx.GraphModule(graph, nodes)
-
-
-def _removed_torn_library(error: Exception) -> bool:
-    """Removes a library that a compiler was killed over, and that Inductor's cache would offer for ever after.
-
-    Args:
-        error: what loading it raised.
-    """
-    found = re.search(r"(/\S+\.so): (file too short|invalid ELF header|file data .* extend)", str(error))
-    if found is None:
-        return False
-    Path(found[1]).unlink(missing_ok=True)
-    return True
 
 
 class Conditions:

@@ -1,0 +1,108 @@
+"""A start with damaged files in the compiler's cache."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PROGRAM = textwrap.dedent("""
+    import torch
+    from ddpkit.compile.graph import lower, trace
+    from ddpkit.compile.layout import Layout, sizes_of
+
+    x = torch.linspace(0, 1, 24, dtype=torch.float64).reshape(12, 2)
+    layout = Layout.of([x])
+    graph = trace(lambda x, fixed: [(x.sin() * fixed[0]).cumsum(0).tanh()], layout, sizes_of(layout, x), [torch.ones(2)])
+    kernel = lower(graph.graph, graph.symbols, graph.inputs, ())
+    (y,) = kernel([12, x, torch.ones(2)])
+    torch.testing.assert_close(y, x.sin().cumsum(0).tanh())
+    print("right")
+""")
+
+
+def start(folder):
+    """What a start of the program says on the error stream."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def compiled_files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and "locks" not in p.parts and not p.name.startswith("."))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_at_a_line(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: len(lines) * 2 // 3]))
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = os.urandom(len(content[middle : middle + 64]))
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    code, out, complaints = start(folder)
+    assert (code, out) == (0, "right\n"), complaints
+    assert "cache" not in complaints
+    kinds = {path.suffix or path.parts[-4] for path in compiled_files(folder)}
+    assert kinds == {".so", ".cpp", ".py", "fxgraph"}
+    return folder
+
+
+@pytest.mark.parametrize("damage", [cut, cut_at_a_line, spoil, empty])
+def test_damaged_files_are_compiled_anew_with_one_line(folder, damage):
+    files = compiled_files(folder)
+    for path in files:
+        damage(path)
+    code, out, complaints = start(folder)
+    assert (code, out) == (0, "right\n"), complaints
+    assert complaints.count("damaged files were removed from the compiler's cache") == 1
+    assert "Traceback" not in complaints
+    assert {path.name for path in compiled_files(folder)} >= {
+        path.name for path in files if path.suffix in (".so", ".py")
+    }
+
+
+def test_afterwards_nothing_is_compiled(folder):
+    before = {path: path.stat().st_mtime_ns for path in compiled_files(folder)}
+    code, out, complaints = start(folder)
+    assert (code, out) == (0, "right\n"), complaints
+    assert "cache" not in complaints
+    assert {path: path.stat().st_mtime_ns for path in compiled_files(folder)} == before
+
+
+def test_what_no_seal_tells_is_compiled_without_the_cache(folder):
+    for seal in folder.rglob(".*.seal"):
+        seal.unlink()
+    for path in compiled_files(folder):
+        if path.suffix == ".py":
+            path.write_text("raise SystemError('damaged')")
+    code, out, complaints = start(folder)
+    assert (code, out) == (0, "right\n"), complaints
+    assert f"The compiler's cache in {folder} could not be used" in complaints
+    assert "remove that folder" in complaints
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, complaints = start(tmp_path / "file" / "cache")
+    assert code == 1
+    assert complaints.splitlines()[-1].startswith(
+        f"ddpkit.errors.InputError: The compiler's cache in {tmp_path}/file/cache cannot be written (Not a directory): set "
+    )
