@@ -133,8 +133,7 @@ def _numerics_claim(study: Study, one: Weighed, inside: float, outside: float) -
     else:
         verdict = f"{OPEN}: the interval reaches over the margin"
     said = [*_failures_said(study, one), _force_said(one) if by_error else _distance_said(study, one)]
-    if not one.untested:
-        p = min(inside, outside)
+    if not one.untested and (p := min(inside, outside)) < 1:
         said.append(f"p = {number(p, 2)} after Holm over the {len(study.plan.primary)} primary claims")
     return Claim(
         f"{sentence} ({study.scope}).", _published(arm, by_error=by_error), verdict, "; ".join(filter(None, said))
@@ -161,7 +160,8 @@ def _force_said(one: Weighed) -> str:
     if found.identical:
         return f"the validation force errors are equal to the last bit (seeds: {len(usable)})"
     percent = 100 * np.expm1(usable)
-    text = f"validation force RMSE {100 * np.expm1(usable.mean()):+.3g} % of the baseline's"
+    others = "of the others, " if found.failed else ""
+    text = f"{others}validation force RMSE {100 * np.expm1(usable.mean()):+.3g} % against the baseline's"
     return text + _seeds_said(one, percent, 100 * np.expm1(margin(FORCE_ERROR)), "%")
 
 
@@ -180,7 +180,8 @@ def _distance_said(study: Study, one: Weighed) -> str:
         return f"reruns are exact, so there is no ratio: {arm} differs by {apart}"
     if not len(usable):
         return f"no seed has both distances; {arm} differs by {apart}" if np.isfinite(sizes.relative) else ""
-    text = f"distance {number(float(np.exp(usable.mean())))} times a rerun's"
+    others = "of the others, " if found.failed else ""
+    text = f"{others}distance {number(float(np.exp(usable.mean())))} times a rerun's"
     return text + _seeds_said(one, np.exp(usable), float(np.exp(margin(DISTANCE))), "times") + f"; it is {apart}"
 
 
@@ -203,7 +204,7 @@ def _seeds_said(one: Weighed, values: np.ndarray, limit: float, unit: str) -> st
     if count >= 2 and not beyond:
         text += f"; none beyond the margin, so at most {most_that_deviate(count):.0%} of all seeds are"
     elif beyond:
-        text += f"; {beyond} beyond the margin"
+        text += f"; {beyond} of {count} beyond the margin"
     return text
 
 

@@ -73,7 +73,7 @@ def numerics(values: pd.DataFrame, study: Study) -> list[Table]:
         ended = {"complete": "", "failed": "FAILED"}.get(str(row["outcome"]), str(row["outcome"]))
         paper.append([label, str(row["seed"]), str(row["steps"]), *differences[:3], ended, *beside])
         others = [row["outside_mean_abs"], 100 * row["relative_mae"], row["mae_first_third"], row["mae_last_third"]]
-        robust.append([label, *differences[3:], f"{row['outside']:g}", *map(number, others)])
+        robust.append([label, *differences[3:], f"{row['outside']:.4g}", *map(number, others)])
     explained = (
         f"Median of |difference|; MAE of the points within ±{CUT:.3f}; number and mean size of those outside; MAE relative "
         "to the baseline's loss; MAE over the first and the last third of the steps."

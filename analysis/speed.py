@@ -288,6 +288,9 @@ def _within(data: Study, cell: Cell, reference: Cell) -> float | None:
 
 
 def _notes(data: Study) -> Iterator[str]:
+    failed = [run.label for runs in data.runs.values() for run in runs if run.status == "failed"]
+    if failed:
+        yield f"Failed, with complete epochs that are used: {', '.join(failed)}."
     if not data.in_turns:
         yield "The runs of a block followed one another and did not take turns: drift of the machine adds to the spread."
         if late := _slow_start(data.times):
@@ -380,10 +383,6 @@ def _usable(runs: Sequence[Run], warmup: int | None) -> tuple[list[Run], list[st
             )
         else:
             usable.append(run)
-            if run.status == "failed":
-                notes.append(
-                    f"{run.label} failed after {len(run.epochs)} epochs ({run.summary.get('error')}); they are used."
-                )
     if not usable:
         raise InputError(
             f"none of the {len(runs)} runs has a complete epoch in its epochs.csv and the number of parameters in its "

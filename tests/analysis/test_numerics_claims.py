@@ -174,7 +174,7 @@ def test_one_seed_that_deviates_is_not_averaged_away():
         runs[number] = strayed
         found = verdicts(runs)
         assert found[FAR].kind == found[FORCE_STANDARD].kind == "open"
-        assert "1 beyond the margin" in found[FORCE_STANDARD].reason
+        assert "1 of 6 beyond the margin" in found[FORCE_STANDARD].reason
 
 
 def test_exact_reruns_need_no_ratio():
