@@ -13,9 +13,9 @@ FAR = 10.0
 """A run has diverged whose last losses are this many times its own first ones, or the baseline's last ones."""
 _NOT_FINITE = re.compile(r"\b(nan|inf|infinite|infinity|not finite|non-?finite)\b", re.IGNORECASE)
 _OUTSIDE = re.compile(
-    r"\b(stopped by|sig[a-z]+|signal|killed|interrupted|time limit|did not arrive|rank \S+ (is )?(gone|lost)|lost|no space|"
-    r"disk|address|connect\w*|turns)\b", re.IGNORECASE,
-)  # fmt: skip
+    r"\bSIG[A-Z]+\d?\b|(?i:\b(stopped by|killed|interrupted|time limit|did not arrive|no space left|disk|connection|refused)\b)"
+)
+_OWN_KINDS = frozenset({"NonFiniteLossError", "NonFiniteGradientError", "ParityError"})
 _OUTSIDE_KINDS = frozenset({"KeyboardInterrupt", "RankLostError", "InputError"})
 
 
@@ -41,8 +41,8 @@ def ended(summary: Mapping[str, Any]) -> Outcome:
         return Outcome("interrupted", status or "unknown")
     if _NOT_FINITE.search(error):
         return Outcome("failed", f"met NaN or infinity ({error})")
-    outside = kind in _OUTSIDE_KINDS or (not kind and _OUTSIDE.search(error))
-    if outside or not (error or kind):
+    outside = kind in _OUTSIDE_KINDS or _OUTSIDE.search(error) or not (error or kind)
+    if outside and kind not in _OWN_KINDS:
         return Outcome("interrupted", f"interrupted{f' ({error})' if error else ''}")
     return Outcome("failed", f"failed ({error or kind})")
 
@@ -74,6 +74,8 @@ def outcome(run: Run, baseline: Run, steps: int) -> Outcome:
 def _risen(run: Run, baseline: Run) -> float:
     """The median of the last tenth of the losses over that of the first tenth, or over the baseline's last, if that is more."""
     losses = run.steps["loss"].to_numpy(float)
+    if not len(losses):
+        return 0.0
     tenth = max(1, len(losses) // 10)
     first, last = np.median(np.abs(losses[:tenth])), np.median(np.abs(losses[-tenth:]))
     _, mine, its = common(run, baseline)

@@ -108,8 +108,8 @@ class Run:
 
     @property
     def last(self) -> int:
-        """The last logged step."""
-        return int(self.steps["step"].max())
+        """The last logged step; 0 without one."""
+        return int(self.steps["step"].max()) if len(self.steps) else 0
 
     @property
     def comm(self) -> str:
@@ -314,7 +314,11 @@ def _read_ddpkit(path: Path) -> Run | str | None:
         return None
     if not config.is_file():
         return f"{path.name} is left out: it has no config.yaml yet, so what the run was cannot be told"
-    table = _read_csv(steps, required=("step", "loss"))
+    table, summary = _read_csv(steps, required=("step", "loss")), _read_json(path / "summary.json")
+    if table is None and summary.get("status") == "failed":
+        table = pd.DataFrame(
+            {"step": np.empty(0, int), "loss": np.empty(0)}
+        )  # it failed before its first step, as evidence
     if table is None:
         return f"{path.name} is left out: it has logged no step yet"
     table = table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
@@ -324,7 +328,7 @@ def _read_ddpkit(path: Path) -> Run | str | None:
         config=_read_config(config),
         steps=table,
         epochs=pd.DataFrame(columns=["epoch", "seconds", "steps"]) if epochs is None else epochs,
-        summary=_read_json(path / "summary.json"),
+        summary=summary,
         environment=_read_json(path / "environment.json"),
         projection=_read_csv(path / "projection.csv", required=("step",)),
         starts=int(_read_json(path / "study.json").get("starts", 1)),

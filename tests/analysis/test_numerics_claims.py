@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from simulated_runs import falling, run_of, wander, write_run
 
-from ddpkit.analysis import blocks, claims, plan
+from ddpkit.analysis import blocks, claims, figures, numerics, plan, present
 from ddpkit.analysis.endpoints import evidence, spread, units
 from ddpkit.analysis.plan import DISTANCE, FORCE_ERROR, Declared, Plan
 from ddpkit.analysis.runs import read_runs
@@ -330,3 +330,29 @@ def test_no_verdict_gets_better_by_dropping_runs():
     assert kinds(failed)[FORCE] == "open"
     for dropped in itertools.combinations([run.label for run in failed if run.stem == "compiled"], 2):
         assert kinds([run for run in failed if run.label not in dropped])[FORCE] == "open"
+
+
+def test_a_run_that_failed_before_its_first_step_counts(tmp_path):
+    for seed in range(1, 7):
+        tag = "" if seed == 1 else f"_{seed}"
+        common = {"seed": seed, "data.seed": seed, "val_forces": 0.1, "world_size": 8}
+        write_run(tmp_path, f"baseline{tag}", falling(20), **common)
+        write_run(tmp_path, f"rerun{tag}", falling(20), **common)
+        failed = {"status": "failed", "summary": {"error": "compiled and eager differ", "error_kind": "ParityError"}}
+        write_run(
+            tmp_path,
+            f"compiled{tag}",
+            falling(20 * (seed != 4)),
+            compile=True,
+            **common,
+            **(failed if seed == 4 else {}),
+        )
+    runs, notes = read_runs(tmp_path)
+    study = blocks.study(runs, DEFAULT)
+    assert not notes
+    assert claims.numerics_claims(study)[FORCE].reason.startswith("1 of 6 runs of compiled failed (compiled_4)")
+    assert claims.numerics_claims(study)[FORCE].kind == "open"
+    assert len(numerics.table(study)) == 12
+    assert present.endpoints(study).rows
+    figures.trajectories(study)
+    figures.divergences(study)

@@ -1,6 +1,7 @@
 """The order of sums on one process is that of the real collectives, to the last bit."""
 
 import copy
+import itertools
 import os
 
 import numpy as np
@@ -152,6 +153,35 @@ def test_every_rank_gets_what_it_would_get():
     for number, step in enumerate(EveryRank(*common, world_size=4, seed=3).epoch(1)):
         assert [part.tolist() for part in step.micro_batches] == [r[number].indices.tolist() for r in ranks]
         assert step.frames == 16
+
+
+def nccl_sums(sizes):
+    device = torch.device("cuda", dist.get_rank())
+    sums = [held(size, dist.get_rank()).to(device) for size in sizes]
+    for tensor in sums:
+        dist.all_reduce(tensor)
+    return [tensor.cpu() for tensor in sums] if dist.get_rank() == 0 else None
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs or more")
+@pytest.mark.parametrize("algorithm", ["Ring", "Tree"])
+def test_nccl_adds_in_chains(algorithm):
+    """On one host NCCL's ring adds along the ring from some rank on, and its tree is a chain: which start, its chunks decide.
+
+    At two ranks there is one order; at more, each number must be that of a chain along the ranks as NCCL orders them.
+    """
+    ranks, sizes = min(4, torch.cuda.device_count()), (1000, 1_500_007)
+    forced = {"NCCL_ALGO": algorithm, "NCCL_PROTO": "Simple", "NCCL_NVLS_ENABLE": "0"}
+    for size, real in zip(sizes, run_ranks(nccl_sums, ranks, sizes, environment=forced)[0], strict=True):
+        parts = [held(size, rank) for rank in range(ranks)]
+        explained = torch.zeros(size, dtype=torch.bool)
+        for order in itertools.permutations(range(ranks)):
+            total = parts[order[0]].clone()
+            for rank in order[1:]:
+                total += parts[rank]
+            explained |= total == real
+        assert explained.all(), f"{int((~explained).sum())} of {size} numbers are no sum along any chain of ranks"
 
 
 def hello():
