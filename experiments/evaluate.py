@@ -90,7 +90,10 @@ def main(args: argparse.Namespace) -> None:
         if args.torsion_reference and not args.torsion:
             raise InputError("--torsion-reference needs --torsion: give the file with the coordinates too.")
         if not args.run.exists():
-            raise InputError(f"{args.run} does not exist: give a run folder, or the file of a checkpoint.")
+            raise InputError(
+                f"{args.run} does not exist: it lies in no run folder and is no checkpoint; give the folder of a run, or the file of a "
+                "checkpoint."
+            )
         config = _configuration(args.run)
         _refuse_without_weights(args.run)
         if config is None and args.data is None and args.torsion is None:
