@@ -119,14 +119,18 @@ class GradientSync:
         return {name: p for name, p in self._modules.named_parameters() if p.requires_grad}
 
     @property
-    def options(self) -> dict[str, object]:
+    def agreed_options(self) -> dict[str, object]:
         """What ranks must have chosen alike; for a strategy to extend by its own."""
         return {"check_every": self._check_every}
 
     def _describe(self) -> agreement.Description:
         kind = type(self)
         return [
-            ("strategy", f"{kind.__module__}.{kind.__qualname__}", {"comm": type(self.comm).__name__, **self.options})
+            (
+                "strategy",
+                f"{kind.__module__}.{kind.__qualname__}",
+                {"comm": type(self.comm).__name__, **self.agreed_options},
+            )
         ]
 
     def attach(self) -> None:

@@ -701,6 +701,14 @@ def zero_grad_on_some(setting: Setting) -> None:
 
 
 @case(ranks=2)
+def mismatch_of_options(setting: Setting) -> None:
+    """Options that differ on one rank, and a strategy that one rank alone has not come to make."""
+    odd = setting.rank == setting.size - 1
+    with _expects(RankDisagreementError, f"rank {setting.size - 1}", "check_every"):
+        setting.sync(Potential(), check_every=3 if odd else 2)
+
+
+@case(ranks=2)
 def calls(setting: Setting) -> None:
     """A rank that synchronises twice where the others do once."""
     model = Potential()

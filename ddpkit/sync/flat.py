@@ -65,9 +65,9 @@ class FlatSync(GradientSync):
         super().__init__(module, *others, comm=comm, timeout=timeout, check_every=check_every)
 
     @property
-    def options(self) -> dict[str, object]:
+    def agreed_options(self) -> dict[str, object]:
         """What ranks must have chosen alike."""
-        return super().options | {"reduce_dtype": self._wire_dtype, "check_finite": self._check_finite}
+        return super().agreed_options | {"reduce_dtype": self._wire_dtype, "check_finite": self._check_finite}
 
     def attach(self) -> None:
         """Lays out the flat buffers."""

@@ -53,9 +53,9 @@ class InGraphSync(GradientSync):
         super().__init__(module, *others, comm=comm, timeout=timeout, check_every=check_every)
 
     @property
-    def options(self) -> dict[str, object]:
+    def agreed_options(self) -> dict[str, object]:
         """What ranks must have chosen alike."""
-        return super().options | {"buckets": self._count, "optimizer_in_graph": self.optimizer_in_graph}
+        return super().agreed_options | {"buckets": self._count, "optimizer_in_graph": self.optimizer_in_graph}
 
     def attach(self) -> None:
         """Lays out the buckets."""

@@ -72,9 +72,9 @@ class OverlapSync(FlatSync):
         )
 
     @property
-    def options(self) -> dict[str, object]:
+    def agreed_options(self) -> dict[str, object]:
         """What ranks must have chosen alike."""
-        return super().options | {"first_bucket_bytes": self._bytes[0], "bucket_bytes": self._bytes[1]}
+        return super().agreed_options | {"first_bucket_bytes": self._bytes[0], "bucket_bytes": self._bytes[1]}
 
     def close(self) -> None:
         """Lets go of the module: removes its hooks."""

@@ -58,9 +58,10 @@ class StandardSync(GradientSync):
         return self._module if self._wrapper is None else self._wrapper
 
     @property
-    def options(self) -> dict[str, object]:
+    def agreed_options(self) -> dict[str, object]:
         """What ranks must have chosen alike."""
-        return super().options | {"compressed": self._compressed} | {k: repr(v) for k, v in self._options.items()}
+        plain = {name: value for name, value in self._options.items() if isinstance(value, bool | int | float | str)}
+        return super().agreed_options | {"compressed": self._compressed} | plain
 
     def attach(self) -> None:
         """Wraps the module, where there are other ranks."""
@@ -92,6 +93,8 @@ class StandardSync(GradientSync):
 
     def reduce(self) -> None:
         """Averages the further modules' gradients; the wrapper has averaged the model's during the backward pass."""
+        if self.world_size > 1:
+            self._refuse_unfrozen()
         if self._wrapper is not None:
             self._note_wrapper()
         if self._beside is not None:
@@ -105,17 +108,19 @@ class StandardSync(GradientSync):
         del batch
         self._called = self._called or (wrapper.require_backward_grad_sync and torch.is_grad_enabled())
 
+    def _refuse_unfrozen(self) -> None:
+        if unfrozen := [name for name, p in self._frozen if p.requires_grad]:
+            raise InputError(
+                f"Parameter {unfrozen[0]!r} was frozen when make_sync() wrapped the model, so DistributedDataParallel never "
+                "averages it: unfreeze it before, or use strategy=custom."
+            )
+
     def _note_wrapper(self) -> None:
         """Counts what the wrapper has sent."""
         if not self._called:
             raise InputError(
                 "No forward pass since the last synchronize() came through the DistributedDataParallel wrapper: call "
                 "sync.module(batch) on every rank, with the last micro-batch outside of no_sync()."
-            )
-        if unfrozen := [name for name, p in self._frozen if p.requires_grad]:
-            raise InputError(
-                f"Parameter {unfrozen[0]!r} was frozen when make_sync() wrapped the model, so DistributedDataParallel never "
-                "averages it: unfreeze it before, or use strategy=custom."
             )
         self._called = False
         self.comm.bytes = sum(p.numel() * (2 if self._compressed else p.element_size()) for p in self._sent_parameters)

@@ -1,6 +1,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -388,3 +389,64 @@ def past_the_wrapper():
 
 def test_standard_notices_a_call_past_its_wrapper():
     assert all("sync.module" in said for said in run_ranks(past_the_wrapper, 2))
+
+
+def refuse_unfrozen():
+    said = []
+    for whole in (False, True):
+        model = network()
+        (model if whole else model[0]).requires_grad_(False)
+        sync = ddpkit.make_sync("standard", model)
+        model.requires_grad_(True)
+        backward(sync.module)
+        try:
+            sync.synchronize()
+        except InputError as error:
+            said.append(str(error))
+        sync.close()
+    return said
+
+
+def test_standard_refuses_what_was_frozen_when_it_was_made():
+    for said in run_ranks(refuse_unfrozen, 2):
+        assert len(said) == 2
+        assert all("'0.weight' was frozen" in sentence for sentence in said)
+
+
+def skipped(strategy, **options):
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    step = ddpkit.make_step(model, lambda y, _: y.square().mean(), optimizer, strategy=strategy, **options)
+    changes = []
+    for number in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        batch = torch.randn(4, 5)
+        batch[0, 0] = torch.nan if (number, rank) == (1, 1) else 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                step(batch)
+            except NonFiniteGradientError:
+                break
+        changes.append(not all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)))
+    step.sync.close()
+    return int(step.skipped), changes
+
+
+def skipped_under_all():
+    return {
+        "standard": skipped("standard"),
+        "none": skipped("none"),
+        "custom": skipped("custom", check_finite=False),
+        "overlap": skipped("overlap", check_finite=False),
+        "like a GPU": skipped(LikeGpu),
+    }
+
+
+def test_updates_that_are_not_applied_are_counted_under_every_strategy():
+    first, second = run_ranks(skipped_under_all, 2)
+    assert (first.pop("none"), second.pop("none")) == ((0, [True] * 3), (1, [True, False, True]))
+    assert first.pop("like a GPU") == second.pop("like a GPU") == (1, [True, False])
+    assert set(map(str, [*first.values(), *second.values()])) == {str((1, [True, False, True]))}
