@@ -133,6 +133,12 @@ class OpenEquivarianceConvolution(FlatConvolution):
             raise InputError(
                 f"openequivariance could not build its extension ({str(error).splitlines()[0]}): it needs nvcc and a C++ compiler"
             ) from error
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"openequivariance cannot make its kernels for this model on this GPU ({torch.cuda.get_device_name()}: {why}): "
+                "use kernels=ddpkit"
+            ) from error
 
     def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph, by_neighbour: Tensor) -> Tensor:
         out: Tensor = self.product(x, harmonics, weights, graph.centre, graph.neighbour, by_neighbour)
