@@ -33,6 +33,7 @@ VALUES = 1 << 20  # that are added up, float32
 REPEATS = 5
 SHARED_MEMORY = 256 << 20  # bytes that NCCL and data loaders may want
 DISK = 1 << 30
+_SHARE = 0.6  # of the time for the ranks to meet, so that what is missing is named
 SKEW = 2.0  # seconds between clocks, beyond which logs of two hosts mislead
 
 
@@ -84,17 +85,16 @@ def main(args: argparse.Namespace) -> None:
         screen.problems.append(str(error))
         _end(screen, shows=True)
     watchdog.start([f"train.timeout={args.timeout}"])  # MPI may block where no thread of Python runs
-    _end_after(args.timeout, screen, here)
+    screen.add("launcher", _launcher(here))
     facts = _facts(here)
+    _show_host(screen, facts)
+    _end_after(args.timeout, screen, here)
     try:
-        everyone = _together(screen, here, facts, args.timeout)
+        everyone = _together(screen, facts, _SHARE * args.timeout)
     except (InputError, RankLostError) as error:
-        screen.rows.insert(0, ("launcher", _launcher(here)))
-        _show_host(screen, facts)
         screen.problems.append(str(error))
         _end(screen, shows=here.rank == 0 or not getattr(error, "everywhere", False))
     if here.rank == 0:
-        _show_host(screen, facts)
         screen.problems += judge(everyone)
     _end(screen, shows=here.rank == 0, together=True)
 
@@ -131,7 +131,7 @@ def _end_after(seconds: float, screen: Screen, here: Place) -> None:
         print(screen.text(), flush=True)
         os._exit(2)
 
-    timer = threading.Timer(seconds + 3.0, end)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
 
@@ -155,6 +155,8 @@ def _facts(here: Place | None) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in ("ddpkit", "torch", "numpy", "e3nn", "mpi4py")},
             "CUDA": torch.version.cuda or "none",
+            "NCCL": _nccl(),
+            "MPI": _mpi(),
         },
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "card": _card(),
@@ -171,6 +173,21 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _nccl() -> str:
+    """The version of the NCCL that torch brings along."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none"
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _mpi() -> str:
+    """The MPI library that mpi4py finds, asked in another process: it must not be started here yet, and may end what asks."""
+    ask = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+    return re.split(r"[,\n\0]", _output([sys.executable, "-c", ask]).strip())[0] or "none"
 
 
 def _free(path: str) -> int:
@@ -242,7 +259,7 @@ def _launcher(here: Place) -> str:
 # -- all ranks ---------------------------------------------------------------------------------------------------------
 
 
-def _together(screen: Screen, here: Place, facts: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+def _together(screen: Screen, facts: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
     """Has the ranks meet, and adds numbers up through each backend.
 
     Returns:
@@ -254,7 +271,6 @@ def _together(screen: Screen, here: Place, facts: dict[str, Any], timeout: float
 
     phase.enter("rendezvous")
     joined = launch.init_process_group(timeout=timedelta(seconds=timeout))
-    screen.add("launcher", _launcher(here))
     facts |= {"local": [joined.local_rank, joined.local_size], "threads": torch.get_num_threads(), "clock": time.time()}
     facts["device"] = str(joined.device)
     facts["uuid"] = str(torch.cuda.get_device_properties(joined.device).uuid) if joined.device.type == "cuda" else ""
