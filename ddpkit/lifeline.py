@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -35,6 +35,8 @@ from ddpkit.errors import (
 )
 from ddpkit.launch import Environment, agree, is_of_communication, store, within
 from ddpkit.sync.watch import before_abort
+
+E = TypeVar("E", bound=BaseException)
 
 _ANSWER = 2.0  # seconds that the store may take, and that ranks get to sign
 _NOTICE = 5.0  # seconds that a rank gets to notice by itself that another one has failed
@@ -52,6 +54,7 @@ class Lifeline:
     def __init__(self, here: Environment, keep: Callable[[str], None]) -> None:
         self._here, self._keep = here, keep
         self._launcher = os.getppid()
+        self._listened = threading.Event()  # to the last signal
         self.step: Callable[[], int] = lambda: 0  # the step under way; 0 before the first
         self._said = False
         self._voice = threading.Lock()
@@ -81,6 +84,7 @@ class Lifeline:
         writer.setblocking(False)
 
         def interrupt(number: int, _: object) -> None:
+            self._listened.clear()
             raise KeyboardInterrupt(f"{signal.Signals(number).name} came {self._when()}.")
 
         handlers = {signal.SIGTERM: interrupt, signal.SIGUSR1: interrupt, signal.SIGCONT: lambda *_: None}
@@ -114,6 +118,7 @@ class Lifeline:
                 self._say(sentence)
             elif signal.SIGTERM in numbers and self._here.is_first:
                 self._keep(f"SIGTERM came {self._when()}, and the run was ended before it could leave by itself.")
+            self._listened.set()
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for an error of this rank: itself, told to the others, or what happened to another rank before.
@@ -128,6 +133,10 @@ class Lifeline:
         if self._here.world_size > 1 and self._stood_still():
             sentence = _ended(f"{self._name(self._here.rank)} had been stopped, and the others ended the run")
             self._end(sentence, None)  # what they said of it stays in the summary
+        if isinstance(error, KeyboardInterrupt):
+            self._listened.wait(0.2)  # it may have been sent because another rank is gone, which is then kept
+            if self._said:
+                return _said(error)
         alone = self._here.world_size == 1 or not isinstance(error, Exception)
         if alone or getattr(error, "everywhere", False):
             return error
@@ -428,7 +437,7 @@ def _ended(what: str) -> str:
     return f"{what[0].upper()}{what[1:]}; resume goes on from the last checkpoint."
 
 
-def _said(error: Exception) -> Exception:
+def _said(error: E) -> E:
     """Marks an error whose sentence has been printed, by the rank that had it or by this one."""
     error.said = True  # type: ignore[attr-defined]
     return error

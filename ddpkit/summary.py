@@ -19,6 +19,15 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def failure(path: Path) -> str:
+    """Why the run of a folder failed, as its `summary.json` has it; empty where it says nothing of the kind."""
+    try:
+        facts = json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(facts.get("error") or "") if facts.get("status") == "failed" else ""
+
+
 def record_failure(path: Path, error: str) -> None:
     """Has the `summary.json` of a run that is said to be running tell that it failed, and why. Any rank may do this."""
     summary = path / "summary.json"

@@ -33,13 +33,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from ddpkit import checkpoint, launch, phase
 from ddpkit.compile.digest import digest
-from ddpkit.errors import InputError, writing
+from ddpkit.errors import InputError, RankLostError, writing
 from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import flat, keys_of, read, read_saved
 from ddpkit.launch import Environment, agree, share
 from ddpkit.lifeline import Lifeline
 from ddpkit.lock import FolderLock
 from ddpkit.record import RunFolder, describe_environment, record_failure
+from ddpkit.summary import failure as recorded_failure
 from ddpkit.train import Trainer
 
 # Keys that a resumed run may change: where and how long, not what.
@@ -157,6 +158,9 @@ class Job:
     def close_failed(self, failure: BaseException) -> None:
         """Records the failure, with how far training has come, and lets go of the folder."""
         why, kind = str(failure) or type(failure).__name__, type(failure).__name__
+        # A launcher ends all ranks once one has failed: what that one or a thread has recorded is the cause of the signal.
+        if isinstance(failure, KeyboardInterrupt) and self.run_dir and (told := recorded_failure(self.run_dir)):
+            why, kind = told, RankLostError.__name__
         facts = self.trainer.facts() if self.trainer else {}
         with suppress(InputError):  # a full disk, say
             if self.folder is not None:

@@ -20,6 +20,7 @@ from ddpkit import checkpoint
 from ddpkit.experiments import run
 from ddpkit.experiments.config import read
 from ddpkit.launch import Environment, mpirun
+from ddpkit.lifeline import Lifeline
 from ddpkit.record import RunFolder, record_failure
 from ddpkit.train import random_state, set_random_state
 
@@ -59,7 +60,7 @@ def test_a_run_that_is_given_up_while_its_ranks_agree_on_the_folder_says_so(tmp_
 
     monkeypatch.setattr(run, "agree", agree)
     job.open([])
-    job.close()
+    job.close_failed(KeyboardInterrupt("SIGTERM came"))  # from mpirun, which has noticed as well
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["error"]) == ("failed", "Rank 1 is stopped.")
 
@@ -138,6 +139,16 @@ def test_a_signal_to_one_rank_has_all_save_and_leave(overrides, tmp_path):
     assert "stopped by SIGTERM" in summary["error"]
     assert checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["step"] == summary["steps"]
     assert len(pd.read_csv(run / "steps.csv")) == summary["steps"]
+
+
+def test_a_rank_whose_launcher_is_gone_says_so(monkeypatch):
+    lifeline = Lifeline(Environment(launcher="mpirun"), print)
+    lifeline.step = lambda: 5
+    assert str(lifeline.explain(OSError(5, "Input/output error"))) == "[Errno 5] Input/output error"
+    here = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    said = str(lifeline.explain(OSError(5, "Input/output error")))
+    assert said == f"At step 5 mpirun (process {here}) was gone; resume goes on from the last checkpoint."
 
 
 PROGRAM = """

@@ -86,13 +86,13 @@ class Campaign:
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
-    def _start(self, overrides: Sequence[str], output: Path, fault: str = "", compiler: Path | None = None) -> Job:
+    def _start(self, overrides: Sequence[str], output: Path, compiler: Path, fault: str = "") -> Job:
         path = os.pathsep.join([str(self.out / "inside"), *filter(None, [os.environ.get("PYTHONPATH")])])
         variables = {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": path,
             "DDPKIT_FAULT": fault,
-            "TORCHINDUCTOR_CACHE_DIR": str(compiler or self.out / "compiler"),
+            "TORCHINDUCTOR_CACHE_DIR": str(compiler),
         }
         words = [sys.executable, "-m", "ddpkit.experiments", "run", *overrides]
         with self._lock:
@@ -122,7 +122,10 @@ class Campaign:
             lock = self._locks.setdefault(run, threading.Lock())
         with lock:
             if run not in self._references:
-                self._references[run] = self._make_reference(run)
+                for _ in range(_TRIES):
+                    self._references[run] = self._make_reference(run)
+                    if isinstance(self._references[run], Reference):
+                        break
         made = self._references[run]
         if isinstance(made, str):
             raise InputError(made)
@@ -133,11 +136,15 @@ class Campaign:
         identity = hashlib.sha256(json.dumps([self._code, self.ranks, *overrides]).encode()).hexdigest()[:12]
         folder = self.out / "references" / f"{run.label}-{identity}"
         facts = folder / "reference.json"
-        if not facts.exists():
+        for _ in range(
+            0 if facts.exists() else 1 + run.compiled
+        ):  # trials find compiled code: so must what tells the times
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             began = time.monotonic()
-            with self._start([*overrides, f"run_dir={folder / 'run'}"], folder / "output.txt") as job:
+            with self._start(
+                [*overrides, f"run_dir={folder / 'run'}"], folder / "output.txt", self._compiler(run)
+            ) as job:
                 phases = _phases(job, began + _WHOLE)
                 ended = job.wait(10.0)
             seconds = time.monotonic() - began
@@ -147,6 +154,7 @@ class Campaign:
                 return (
                     f"An undisturbed run of {run.label} does not finish here ({' '.join(why.split())}): see {folder}."
                 )
+        if not facts.exists():
             facts.write_text(json.dumps({"seconds": seconds, "phases": phases}))
         known = json.loads(facts.read_text())
         return Reference(folder / "run", known["seconds"], [(name, length) for name, length in known["phases"]])
@@ -192,11 +200,14 @@ class Campaign:
         cache = folder / "cache" if trial.phase == "data" else self.out / "cache"
         # Half of the compilations find no code on the disk. On GPUs another compilation may choose other kernels.
         compiles = trial.phase == "compile" and trial.entry < 0.5 and self.device == "cpu"
-        overrides, compiler = self.overrides(trial.run, cache), folder / "compiler" if compiles else None
+        overrides, compiler = (
+            self.overrides(trial.run, cache),
+            folder / "compiler" if compiles else self._compiler(trial.run),
+        )
         words = [*overrides, f"run_dir={run}"]
         bound = self.timeout + 15.0 + 2 * reference.seconds + (60.0 if compiles else 0.0)
         full = disk if trial.rank == 0 else None  # a full disk or a limit of the size of files
-        with self._start(words, folder / "struck.txt", trial.fault, compiler) as job:
+        with self._start(words, folder / "struck.txt", compiler, trial.fault) as job:
             hit = _await(job, trial, reference, earlier, time.monotonic() + _WHOLE)
             if hit and not strikes.strike(trial.fault, job, trial.rank, full):
                 hit = ""
@@ -215,7 +226,7 @@ class Campaign:
         return found | {"went_on": how, "equal": int(not more), "verdict": verdict, "why": "; ".join([*wrong, *more])}
 
     def _go_on(
-        self, trial: Trial, reference: Reference, folder: Path, words: list[str], end: End, compiler: Path | None
+        self, trial: Trial, reference: Reference, folder: Path, words: list[str], end: End, compiler: Path
     ) -> tuple[str, list[str]]:
         """Resumes what was struck, or starts it again; how, and what is wrong."""
         run = folder / "disk" / "run"
@@ -227,42 +238,42 @@ class Campaign:
         how = "resumed"
         if last.is_file() and trial.fault in ("truncated", "garbage"):
             strikes.damage(last, trial.fault, trial.number)
-            how, wrong = self._go_on_damaged(folder, run)
+            how, wrong = self._go_on_damaged(folder, run, compiler)
             if how == "finished":
                 how = "resumed from an older checkpoint"
                 return how, wrong + _said(judge.differences(run, reference.folder))
         if last.is_file():
             progress = _progress(last)
-            again = self._complete([f"resume={run}"], run, folder / "resumed.txt", reference, compiler)
+            again = self._complete([f"resume={run}"], run, folder / "resumed.txt", compiler)
             after = {name: judge.rows(run / f"{name}s.csv") for name in before}
             wrong += [text for name in before if (text := judge.lost(before[name], after[name], name, progress[name]))]
         else:
             how = "started again"
-            again = self._complete(words, run, folder / "again.txt", reference, compiler)
+            again = self._complete(words, run, folder / "again.txt", compiler)
             if again.code == 2 and not again.finished:
-                if not again.sentence:
+                if not again.printed:
                     wrong.append("refused to start again without a word")
                 how, run = "started again elsewhere", folder / "disk" / "again"
                 words = [*words[:-1], f"run_dir={run}"]
-                again = self._complete(words, run, folder / "elsewhere.txt", reference, compiler)
+                again = self._complete(words, run, folder / "elsewhere.txt", compiler)
             kept = [row for path in (folder / "disk").rglob("steps.csv") for row in judge.rows(path)]
             if gone := [row["step"] for row in before["step"] if row not in kept]:
                 wrong.append(f"starting again lost the rows of steps {', '.join(gone[:5])}")
         if again.code or not again.finished:
-            said = again.sentence or again.output[-300:]
+            said = again.printed or again.output[-300:]
             return how, [*wrong, f"{how}, it did not finish (exit code {again.code}): {said}"]
         return how, wrong + _said(judge.differences(run, reference.folder))
 
-    def _go_on_damaged(self, folder: Path, run: Path) -> tuple[str, list[str]]:
+    def _go_on_damaged(self, folder: Path, run: Path, compiler: Path) -> tuple[str, list[str]]:
         """What a run does with a damaged checkpoint: it must refuse, or go on from an older one by itself."""
         before = (run / "steps.csv").read_text()
         last, best = run / "checkpoints" / "last.pt", run / "checkpoints" / "best.pt"
-        end = self._complete([f"resume={run}"], run, folder / "damaged.txt")
+        end = self._complete([f"resume={run}"], run, folder / "damaged.txt", compiler)
         if end.finished:
             return "finished", []
         wrong = []
-        if end.code != 2 or "last.pt" not in end.sentence:
-            wrong.append(f"a damaged checkpoint is not refused by name (exit code {end.code}): {end.sentence[:200]}")
+        if end.code != 2 or "last.pt" not in end.printed:
+            wrong.append(f"a damaged checkpoint is not refused by name (exit code {end.code}): {end.printed[:200]}")
         if (run / "steps.csv").read_text() != before:
             wrong.append("refusing a damaged checkpoint changed steps.csv")
         last.unlink()
@@ -271,18 +282,18 @@ class Campaign:
             return "resumed from best.pt", wrong
         return "started again", wrong
 
-    def _complete(
-        self,
-        words: list[str],
-        run: Path,
-        output: Path,
-        reference: Reference | None = None,
-        compiler: Path | None = None,
-    ) -> End:
-        """Runs to the end, undisturbed."""
-        bound = _WHOLE if reference is None else 60.0 + 4 * reference.seconds + 60.0 * (compiler is not None)
-        with self._start(words, output, compiler=compiler) as job:
-            return _end(job, bound, run, output)
+    def _complete(self, words: list[str], run: Path, output: Path, compiler: Path) -> End:
+        """Runs to the end, undisturbed; once more where mpirun itself did not come up."""
+        for _ in range(_TRIES):
+            with self._start(words, output, compiler) as job:
+                end = _end(job, _WHOLE, run, output)
+                if job.ranks() or not end.code:
+                    break
+        return end
+
+    def _compiler(self, run: Run) -> Path:
+        """Compiled code of a kind of run. Runs that share it wait for one another where it is missing, with no end in sight."""
+        return self.out / "compiler" / run.label
 
 
 def _await(job: Job, trial: Trial, reference: Reference, earlier: float, deadline: float) -> str:
@@ -436,7 +447,8 @@ class Record:
         self._path, self._lock = path, threading.Lock()
         if not path.exists():
             self._append(COLUMNS)
-        self.known = {(int(row["seed"]), int(row["trial"])) for row in self.rows()}
+        made = [row for row in self.rows() if row["verdict"] in ("passed", "failed")]
+        self.known = {(int(row["seed"]), int(row["trial"])) for row in made}
 
     def rows(self) -> list[dict[str, str]]:
         """All trials so far."""

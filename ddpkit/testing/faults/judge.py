@@ -43,10 +43,15 @@ class End:
         return self.status == "finished"
 
     @property
-    def sentence(self) -> str:
-        """What the run said of its end: in its summary, else on the terminal."""
+    def printed(self) -> str:
+        """What the run said of its end on the terminal."""
         said = [line.partition("ddpkit: ")[2] for line in self.output.replace("\r", "\n").splitlines()]
-        return self.error or next((line for line in said if line), "")
+        return next((line for line in said if line and not line.startswith("warning")), "")
+
+    @property
+    def sentence(self) -> str:
+        """What it said in its summary, else on the terminal."""
+        return self.error or self.printed
 
 
 def read_summary(run: Path) -> tuple[str, str]:
