@@ -98,7 +98,9 @@ def evidence(study: Study, endpoint: str, arm: str) -> Evidence:
 
 def force_error(run: Run) -> float:
     """The validation force RMSE after the last epoch that was validated, eV/Å; NaN without one."""
-    known = run.epochs["val_forces_rmse"].dropna() if "val_forces_rmse" in run.epochs else ()
+    if "val_forces_rmse" not in run.epochs:
+        return np.nan
+    known = run.epochs["val_forces_rmse"].dropna()
     return float(known.iloc[-1]) if len(known) else np.nan
 
 

@@ -180,16 +180,23 @@ def _parse(arguments: Sequence[str]) -> Options:
     for key in ("ranks", "seeds", "launches", "pairs"):
         if key in named and not re.fullmatch(r"[1-9]\d*", named[key]):
             raise InputError(f"{key}={named[key]} is no number of {key}: give a whole number from 1.")
+    for key in ("launches", "pairs") if study == "numerics" else ("seeds",):
+        if key in named:
+            raise InputError(
+                f"{key}={named[key]} is not for {study}: give seeds=N (numerics), launches=N or pairs=N (speed)."
+            )
+    counts = {key: int(named[key]) for key in ("ranks", "seeds", "launches", "pairs") if key in named}
+    suffix = "-deterministic" if "deterministic=true" in overrides else ""
     return Options(
         study,
         named["scale"],
-        Path(
-            named.get("out")
-            or f"studies/{study}-{named['scale']}{'-deterministic' * ('deterministic=true' in overrides)}"
-        ),
-        *(int(named[key]) if key in named else None for key in ("ranks", "seeds", "launches", "pairs")),
-        slurm,
-        tuple(overrides),
+        Path(named.get("out") or f"studies/{study}-{named['scale']}{suffix}"),
+        ranks=counts.get("ranks"),
+        seeds=counts.get("seeds"),
+        launches=counts.get("launches"),
+        pairs=counts.get("pairs"),
+        slurm=slurm,
+        overrides=tuple(overrides),
     )
 
 

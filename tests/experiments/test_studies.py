@@ -183,6 +183,8 @@ def test_what_is_tested_is_fixed_before_the_first_run(study, tmp_path):
     for word in ("repeats=3", "seed=4", "data.seed=4"):
         with pytest.raises(InputError, match="is for the study to choose: give seeds=N"):
             start(word)
+    with pytest.raises(InputError, match="pairs=3 is not for numerics"):
+        start("pairs=3")
     assert len(ran) == 5
 
 
