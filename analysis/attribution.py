@@ -122,7 +122,7 @@ def _row(study: Study, key: Key, pairs: Sequence[tuple[Run, Run]]) -> dict[str, 
     source, compared, held, zero = key
     measured = _measure(pairs, steps=source != _NEW_ORDER)
     apart = [study.distance(*pair) / study.size(pair[0]) for pair in pairs] if study.by_projection else []
-    if not measured["steps"] and not apart:
+    if not measured["steps"] and not np.isfinite(apart).any():
         return None
     equal = measured["bitwise_pairs"] == len(pairs)
     return {
@@ -134,7 +134,7 @@ def _row(study: Study, key: Key, pairs: Sequence[tuple[Run, Run]]) -> dict[str, 
         "pairs": len(pairs),
         "runs": len({run.label for pair in pairs for run in pair}),
         **measured,
-        "distance": float(np.mean(apart)) if apart else np.nan,
+        "distance": float(np.nanmean(apart)) if np.isfinite(apart).any() else np.nan,
         "expected_zero": zero,
         "outcome": ("zero, as due" if zero else "zero") if equal else ("NOT ZERO" if zero else "differs"),
     }

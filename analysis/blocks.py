@@ -87,8 +87,8 @@ class Study:
 
     @cached_property
     def by_projection(self) -> bool:
-        """Whether distances are taken between projections of the parameters: all runs recorded them."""
-        return all(run.projection is not None for run in self.runs)
+        """Whether distances are taken between projections of the parameters: all runs that ended well recorded them."""
+        return all(run.projection is not None for run in self.runs if self.outcomes[run.label].kind == "complete")
 
     @property
     def baseline(self) -> Run:
@@ -125,7 +125,7 @@ class Study:
         all of them logged.
         """
         if self.by_projection:
-            last = self._last(one, other, *others)
+            last = _last(one, other, *others)
             return np.nan if last is None else float(np.linalg.norm(_at(one, last) - _at(other, last)))
         steps, mine, its = common(one, other)
         for run in others:
@@ -135,14 +135,10 @@ class Study:
 
     def size(self, run: Run) -> float:
         """What distances are relative to: the mean loss of a run, or the length of its last projection."""
-        if self.by_projection:
-            return float(np.linalg.norm(_at(run, self._last(run))))
-        return float(run.steps["loss"].abs().mean())
-
-    def _last(self, *runs: Run) -> int | None:
-        recorded = [set(run.projection["step"]) for run in runs if run.projection is not None]
-        shared = set.intersection(*recorded)
-        return max(shared) if shared else None
+        if not self.by_projection:
+            return float(run.steps["loss"].abs().mean())
+        last = _last(run)
+        return np.nan if last is None else float(np.linalg.norm(_at(run, last)))
 
 
 def study(runs: Sequence[Run], declared: plan.Plan, baseline: str = "baseline") -> Study:
@@ -260,7 +256,13 @@ def _rates(block: Block) -> str | None:
     return f"Learning rates part at step {min(parted)}: from there on the schedule adds to the differences."
 
 
-def _at(run: Run, step: int | None) -> NDArray:
+def _last(*runs: Run) -> int | None:
+    """The last step that all runs recorded; None without one."""
+    recorded = [set() if run.projection is None else set(run.projection["step"]) for run in runs]
+    return max(set.intersection(*recorded), default=None)
+
+
+def _at(run: Run, step: int) -> NDArray:
     """A run's projection at a step, `[64]`."""
     table = run.projection
     assert table is not None

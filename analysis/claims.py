@@ -243,6 +243,8 @@ def _untimed(data: speed.Study, cell: speed.Cell, launches: int) -> str:
             return f"there is no run of {needed.name} at this size"
     if launches < FEWEST[TIME]:
         return f"there {'is 1 pair' if launches == 1 else f'are {launches} pairs'} of launches, and a test needs {FEWEST[TIME]}"
+    if not data.in_turns and not data.plan.declared:
+        return "the runs followed one another in an order that no plan has drawn, so that drift of the machine may look like it"
     if (again := speed.relative(data, data.again(cell)).estimate).excludes_zero:
         return f"two launches of the same thing differ ({span(again.low, again.high)} %), so these times are not calibrated"
     return ""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from simulated_runs import falling, run_of, wander, write_run
 
-from ddpkit.analysis import blocks, claims, figures, numerics, plan, present
+from ddpkit.analysis import attribution, blocks, claims, figures, numerics, plan, present
 from ddpkit.analysis.endpoints import evidence, spread, units
 from ddpkit.analysis.plan import DISTANCE, FORCE_ERROR, Declared, Plan
 from ddpkit.analysis.runs import read_runs
@@ -332,10 +332,12 @@ def test_no_verdict_gets_better_by_dropping_runs():
         assert kinds([run for run in failed if run.label not in dropped])[FORCE] == "open"
 
 
-def test_a_run_that_failed_before_its_first_step_counts(tmp_path):
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_run_that_failed_before_its_first_step_counts(tmp_path, projected):
     for seed in range(1, 7):
         tag = "" if seed == 1 else f"_{seed}"
         common = {"seed": seed, "data.seed": seed, "val_forces": 0.1, "world_size": 8}
+        common["projection"] = {step: np.arange(64) + step for step in (0, 1, 20)} if projected else None
         write_run(tmp_path, f"baseline{tag}", falling(20), **common)
         write_run(tmp_path, f"rerun{tag}", falling(20), **common)
         failed = {"status": "failed", "summary": {"error": "compiled and eager differ", "error_kind": "ParityError"}}
@@ -350,6 +352,8 @@ def test_a_run_that_failed_before_its_first_step_counts(tmp_path):
     runs, notes = read_runs(tmp_path)
     study = blocks.study(runs, DEFAULT)
     assert not notes
+    assert study.by_projection == projected
+    assert len(attribution.table(study))
     assert claims.numerics_claims(study)[FORCE].reason.startswith("1 of 6 runs of compiled failed (compiled_4)")
     assert claims.numerics_claims(study)[FORCE].kind == "open"
     assert len(numerics.table(study)) == 12

@@ -341,6 +341,18 @@ def test_no_verdict_where_the_same_thing_differs_from_itself():
     assert "two launches of the same thing differ" in claim.verdict
 
 
+def test_runs_that_followed_one_another_need_an_order_that_was_drawn(tmp_path):
+    """A machine that slows down makes what always runs second look slower."""
+    for repeat in range(1, 10):
+        for place, strategy in enumerate(("standard", "custom")):
+            _write(tmp_path, strategy, 32, [1.0 + 0.02 * (2 * repeat + place)], repeat=repeat)
+    runs = read_runs(tmp_path)[0]
+    (claim,) = claims.speed_claims(speed.study(runs, DEFAULT))
+    assert "no plan has drawn" in claim.verdict
+    (claim,) = claims.speed_claims(speed.study(runs, Plan(plan.SPEED)))
+    assert claim.kind == "holds"  # whoever writes a plan has drawn the order
+
+
 def test_the_spread_between_and_within_launches_is_recovered():
     data = simulated(np.random.default_rng(5), launches=200, epochs=12, correlation=0.0)
     found = speed.relative(data, CELL)
