@@ -91,8 +91,8 @@ def main(args: argparse.Namespace) -> None:
             raise InputError("--torsion-reference needs --torsion: give the file with the coordinates too.")
         if not args.run.exists():
             raise InputError(
-                f"{args.run} does not exist: it lies in no run folder and is no checkpoint; give the folder of a run, or the file of a "
-                "checkpoint."
+                f"{args.run} does not exist: it lies in no run folder and is no checkpoint; give the folder of a run, or the "
+                "file of a checkpoint."
             )
         config = _configuration(args.run)
         _refuse_without_weights(args.run)
