@@ -276,7 +276,7 @@ class Gradients(Protocol):
         """The norm of a gradient that has been applied already; None where that is still to do."""
 
     def prepare(self, batch: Any, *, accumulates: bool = False) -> None:
-        """Does what has to be done once."""
+        """Does what has to be done before a step; called before each."""
 
     def __call__(self, batches: Sequence[Any]) -> Any:
         """Returns the criterion's output, detached and summed over the batches."""

@@ -115,6 +115,7 @@ class CompiledGradients:
         self._tolerance = tolerance
         self._tally = Tally(list(examples))
         self._begun = False
+        self._now: Situation
         self._used: dict[bool, dict[str, bool]] = {}  # as last known, which parameters have a gradient on any rank
         roots = {"model": model, "criterion": criterion}
         self._situations = Situations(roots, self._make, tuple if update is None else update.form)
@@ -176,7 +177,7 @@ class CompiledGradients:
         Raises:
             ParityError: compiled code computes something else than eager code.
         """
-        now = self._situations.now()
+        now = self._now = self._situations.now()
         reduces = self._reduces(accumulates)
         variants = now.variants[reduces]
         if variants.codes or now.steps_to_wait:
@@ -228,10 +229,9 @@ class CompiledGradients:
         return isinstance(self._sync, InGraphSync) and not accumulates
 
     def __call__(self, batches: Sequence[Any]) -> Any:
-        """Returns the criterion's output, detached and summed over the batches."""
-        self.prepare(batches[0], accumulates=len(batches) > 1)
+        """Returns the criterion's output, detached and summed over the batches. `prepare` comes first."""
         self.applied = None
-        now = self._situations.now()
+        now = self._now
         reduces = self._reduces(len(batches) > 1)
         landing = self._landing(now)
         used = [False] * len(landing)

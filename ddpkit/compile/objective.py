@@ -192,7 +192,7 @@ def _restore(home: Any, old: Any) -> None:
     if isinstance(home, list):
         home[:] = old
         return
-    for key in [key for key in home if key not in old]:
+    for key in [key for key in home.keys() if key not in old]:  # noqa: SIM118  (a ScriptModule's does not iterate)
         del home[key]
     for key, value in old.items():
         if key not in home or home[key] is not value:

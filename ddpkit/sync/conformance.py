@@ -38,7 +38,7 @@ CANNOT = {
         "no_gradient": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
     },
 }
-NEEDS = {"standard": {"unused": UNUSED, "partly_used": UNUSED, "changing_use": UNUSED}}
+NEEDS = {"standard": {"unused": UNUSED, "partly_used": UNUSED, "changing_use": UNUSED, "changing_steps": UNUSED}}
 
 
 class Potential(nn.Module):
@@ -829,3 +829,66 @@ def compiled_union_batch(setting: Setting) -> None:
 def compiled_accumulation(setting: Setting) -> None:
     """Likewise with micro-batches."""
     _compiled_step(setting, 2)
+
+
+class _Weighted(Weights):
+    """With an attribute that is no tensor."""
+
+    factor = 1.0
+
+    def __call__(self, output: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return self.factor * super().__call__(output, batch["points"]).sum() / batch["count"]
+
+
+def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  (as in make_step)
+    """Takes steps between which parameters are frozen, unfrozen and given to the optimizer, and an attribute changes."""
+    from ddpkit.compile.graph import Interpreted
+    from ddpkit.step import make_step
+
+    torch.manual_seed(setting.rank)
+    model, criterion = _OfDict(Potential()), _Weighted()
+    late = model.potential.outer.bias
+    held = [p for p in model.parameters() if p is not late]
+    optimizer = torch.optim.SGD([*held, *criterion.parameters()], lr=0.1, momentum=0.5, weight_decay=0.01)
+    before, Interpreted.enabled = Interpreted.enabled, True  # what is traced counts here, not what is made of it
+    try:
+        step = make_step(
+            model, criterion, optimizer, strategy=setting.strategy, compile=compile, comm=setting.comm,
+            **({"timeout": 60.0} | setting.options),
+        )  # fmt: skip
+        setting.made.append(step.sync)
+        mine = nn.ModuleList([model, criterion])
+        theirs = copy.deepcopy(mine)
+        reference = torch.optim.SGD(
+            [p for p in theirs.parameters() if p is not theirs[0].potential.outer.bias],
+            lr=0.1,
+            momentum=0.5,
+            weight_decay=0.01,
+        )
+        for number in range(6):
+            for modules, opt in ((mine, optimizer), (theirs, reference)):
+                modules[0].potential.inner.requires_grad_(number not in (1, 2))
+                modules[1].energy.requires_grad_(number != 3)
+                modules[1].factor = 0.5 if number in (2, 4) else 1.0
+                if number == 5:
+                    opt.add_param_group({"params": [modules[0].potential.outer.bias]})
+            count = torch.tensor(float(len(setting.all_points(number))), dtype=torch.float64)
+            step({"points": setting.points(setting.rank, number), "count": count / setting.size})
+            theirs.zero_grad()
+            whole = {"points": setting.all_points(number), "count": count}
+            _backward(theirs[1](theirs[0](whole), whole))
+            reference.step()
+            for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=_naming(f"{name} at step {number}"))
+                assert p.requires_grad or p.grad is None, f"{name} is frozen and has a gradient at step {number}"
+        assert_equal_on_ranks(setting, list(mine.parameters()))
+    finally:
+        Interpreted.enabled = before
+
+
+@compiled
+def changing_steps(setting: Setting) -> None:
+    """What is frozen, unfrozen, given to the optimizer or changed between steps is obeyed; a criterion is trained too."""
+    if setting.strategy != "ingraph":
+        _changing_steps(setting, compile=False)
+    _changing_steps(setting, compile=True)

@@ -16,6 +16,7 @@ import ddpkit
 from ddpkit.compile import forces, gradients, situations
 from ddpkit.compile.graph import Interpreted
 from ddpkit.compile.snapshot import Snapshot
+from ddpkit.compile.update import GraphUpdate
 from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.testing import run_ranks
 
@@ -406,6 +407,16 @@ def test_flags_changed_later_are_obeyed_or_refused():
     assert_alike(both(Pair, lambda: square, change, "ingraph", steps=8, optimizer_in_graph=True))
     with pytest.raises(InputError, match="maximize=True"):
         both(Pair, lambda: square, change, "ingraph", steps=9, optimizer_in_graph=True)
+
+
+def test_an_update_is_not_judged_by_gradients_that_are_not_finite():
+    model = Pair()
+    named = dict(model.named_parameters())
+    update = GraphUpdate(torch.optim.AdamW(model.parameters()), 1.0, named)
+    gradients = [torch.full_like(p, torch.nan) for p in named.values()]
+    updated = [p.detach().clone() for p in named.values()]
+    found = update.differences(list(named), updated, gradients, torch.ones(2, dtype=torch.bool), 1e-10, "6 rows")
+    assert all(difference.error == 0 for difference in found)
 
 
 # --- random numbers -----------------------------------------------------------------------------------------------------
