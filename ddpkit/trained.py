@@ -93,10 +93,10 @@ class Trained:
     def _remember(self) -> None:
         modules = dict.fromkeys(module for root in self._roots for module in root.modules())
         groups = self._optimizer.param_groups
-        parts = [part for m in modules for part in (m._parameters, m._modules)]  # noqa: SLF001  (public ways take 50 times as long)
+        parts: list[dict[str, Any]] = [part for m in modules for part in (m._parameters, m._modules)]  # noqa: SLF001  (public ways take 50 times as long)
         self._read: list[Callable[[], Iterable[Any]]] = [part.values for part in parts if len(part)]
         self._read += [group["params"].__iter__ for group in groups]
-        self._sized = [groups, *(group["params"] for group in groups), *parts]
+        self._sized: list[Any] = [groups, *(group["params"] for group in groups), *parts]
         self._lengths = [*map(len, self._sized)]
         self._objects = [*self._now()]
 

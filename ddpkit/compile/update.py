@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,13 +165,14 @@ class GraphUpdate:
         factor = None if self._clip_norm is None else (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
         many = len(_NUMBERS[self._is_adam])
         rest = iter(state)
+        step: Callable[..., tuple[Tensor, ...]] = _adam if self._is_adam else _sgd
         for n, (p, g, group) in enumerate(zip(parameters, gradients, self._groups, strict=True)):
             kept = [next(rest) for _ in self._keys(group)]
             settings = self._optimizer.param_groups[group]
             numbers = [hyper[many * group + i] for i in range(many)]
             if factor is not None:
                 g = g * factor.to(g.dtype)  # noqa: PLW2901
-            new = (_adam if self._is_adam else _sgd)(settings, *numbers, p, g, *kept)
+            new = step(settings, *numbers, p, g, *kept)
             for old, value in zip((p, *kept), new, strict=True):
                 old.copy_(torch.where(applied[n], value.to(old.dtype), old))
         return norm

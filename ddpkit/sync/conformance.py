@@ -38,7 +38,7 @@ CANNOT = {
         "no_gradient": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
     },
 }
-NEEDS = {"standard": {"unused": UNUSED, "partly_used": UNUSED, "changing_use": UNUSED, "changing_steps": UNUSED}}
+NEEDS = {"standard": {"unused": UNUSED, "partly_used": UNUSED, "changing_use": UNUSED}}
 
 
 class Potential(nn.Module):
@@ -845,38 +845,37 @@ def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  
     from ddpkit.compile.graph import Interpreted
     from ddpkit.step import make_step
 
+    def optimizer_of(model: _OfDict, criterion: _Weighted) -> torch.optim.Optimizer:
+        """Without the last bias."""
+        held = [p for p in model.parameters() if p is not model.potential.outer.bias]
+        return torch.optim.SGD([*held, *criterion.parameters()], lr=0.1, momentum=0.5, weight_decay=0.01)
+
     torch.manual_seed(setting.rank)
     model, criterion = _OfDict(Potential()), _Weighted()
-    late = model.potential.outer.bias
-    held = [p for p in model.parameters() if p is not late]
-    optimizer = torch.optim.SGD([*held, *criterion.parameters()], lr=0.1, momentum=0.5, weight_decay=0.01)
+    optimizer = optimizer_of(model, criterion)
     before, Interpreted.enabled = Interpreted.enabled, True  # what is traced counts here, not what is made of it
     try:
         step = make_step(
             model, criterion, optimizer, strategy=setting.strategy, compile=compile, comm=setting.comm,
-            **({"timeout": 60.0} | setting.options),
+            **({"timeout": 60.0} | (UNUSED if setting.strategy == "standard" else {}) | setting.options),
         )  # fmt: skip
         setting.made.append(step.sync)
-        mine = nn.ModuleList([model, criterion])
-        theirs = copy.deepcopy(mine)
-        reference = torch.optim.SGD(
-            [p for p in theirs.parameters() if p is not theirs[0].potential.outer.bias],
-            lr=0.1,
-            momentum=0.5,
-            weight_decay=0.01,
-        )
+        model_2, criterion_2 = copy.deepcopy((model, criterion))
+        reference = optimizer_of(model_2, criterion_2)
+        both = (model, criterion, optimizer), (model_2, criterion_2, reference)
+        mine, theirs = nn.ModuleList([model, criterion]), nn.ModuleList([model_2, criterion_2])
         for number in range(6):
-            for modules, opt in ((mine, optimizer), (theirs, reference)):
-                modules[0].potential.inner.requires_grad_(number not in (1, 2))
-                modules[1].energy.requires_grad_(number != 3)
-                modules[1].factor = 0.5 if number in (2, 4) else 1.0
+            for one, loss_of, opt in both:
+                one.potential.inner.requires_grad_(number not in (1, 2))
+                loss_of.energy.requires_grad_(number != 3)
+                loss_of.factor = 0.5 if number in (2, 4) else 1.0
                 if number == 5:
-                    opt.add_param_group({"params": [modules[0].potential.outer.bias]})
+                    opt.add_param_group({"params": [one.potential.outer.bias]})
             count = torch.tensor(float(len(setting.all_points(number))), dtype=torch.float64)
             step({"points": setting.points(setting.rank, number), "count": count / setting.size})
             theirs.zero_grad()
             whole = {"points": setting.all_points(number), "count": count}
-            _backward(theirs[1](theirs[0](whole), whole))
+            _backward(criterion_2(model_2(whole), whole))
             reference.step()
             for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=_naming(f"{name} at step {number}"))
