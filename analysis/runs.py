@@ -322,6 +322,7 @@ def _read_ddpkit(path: Path) -> Run | str | None:
     if table is None:
         return f"{path.name} is left out: it has logged no step yet"
     table = table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+    projection = _read_csv(path / "projection.csv", required=("step",))
     epochs = _read_csv(path / "epochs.csv", required=("epoch", "seconds", "steps"))
     return Run(
         label=path.name,
@@ -330,7 +331,7 @@ def _read_ddpkit(path: Path) -> Run | str | None:
         epochs=pd.DataFrame(columns=["epoch", "seconds", "steps"]) if epochs is None else epochs,
         summary=summary,
         environment=_read_json(path / "environment.json"),
-        projection=_read_csv(path / "projection.csv", required=("step",)),
+        projection=None if projection is None else projection.drop_duplicates("step", keep="last", ignore_index=True),
         starts=int(_read_json(path / "study.json").get("starts", 1)),
     )
 

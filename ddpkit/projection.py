@@ -49,7 +49,7 @@ class Projection:
 
     def after(self, step: int, *, ends: bool = False) -> None:
         """Records a step that is due, or the last one."""
-        if is_due(step) or (ends and step > self._last):
+        if step > self._last and (ends or is_due(step)):
             self._write(step)
             self._last = step
 

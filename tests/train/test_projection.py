@@ -15,6 +15,7 @@ def rows(path):
     with path.open() as file:
         found = list(csv.reader(file))
     assert tuple(found[0]) == COLUMNS
+    assert len({row[0] for row in found}) == len(found)  # each step once
     return {int(row[0]): np.array(row[1:], dtype=float) for row in found[1:]}
 
 
@@ -23,6 +24,14 @@ def test_steps_are_evenly_spaced_in_the_logarithm():
     assert due[:14] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16, 20, 25]
     assert due[-4:] == [501, 631, 794, 1000]
     assert len([s for s in range(101, 1001) if is_due(s)]) == 10
+
+
+def test_a_last_step_that_is_due_is_written_once(tmp_path):
+    log = Projection(nn.Linear(3, 2), lambda: 0.5, tmp_path / "projection.csv")
+    for step in (1, 2, 3):
+        log.after(step)
+    log.after(3, ends=True)
+    assert list(rows(tmp_path / "projection.csv")) == [0, 1, 2, 3]
 
 
 def test_distances_of_projections_are_distances_of_parameters(tmp_path):
