@@ -190,11 +190,10 @@ def _place(run: Run, blocks: dict[tuple[object, object], Block], reference: Sett
     name = arms.name(arms.settings(run), reference)
     if (block := blocks.get((run.seed, run.data_seed))) is not None:
         return block, name
-    for (seed, order), block in blocks.items():
-        if run.data_seed == order:
-            return block, NEW_SEED if name == RERUN else f"{NEW_SEED}, {name}"
-        if run.seed == seed:
-            return block, NEW_ORDER if name == RERUN else f"{NEW_ORDER}, {name}"
+    for place, own, relation in ((1, run.data_seed, NEW_SEED), (0, run.seed, NEW_ORDER)):
+        for seeds, block in blocks.items():
+            if seeds[place] == own:
+                return block, relation if name == RERUN else f"{relation}, {name}"
     return None, name
 
 

@@ -87,7 +87,7 @@ def _shuffled(arms: Sequence[Arm], number: int) -> list[Arm]:
 
 def _seeded(arm: Arm, seed: int) -> Arm:
     """An arm whose own seed is a new one, made new for each block."""
-    fresh = {f"{key}=new": f"{key}={1000 + seed}" for key in ("seed", "data.seed")}
+    fresh = {"seed=new": f"seed={seed + 1}", "data.seed=new": f"data.seed={1000 + seed}"}
     return Arm(arm.label, tuple(fresh.get(word, word) for word in arm.overrides))
 
 

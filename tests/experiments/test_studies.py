@@ -62,7 +62,7 @@ def test_seeds_of_weights_and_data_go_together():
         tag = "" if seed == 1 else f"_{seed}"
         for arm in ("baseline", "rerun", "standard", "compiled", "overlap"):
             assert (found[arm + tag].seed, found[arm + tag].data.seed) == (seed, seed)
-        assert (found[f"new_seed{tag}"].seed, found[f"new_seed{tag}"].data.seed) == (1000 + seed, seed)
+        assert (found[f"new_seed{tag}"].seed, found[f"new_seed{tag}"].data.seed) == (seed + 1, seed)
         assert found[f"baseline{tag}"] == found[f"rerun{tag}"]
     assert found["baseline"] == found["spread_5"]
     changed = {key for key in found["baseline"] if found["baseline"][key] != found["new_seed"][key]}
