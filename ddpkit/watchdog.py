@@ -129,7 +129,7 @@ def start(overrides: Sequence[str]) -> None:
     gc.freeze()  # so that the two share their memory
     if os.fork() == 0:
         try:
-            _watch(ward, here.rank, board)
+            _watch(ward, here.rank, here.local_size, board)
         finally:
             os._exit(0)
     gc.unfreeze()
@@ -170,7 +170,7 @@ def verdict(seen: Seen, ages: Ages) -> str:
     return ""
 
 
-def _watch(ward: int, rank: int, board: Board) -> None:
+def _watch(ward: int, rank: int, beside: int, board: Board) -> None:
     """The life of a watchdog: ends with its rank, or ends it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the rank may have something to save
@@ -201,8 +201,10 @@ def _watch(ward: int, rank: int, board: Board) -> None:
             sentence = f"{name} {why} in phase {seen.phase}{others}: the run ends{after}."
             if seen.run_dir:
                 record_failure(Path(seen.run_dir), sentence)
-            sys.stderr.write(f"\nddpkit: {sentence}\n")
-            sys.stderr.flush()
+            # Ranks that watched over this one have said so before they ended.
+            if not (seen.together and beside > 1 and not list(_siblings(ward))):
+                sys.stderr.write(f"\nddpkit: {sentence}\n")
+                sys.stderr.flush()
             _kill(ward)
             return
 
@@ -290,22 +292,29 @@ def below(process: int) -> Iterator[int]:
                     yield from below(child)
 
 
-def _others(ward: int) -> list[str]:
-    """The ranks beside this one, started by the same launcher, that are stopped or in another phase."""
-    described = []
+def _siblings(ward: int) -> Iterator[int]:
+    """The processes that the same launcher started on this host, but for this rank."""
     parent = _stat(Path(f"/proc/{ward}"))[1]
-    own = phase.of(ward)
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, IndexError):
-            fields, name = _stat(path), phase.of(int(path.name))
-            if fields[1] != parent or path.name == str(ward) or not (fields[0] in "tTZ" or name != own):
+            fields = _stat(path)
+            if fields[1] == parent and fields[0] not in "ZX" and path.name != str(ward):
+                yield int(path.name)
+
+
+def _others(ward: int) -> list[str]:
+    """The ranks beside this one that are stopped or in another phase."""
+    described = []
+    own = phase.of(ward)
+    for process in _siblings(ward):
+        with suppress(OSError, IndexError):
+            stopped, now = state(process) in "tT", phase.of(process)
+            if not stopped and now == own:
                 continue
-            variables = dict(
-                word.split("=", 1) for word in (path / "environ").read_text(errors="replace").split("\0") if "=" in word
-            )
-            doing = {"t": "is stopped", "T": "is stopped", "Z": "has ended"}.get(fields[0], "is")
-            where = f" in phase {name}" if name else " starting"
-            described.append(f"rank {any_rank(variables)} (process {path.name}) {doing}{where}")
+            text = Path(f"/proc/{process}/environ").read_text(errors="replace")
+            variables = dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
+            where = f" in phase {now}" if now else " starting"
+            described.append(f"rank {any_rank(variables)} (process {process}) is{' stopped' * stopped}{where}")
     return described
 
 

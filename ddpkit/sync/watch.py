@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch.distributed as dist
 
-from ddpkit import phase
+from ddpkit import phase, watchdog
 from ddpkit.errors import RankDisagreementError
 from ddpkit.launch import is_of_communication, store, within
 
@@ -232,6 +232,7 @@ class Watch:
 
 
 def _look_after(reference: "weakref.ref[Watch]", ended: threading.Event, look: Callable[[Watch], None]) -> None:
+    watchdog.name_thread(watchdog.WATCHER)
     while not ended.wait(TICK):
         watch = reference()
         if watch is None:

@@ -52,7 +52,7 @@ def test_alone():
 def test_what_is_broken_is_named(variables, words, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    done = doctor("--timeout", "3")
+    done = doctor("--timeout", "5")
     assert done.returncode == 2
     shown = " ".join(done.stdout.split())
     assert all(word in shown for word in words), done.stdout + done.stderr
