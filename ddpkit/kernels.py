@@ -8,7 +8,7 @@ without edges among them, and returns the same tensors in float64; its parameter
 the model's. An attribute `kernels` of the model names them in messages.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,9 +41,10 @@ def check_kernels(model: nn.Module, batch: Any, tolerance: float | None = None) 
     Raises:
         InputError: the kernels cannot be run here.
     """
-    if not hasattr(model, "with_reference_kernels"):
+    make_reference: Callable[[], nn.Module] | None = getattr(model, "with_reference_kernels", None)
+    if make_reference is None:
         return []
-    reference = model.with_reference_kernels()
+    reference = make_reference()
     found: list[Difference] = []
     chosen = samples(batch)
     with _full_precision(), _buffers_kept(model):

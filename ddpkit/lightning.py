@@ -60,7 +60,7 @@ class SyncStrategy(DDPStrategy):  # type: ignore[misc]
             raise InputError(f"SyncStrategy does not take {refused[0]}: use Lightning's own DDPStrategy for that.")
         super().__init__(**{name: value for name, value in options.items() if name in known})
         if self.cluster_environment is None:
-            self.cluster_environment = _environment(place())
+            self.cluster_environment: ClusterEnvironment | None = _environment(place())
         self._named = sync
         self._sync_options = {"timeout": sync_timeout} | {n: v for n, v in options.items() if n not in known}
         self.sync: GradientSync | None = None

@@ -142,6 +142,8 @@ def draw(count: int, seed: int) -> list[Trial]:
 class Net(nn.Module):
     """A chain of layers with whatever makes trouble: several dtypes, a shared weight, an unused layer, an empty parameter."""
 
+    scale: Tensor
+
     def __init__(self, generator: random.Random, *, odd: str = "", normed: bool = True) -> None:
         super().__init__()
         depth, width = generator.randint(1, 5), generator.randint(2, 6)
@@ -160,9 +162,10 @@ class Net(nn.Module):
             self.add_module(
                 name, nn.Linear(width, wide[n], bias=not (odd == "missing" and n == victim), dtype=kinds[n])
             )
+        first: Any = self.get_submodule("layer0")
         if odd == "order" and depth == 1:
-            self.layer0 = _Turned(self.layer0)
-        first = self.get_submodule("layer0")
+            first = _Turned(first)
+            self.add_module("layer0", first)
         if generator.random() < 0.4 and depth > 1 and kinds[0] == kinds[-1] and not odd:
             self.get_submodule(f"layer{depth - 1}").weight = first.weight
         if odd == "tied":
@@ -189,7 +192,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, width]` to the same, in float64."""
         for name in self.chain:
-            layer = self.get_submodule(name)
+            layer: Any = self.get_submodule(name)
             x = torch.tanh(layer(x.to(layer.weight.dtype)) * self.scale.to(x.dtype)[:1])
         norm = getattr(self, "norm", None)
         if norm is not None:
@@ -474,7 +477,10 @@ def _wrong_average(told: Sequence[Outcome]) -> str:
         if any(len(o.expected) <= step for o in told):
             return f"only some ranks have made step {step}"
         names = dict.fromkeys(n for o in told for n in o.expected[step])
-        means = {name: sum(o.expected[step].get(name, torch.zeros(())) for o in told) / len(told) for name in names}
+        nothing = torch.zeros(())
+        means = {
+            name: sum((o.expected[step].get(name, nothing) for o in told), start=nothing) / len(told) for name in names
+        }
         scale = max(float(mean.abs().max()) for mean in means.values() if mean.numel())  # some are in float32
         for name, mean in means.items():
             for rank, o in enumerate(told):
