@@ -65,7 +65,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", [cut, cut_at_a_line, spoil, empty])
+@pytest.mark.parametrize(
+    "damage",
+    [cut, spoil, pytest.param(cut_at_a_line, marks=pytest.mark.long), pytest.param(empty, marks=pytest.mark.long)],
+)
 def test_damaged_files_are_compiled_anew_with_one_line(folder, damage):
     files = compiled_files(folder)
     for path in files:
