@@ -59,8 +59,8 @@ class SyncStrategy(DDPStrategy):  # type: ignore[misc]
         if refused:
             raise InputError(f"SyncStrategy does not take {refused[0]}: use Lightning's own DDPStrategy for that.")
         super().__init__(**{name: value for name, value in options.items() if name in known})
-        if self.cluster_environment is None:
-            self.cluster_environment: ClusterEnvironment | None = _environment(place())
+        if self.cluster_environment is None:  # type: ignore[has-type]  # Lightning's
+            self.cluster_environment = _environment(place())
         self._named = sync
         self._sync_options = {"timeout": sync_timeout} | {n: v for n, v in options.items() if n not in known}
         self.sync: GradientSync | None = None

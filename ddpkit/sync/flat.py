@@ -202,8 +202,8 @@ class FlatSync(GradientSync):
         On the CPU the host looks right after the collective and finds the parameter in the average, so any sums do, such as the
         buckets' own. On a GPU it looks when the average may be gone.
         """
-        norms = torch._foreach_norm(bucket.wire_views, 1) if bucket.numbers else ()  # noqa: SLF001  (as torch's own clipping does)
-        self._norms[number] = torch.stack(tuple(norms)) if norms else bucket.tail[:0]
+        norms = torch._foreach_norm(bucket.wire_views, 1) if bucket.numbers else []  # noqa: SLF001  (as torch's own clipping does)
+        self._norms[number] = torch.stack(list(norms)) if norms else bucket.tail[:0]
 
     def _fill_tail(self, gradients: dict[int, Tensor | None], *, stale: bool) -> None:
         """Writes which parameters have a gradient here, and what this rank says of itself."""

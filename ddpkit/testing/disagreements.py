@@ -142,8 +142,6 @@ def draw(count: int, seed: int) -> list[Trial]:
 class Net(nn.Module):
     """A chain of layers with whatever makes trouble: several dtypes, a shared weight, an unused layer, an empty parameter."""
 
-    scale: Tensor
-
     def __init__(self, generator: random.Random, *, odd: str = "", normed: bool = True) -> None:
         super().__init__()
         depth, width = generator.randint(1, 5), generator.randint(2, 6)
@@ -162,16 +160,13 @@ class Net(nn.Module):
             self.add_module(
                 name, nn.Linear(width, wide[n], bias=not (odd == "missing" and n == victim), dtype=kinds[n])
             )
-        first: Any = self.get_submodule("layer0")
         if odd == "order" and depth == 1:
-            first = _Turned(first)
-            self.add_module("layer0", first)
+            self.add_module("layer0", _Turned(self._layer("layer0")))
+        first = self._layer("layer0")
         if generator.random() < 0.4 and depth > 1 and kinds[0] == kinds[-1] and not odd:
-            self.get_submodule(f"layer{depth - 1}").weight = first.weight
+            self._layer(f"layer{depth - 1}").weight = first.weight
         if odd == "tied":
-            first.bias, first.weight = first.bias, nn.Parameter(first.weight.detach().clone())
             self.twice = first.weight
-            self.register_parameter("aaa", first.bias)
         if generator.random() < 0.5:
             self.unused = nn.Linear(2, 3)
         if generator.random() < 0.4:
@@ -189,11 +184,14 @@ class Net(nn.Module):
             first.bias.requires_grad_(not first.bias.requires_grad)
         self.width = width
 
+    def _layer(self, name: str) -> nn.Linear:
+        return self.get_submodule(name)  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, width]` to the same, in float64."""
         for name in self.chain:
-            layer: Any = self.get_submodule(name)
-            x = torch.tanh(layer(x.to(layer.weight.dtype)) * self.scale.to(x.dtype)[:1])
+            layer = self._layer(name)
+            x = torch.tanh(layer(x.to(layer.weight.dtype)) * self.get_buffer("scale").to(x.dtype)[:1])
         norm = getattr(self, "norm", None)
         if norm is not None:
             x = norm(x.to(norm.weight.dtype))
@@ -350,7 +348,7 @@ class Actor:
         elif kind == "written to":
             model.get_parameter(name).data.add_(1e-3)
         elif kind == "buffer written to":
-            model.scale.mul_(1.1)
+            model.get_buffer("scale").mul_(1.1)
         elif kind == "eval":
             model.eval()
         elif kind == "other criterion":
@@ -476,11 +474,10 @@ def _wrong_average(told: Sequence[Outcome]) -> str:
     for step in range(max(len(o.expected) for o in told)):
         if any(len(o.expected) <= step for o in told):
             return f"only some ranks have made step {step}"
-        names = dict.fromkeys(n for o in told for n in o.expected[step])
-        nothing = torch.zeros(())
-        means = {
-            name: sum((o.expected[step].get(name, nothing) for o in told), start=nothing) / len(told) for name in names
-        }
+        means: dict[str, Tensor] = {}
+        for o in told:
+            for name, gradient in o.expected[step].items():
+                means[name] = means.get(name, torch.zeros_like(gradient)) + gradient / len(told)
         scale = max(float(mean.abs().max()) for mean in means.values() if mean.numel())  # some are in float32
         for name, mean in means.items():
             for rank, o in enumerate(told):

@@ -9,7 +9,7 @@ from strategies import LikeGpu
 from torch import nn
 
 import ddpkit
-from ddpkit.errors import InputError, NonFiniteGradientError
+from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
 from ddpkit.sync import guard
 from ddpkit.testing import run_ranks
 
@@ -198,7 +198,7 @@ def refusals(strategy):
             for s in (sync, *others):
                 s.synchronize()
             optimizer.step()
-        except InputError as error:
+        except (InputError, RankDisagreementError) as error:
             return str(error)
         finally:
             for s in (sync, *others):
@@ -207,6 +207,9 @@ def refusals(strategy):
 
     def replace(model):
         model[2] = nn.Linear(7, 3)
+
+    def add(model):
+        model.append(nn.Linear(3, 3))
 
     bare = torch.zeros(2, 4, requires_grad=True)
     frozen = torch.zeros(2)
@@ -218,6 +221,7 @@ def refusals(strategy):
         "without a gradient": outcome(torch.zeros(2, requires_grad=True)),
         "of another": outcome("criterion", synced=["alone"]) if strategy != "standard" else "",
         "replaced": outcome(prepare=replace) if strategy not in ("standard", "none") else "",
+        "added": outcome(prepare=add) if strategy not in ("standard", "none") else "",
     }
 
 
@@ -234,8 +238,9 @@ def test_a_parameter_that_is_stepped_but_not_averaged_is_named():
             assert "shape (2, 4)" in found["bare"]
             assert (found["known"], found["frozen"], found["without a gradient"], found["of another"]) == ("",) * 4
             if strategy != "standard":
+                assert "on ranks 0, 1 held other parameters" in found["replaced"]
                 assert "'2.weight'" in found["replaced"]
-                assert "make_sync() after whatever adds or replaces" in found["replaced"]
+                assert "'3.weight', which SGD steps, was put into its module after make_sync()" in found["added"]
 
 
 def test_on_one_rank_nothing_is_averaged_and_nothing_refused():
