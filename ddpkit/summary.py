@@ -28,8 +28,14 @@ def failure(path: Path) -> str:
     return str(facts.get("error") or "") if facts.get("status") == "failed" else ""
 
 
-def record_failure(path: Path, error: str) -> None:
-    """Has the `summary.json` of a run that is said to be running tell that it failed, and why. Any rank may do this."""
+def record_failure(path: Path, error: str, **more: object) -> None:
+    """Has the `summary.json` of a run that is said to be running tell that it failed, and why. Any rank may do this.
+
+    Args:
+        path: the run folder.
+        error: why.
+        more: what else is known, such as how many updates were lost.
+    """
     summary = path / "summary.json"
     try:
         facts = json.loads(summary.read_text())
@@ -37,7 +43,7 @@ def record_failure(path: Path, error: str) -> None:
         return
     if facts.get("status") != "running":
         return
-    text = json.dumps(facts | {"status": "failed", "error": error}, indent=2) + "\n"
+    text = json.dumps(facts | {"status": "failed", "error": error} | more, indent=2) + "\n"
     try:
         write_atomically(summary, text)
     except OSError:  # on a full disk there is still the room that the file has

@@ -151,9 +151,13 @@ class Job:
         self.run_dir = path
 
     def record_failure(self, sentence: str) -> None:
-        """Has the run's summary tell why it cannot go on; from any rank and thread."""
+        """Has the run's summary tell why it cannot go on, and what is known by then; from any rank and thread."""
         if self.run_dir is not None:
-            record_failure(self.run_dir, sentence)
+            record_failure(self.run_dir, sentence, **self._facts())
+
+    def _facts(self) -> dict[str, int]:
+        """Alike on all ranks, since mpirun may end rank 0 before it has written them."""
+        return self.trainer.facts() if self.trainer else {}
 
     def close_failed(self, failure: BaseException) -> None:
         """Records the failure, with how far training has come, and lets go of the folder."""
@@ -161,11 +165,11 @@ class Job:
         # A launcher ends all ranks once one has failed: what that one or a thread has recorded is the cause of the signal.
         if isinstance(failure, KeyboardInterrupt) and self.run_dir and (told := recorded_failure(self.run_dir)):
             why, kind = told, RankLostError.__name__
-        facts = self.trainer.facts() if self.trainer else {}
         with suppress(InputError):  # a full disk, say
             if self.folder is not None:
-                self.folder.summarize(status="failed", error=why, error_kind=kind, **facts)
-        self.record_failure(why)
+                self.folder.summarize(status="failed", error=why, error_kind=kind, **self._facts())
+        if self.run_dir is not None:
+            record_failure(self.run_dir, why, error_kind=kind, **self._facts())
         with suppress(InputError):
             self.close()
 

@@ -1,4 +1,4 @@
-"""A model that misbehaves where it is told to: `BROKEN` holds what, on which ranks, and at which calls, as JSON."""
+"""A model that misbehaves where it is told to: `BROKEN` holds at which steps or phase, and on which ranks, as JSON."""
 
 import json
 import os
@@ -6,25 +6,36 @@ import os
 import torch
 
 from ddpkit.models import Allegro
+from ddpkit.step import Step
+
+steps = 0  # begun by this process, since the last model was built
+_call = Step.__call__
+
+
+def _counted(step, batch):
+    global steps  # noqa: PLW0603
+    steps += 1
+    return _call(step, batch)
+
+
+Step.__call__ = _counted
 
 
 class Broken(Allegro):
     def __init__(self, **keywords):
+        global steps  # noqa: PLW0603
         super().__init__(**keywords)
+        steps = 0
         self.plan = json.loads(os.environ.get("BROKEN", "{}"))
-        rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
-        self.is_chosen = rank in self.plan.get("ranks", [0, 1])
-        self.calls = {True: 0, False: 0}
+        self.is_chosen = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")) in self.plan.get("ranks", [0, 1])
         next(self.parameters()).register_hook(self.spoil)
 
     def spoil(self, gradient):
-        is_due = self.is_chosen and self.calls[True] in self.plan.get("gradients", [])
-        return gradient * float("nan") if is_due else gradient
+        return gradient * float("nan") if self.is_chosen and steps in self.plan.get("gradients", []) else gradient
 
     def forward(self, batch):
-        self.calls[self.training] += 1
         output = super().forward(batch)
-        if not self.training and self.is_chosen and "validation" in self.plan:
+        if steps and not self.training and self.is_chosen and "validation" in self.plan:
             if self.plan["validation"] == "raises":
                 raise MemoryError("no room")
             output["forces"] = output["forces"] + torch.tensor(float("nan"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpkit import checkpoint
-from ddpkit.compile.variants import Code, Variants
+from ddpkit.compile.variants import Code, Tally, Variants
 from ddpkit.experiments.cli import _dispatch
 from ddpkit.ledger import Ledger, name_bad
 from ddpkit.step import Step
@@ -92,13 +92,15 @@ def test_batches_without_code_are_counted():
         def same_form(self, _):
             return True
 
-    variants = Variants(None, None, None)
+    tally = Tally([])
+    variants = Variants(None, None, None, tally)
+    variants.cause = lambda *_: ""
     batch = torch.ones(2)
     variants.codes = [Code(Never(), None)] * 8
     for _ in range(2):
         with pytest.warns(UserWarning, match="runs eagerly"):
             assert variants.find(batch, [batch], None) is None
-    assert variants.eager == 2
+    assert tally.eager == 2
 
 
 def failed(done, summary):
