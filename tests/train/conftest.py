@@ -9,19 +9,9 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from tiny import TINY
 
 from ddpkit.launch import mpirun
-
-TINY = (
-    "model=allegro_tiny",
-    "model.r_max=4.0",
-    "data=files",
-    "device=cpu",
-    "train.batch_size=8",
-    "train.max_epochs=2",
-    "train.ema_decay=0.9",
-    "data.split=[0.8,0.1,0.1]",
-)
 
 
 @pytest.fixture(scope="session")

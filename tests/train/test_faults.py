@@ -101,7 +101,7 @@ class Job:
 
 @pytest.fixture
 def overrides(clusters, cache):
-    from conftest import TINY
+    from tiny import TINY
 
     words = dict(word.split("=", 1) for word in TINY) | {
         "data.path": clusters, "data.cache": cache, "train.max_epochs": 1000, "train.checkpoint_every": 2,

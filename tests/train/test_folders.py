@@ -21,7 +21,7 @@ from ddpkit.experiments.config import read
 @pytest.fixture
 def endless(clusters, cache, tmp_path):
     """A run without checkpoints that is under way; it is ended afterwards."""
-    from conftest import TINY
+    from tiny import TINY
 
     words = [
         *TINY,
@@ -88,7 +88,7 @@ def test_runs_of_one_second_have_folders_of_their_own(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, clusters, cache):
-    from conftest import TINY
+    from tiny import TINY
 
     run = tmp_path_factory.mktemp("finished") / "run"
     _dispatch(["run", *TINY, f"data.path={clusters}", f"data.cache={cache}", "train.max_epochs=1", f"run_dir={run}"])
@@ -174,7 +174,7 @@ def test_a_run_of_an_older_version_goes_on_under_the_new_columns(finished, tmp_p
     ],
 )
 def test_folders_that_cannot_be_the_runs(words, expected, finished, clusters, cache, tmp_path, monkeypatch):
-    from conftest import TINY
+    from tiny import TINY
 
     monkeypatch.chdir(tmp_path)
     own = () if words[0].startswith("resume") else (*TINY, f"data.path={clusters}", f"data.cache={cache}")

@@ -190,7 +190,7 @@ def test_what_is_not_reached_is_named(hosts, program):
 
 @pytest.mark.parametrize("what", ["link", pytest.param("host", marks=pytest.mark.long)])
 def test_a_link_that_stops_and_a_host_that_vanishes(what, hosts, clusters, cache, tmp_path):
-    from conftest import TINY
+    from tiny import TINY
 
     run = tmp_path / "run"
     words = dict(word.split("=", 1) for word in TINY) | {

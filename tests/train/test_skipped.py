@@ -36,7 +36,7 @@ def summary(tmp_path):
 @pytest.fixture
 def run_here(clusters, cache):
     """Runs in this process, on one rank; returns the sentence that ended it."""
-    from conftest import TINY
+    from tiny import TINY
 
     def start(*overrides):
         try:

@@ -20,7 +20,7 @@ TIMEOUT = 12
 
 @pytest.fixture
 def overrides(clusters, cache, tmp_path):
-    from conftest import TINY
+    from tiny import TINY
 
     return [
         *TINY,
