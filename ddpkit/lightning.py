@@ -60,7 +60,7 @@ class SyncStrategy(DDPStrategy):  # type: ignore[misc]
             raise InputError(f"SyncStrategy does not take {refused[0]}: use Lightning's own DDPStrategy for that.")
         super().__init__(**{name: value for name, value in options.items() if name in known})
         if self.cluster_environment is None:  # type: ignore[has-type]  # Lightning's
-            self.cluster_environment = _environment(place())
+            self.cluster_environment = _environment()
         self._named = sync
         self._sync_options = {"timeout": sync_timeout} | {n: v for n, v in options.items() if n not in known}
         self.sync: GradientSync | None = None
@@ -206,11 +206,14 @@ def _meet(trainer: Any, what: str) -> None:
         trainer.strategy.sync.meet(what)
 
 
-def _environment(here: Place) -> ClusterEnvironment | None:
+def _environment() -> ClusterEnvironment | None:
     """Where Lightning would not find by itself what the launcher has started: it takes the variables of a SLURM allocation
     for those of a step, also under mpirun and in a batch script.
     """  # fmt: skip
-    if here.launcher == "alone":
+    # what Lightning tells the processes that it starts itself
+    is_lightnings = {"NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() and "RANK" not in os.environ
+    here = None if is_lightnings else place()
+    if here is None or here.launcher == "alone":
         return LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
     return None if here.launcher in ("torchrun", "srun") else _Launched(here)
 

@@ -377,8 +377,18 @@ def try_links(store: dist.Store, rank: int, peers: Sequence[Peer], address: str,
     answers = [f"tried/{first}" for first in firsts]
     _wait_for(store, answers, patience)
     if failed := [text for key in answers for text in store.get(key).decode().splitlines()]:
+        _wait_for_readers(store, rank, len(peers))
         more = f" (and {len(failed) - 1} more)" * (len(failed) > 1)
         raise everywhere(InputError(f"{failed[0]}{more}: {OPEN}."))
+
+
+def _wait_for_readers(store: dist.Store, rank: int, size: int) -> None:
+    """Keeps rank 0, which may hold the store and is about to leave, until every rank has read what it had to, or for 5 s."""
+    if store.add("read", 1) == size:
+        store.set("all read", "")
+    elif rank == 0:
+        with suppress(dist.DistError):
+            store.wait(["all read"], timedelta(seconds=5))
 
 
 def _try_link(store: dist.Store, peers: Sequence[Peer], rank: int, target: int, patience: timedelta) -> str:

@@ -162,7 +162,7 @@ def test_torchrun_on_two_hosts(hosts, program):
     said, codes = ends(
         [
             hosts.run(
-                number, [*words, "10.77.0.1", "--node-rank", str(number), "--master-port", str(PORT), program], {}
+                number, [*words, "10.77.0.1", "--node-rank", str(number), "--master-port", str(PORT), program, "60"], {}
             )
             for number in range(2)
         ]
