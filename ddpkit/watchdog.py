@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpkit import phase
-from ddpkit.launchers import any_rank, place
+from ddpkit.launchers import Place, any_rank, place
 from ddpkit.summary import record_failure
 
 DEFAULT_TIMEOUT = 600.0  # seconds, of train.timeout
@@ -129,7 +129,7 @@ def start(overrides: Sequence[str]) -> None:
     gc.freeze()  # so that the two share their memory
     if os.fork() == 0:
         try:
-            _watch(ward, here.rank, here.local_size, board)
+            _watch(ward, here, board)
         finally:
             os._exit(0)
     gc.unfreeze()
@@ -170,11 +170,12 @@ def verdict(seen: Seen, ages: Ages) -> str:
     return ""
 
 
-def _watch(ward: int, rank: int, beside: int, board: Board) -> None:
+def _watch(ward: int, here: Place, board: Board) -> None:
     """The life of a watchdog: ends with its rank, or ends it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the rank may have something to save
     name_thread("ddpkit:watchdog")
+    rank, beside, launcher = here.rank, here.local_size, _stat(Path(f"/proc/{ward}"))[1]
     ages, meter = Ages(), Meter(ward)
     last, changes = time.monotonic(), -1
     tick = 0.25
@@ -207,6 +208,18 @@ def _watch(ward: int, rank: int, beside: int, board: Board) -> None:
                 sys.stderr.flush()
             _kill(ward)
             return
+    _tell_of_launcher(board.read(), here.launcher, launcher)
+
+
+def _tell_of_launcher(seen: Seen, name: str, process: str) -> None:
+    """Has the run's summary tell of a launcher that was killed: its ranks may end with it, before they can say anything."""
+    time.sleep(1.0)  # one of them may be about to tell more
+    if seen.run_dir and not Path(f"/proc/{process}").exists():
+        record_failure(
+            Path(seen.run_dir),
+            f"In phase {seen.phase} {name} (process {process}) was gone, and its ranks ended with it; resume goes on from the "
+            "last checkpoint.",
+        )
 
 
 def _ended(process: int, seconds: float) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from ddpkit import __version__, phase, watchdog
-from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, unusable_path
+from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, own, unusable_path
 from ddpkit.launchers import any_rank, place
 
 # verb -> (module, what it does, whether it takes Hydra overrides)
@@ -154,7 +154,11 @@ def _leave(work: Callable[[], None]) -> None:
             _abandon(2, str(refused), error)
         if os.environ.get("DDPKIT_TRACEBACK") or not isinstance(error, RuntimeError):
             traceback.print_exc()
-        _abandon(1, f"{type(error).__name__}: {error}", error)
+        sentence = f"{type(error).__name__}: {error}"
+        if not _is_running_with_others() and _is_one_of_several():  # before the ranks had met, so nobody else can tell
+            sentence = f"Rank {_rank()} failed in phase {phase.current()[0] or 'import'}: {sentence}"
+            own(error)
+        _abandon(1, sentence, error)
 
 
 def _abandon(code: int, sentence: str, error: BaseException) -> None:
@@ -166,8 +170,8 @@ def _abandon(code: int, sentence: str, error: BaseException) -> None:
     rank = _rank()
     if getattr(error, "said", False):
         sentence = ""
-    own = getattr(error, "own", False)
-    if rank == 0 or own or (_is_running_with_others() and not getattr(error, "everywhere", False)):
+    is_own = getattr(error, "own", False)
+    if rank == 0 or is_own or (_is_running_with_others() and not getattr(error, "everywhere", False)):
         if sentence:
             with suppress(OSError):  # whoever read it is gone
                 print(f"ddpkit: {sentence}", file=sys.stderr)
@@ -184,6 +188,12 @@ def _rank() -> int:
         return place().rank
     except InputError:
         return any_rank()
+
+
+def _is_one_of_several() -> bool:
+    with suppress(InputError):
+        return place().world_size > 1
+    return True
 
 
 def _is_running_with_others() -> bool:

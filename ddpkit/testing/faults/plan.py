@@ -43,7 +43,7 @@ FAULTS = {
     "truncated": Fault("SIGKILL to one rank, then half of the last checkpoint is missing", phases=_TRAINS),
     "garbage": Fault("SIGKILL to one rank, then the last checkpoint holds random bytes", phases=_TRAINS),
     "nan": Fault(
-        "the energies of one rank are NaN once", phases=("compile", "step", "validation"), names=r"NaN|infinite"
+        "the energies of one rank are NaN once", phases=("compile", "step", "validation"), names=r"NaN|infinite|by inf"
     ),
     "memory": Fault("MemoryError (on GPUs OutOfMemoryError) on one rank"),
     "limit": Fault("one rank gets no more memory from the system"),
