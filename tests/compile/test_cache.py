@@ -71,7 +71,12 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "damage",
-    [cut, spoil, pytest.param(cut_at_a_line, marks=pytest.mark.long), pytest.param(empty, marks=pytest.mark.long)],
+    [
+        cut,
+        pytest.param(spoil, marks=pytest.mark.long),
+        pytest.param(cut_at_a_line, marks=pytest.mark.long),
+        pytest.param(empty, marks=pytest.mark.long),
+    ],
 )
 def test_damaged_files_are_compiled_anew_with_one_line(folder, damage):
     files = compiled_files(folder)
@@ -95,6 +100,7 @@ def test_afterwards_nothing_is_compiled(folder):
     assert {path: path.stat().st_mtime_ns for path in compiled_files(folder)} == before
 
 
+@pytest.mark.long
 def test_what_no_seal_tells_is_compiled_without_the_cache(folder):
     for seal in folder.rglob(".*.seal"):
         seal.unlink()

@@ -147,7 +147,7 @@ def fit_unequal(strategy, training, validation, told):
 ELASTIC = {"TORCHELASTIC_RUN_ID": "test"}
 
 
-@pytest.mark.parametrize("strategy", ["custom", "standard"])
+@pytest.mark.parametrize("strategy", ["custom", pytest.param("standard", marks=pytest.mark.long)])
 def test_ranks_with_unequal_numbers_of_batches_are_named(strategy):
     longer, shorter = run_ranks(
         fit_unequal, 2, strategy, (5, 3), (2, 2), False, initialize=False, environment=ELASTIC, timeout=90
@@ -163,6 +163,7 @@ def test_validation_on_unequal_numbers_of_batches_does_not_hang():
     ) == ["", ""]
 
 
+@pytest.mark.long
 def test_validation_that_logs_unequally_often_is_named():
     shorter, longer = run_ranks(
         fit_unequal, 2, "custom", (3, 3), (2, 4), True, initialize=False, environment=ELASTIC, timeout=90

@@ -202,7 +202,13 @@ def campaign(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("fault", "when", "rank"),
-    [("kill", "model", 1), ("slow", "validation", 1), ("nan", "step", 1), ("disk", "step", 0)],
+    [
+        ("kill", "step", 1),
+        ("nan", "step", 1),
+        ("disk", "step", 0),
+        pytest.param("kill", "model", 1, marks=pytest.mark.long),
+        pytest.param("slow", "validation", 1, marks=pytest.mark.long),
+    ],
 )
 def test_a_struck_run_goes_on_bit_for_bit(campaign, fault, when, rank):
     row = campaign.run(Trial(0, 1, fault, when, Run("overlap", compiled=False), rank, 0.5, 0.5))

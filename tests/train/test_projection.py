@@ -70,6 +70,7 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(ddpkit_run, tmp_path
         assert np.array_equal(row, parts[step]), step
 
 
+@pytest.mark.long
 def test_the_trajectory_of_four_ranks_is_emulated_to_the_last_bit(ddpkit_run, tmp_path):
     more = ("train.projection=true", "train.max_steps=6")
     ddpkit_run(*more, f"run_dir={tmp_path / 'real'}", ranks=4)
