@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 PHASES = ("import", "rendezvous", "data", "model", "compile", "step", "checkpoint", "validation", "end")
 
-
 _NAME = 15  # characters that Linux keeps of a process's name
 _NAMES = {f"ddpkit:{phase}"[:_NAME]: phase for phase in PHASES}
 

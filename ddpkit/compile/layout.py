@@ -200,4 +200,8 @@ def sizes_of(layout: Layout, batch: Any) -> dict[str, int]:
 
 def describe(sizes: dict[str, int]) -> str:
     """Sizes in words."""
-    return ", ".join(f"{size} {name}" if not name.startswith("n") else str(size) for name, size in sizes.items())
+    known = {"most": "at most {} neighbours of an atom"}
+    return ", ".join(
+        str(size) if name.startswith("n") else known.get(name, f"{{}} {name}").format(size)
+        for name, size in sizes.items()
+    )

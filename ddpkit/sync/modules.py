@@ -1,11 +1,13 @@
 """A model and further modules with trained parameters, seen as one."""
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from ddpkit.errors import InputError
+
+T = TypeVar("T", bound=Tensor)
 
 
 class Named(Protocol):
@@ -60,18 +62,17 @@ class Modules:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Each parameter once, the model's first."""
-        seen: set[Tensor] = set()
-        for prefix, module in self._prefixed:
-            for name, parameter in module.named_parameters():
-                if parameter not in seen:
-                    seen.add(parameter)
-                    yield prefix + name, parameter
+        return _once((prefix + name, p) for prefix, module in self._prefixed for name, p in module.named_parameters())
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Each buffer once, the model's first."""
-        seen: set[Tensor] = set()
-        for prefix, module in self._prefixed:
-            for name, buffer in module.named_buffers():
-                if buffer not in seen:
-                    seen.add(buffer)
-                    yield prefix + name, buffer
+        return _once((prefix + name, b) for prefix, module in self._prefixed for name, b in module.named_buffers())
+
+
+def _once(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Each tensor under the first of its names."""
+    seen: set[Tensor] = set()
+    for name, tensor in named:
+        if tensor not in seen:
+            seen.add(tensor)
+            yield name, tensor
