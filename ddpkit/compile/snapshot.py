@@ -222,7 +222,7 @@ class Snapshot:
     def _visit_items(self, value: dict[Any, Any], path: str, form: str, internal: frozenset[str]) -> None:
         paths = {key: path + form.format(key) for key in value if key not in internal}
         paths = {key: where for key, where in paths.items() if where not in self._ignored}
-        if len(paths) == len(value):
+        if len(paths) == len(value) > 0:  # of an empty one the size is looked at
             self._read.append(value.values)
         elif paths:  # the first one twice, because a getter of one thing gives no tuple
             self._read.append(functools.partial(operator.itemgetter(*paths, next(iter(paths))), value))

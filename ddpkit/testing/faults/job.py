@@ -16,6 +16,7 @@ from ddpkit.testing.ranks import LAUNCHER_VARIABLES, RANK_VARIABLES
 
 MARK = "DDPKIT_CAMPAIGN"
 LOOK = 0.001  # seconds between looks at a rank's phase
+LOOK_AT_START = 0.02  # the same while it starts: looks of many jobs side by side would take a whole core
 REAPING = 5.0  # seconds that helpers of a rank get to notice its end
 
 
@@ -86,6 +87,10 @@ class Job:
             return "gone"
         return "gone" if _facts(number)[0] in "ZX" else now
 
+    def await_change(self, now: str) -> None:
+        """Sleeps until the next look at a rank that is in the phase `now` is due."""
+        time.sleep(LOOK_AT_START if now in ("", "import", "rendezvous") else LOOK)
+
     def left(self) -> dict[int, str]:
         """Number and command line of each process of the job that is still there."""
         found = {}
@@ -119,7 +124,10 @@ def _processes() -> list[int]:
 
 
 def _children(parent: int) -> list[int]:
-    return [number for number in _processes() if _facts(number)[1] == str(parent)]
+    try:  # one file, where the kernel offers it
+        return [int(number) for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    except OSError:
+        return [number for number in _processes() if _facts(number)[1] == str(parent)]
 
 
 def _facts(number: int) -> list[str]:
