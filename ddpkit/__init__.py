@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from ddpkit.calculator import Calculator as Calculator
     from ddpkit.compile import compile_forces as compile_forces
     from ddpkit.errors import InputError as InputError
-    from ddpkit.launch import init_process_group as init_process_group
     from ddpkit.loss import EnergyForcesLoss as EnergyForcesLoss
     from ddpkit.loss import global_mean as global_mean
+    from ddpkit.ranks.group import init_process_group as init_process_group
     from ddpkit.step import make_step as make_step
     from ddpkit.sync import make_sync as make_sync
     from ddpkit.sync.base import GradientSync as GradientSync
@@ -38,7 +38,7 @@ _HOME = {
     "StandardSync": "ddpkit.sync.standard",
     "compile_forces": "ddpkit.compile",
     "global_mean": "ddpkit.loss",
-    "init_process_group": "ddpkit.launch",
+    "init_process_group": "ddpkit.ranks.group",
     "make_step": "ddpkit.step",
     "make_sync": "ddpkit.sync",
 }

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpkit import phase
 from ddpkit.batch import Batch
 from ddpkit.data import Loader, PreparedSet, Sweep
 from ddpkit.errors import InputError
-from ddpkit.launch import Environment, agree
+from ddpkit.ranks import phase
+from ddpkit.ranks.agree import agree
+from ddpkit.ranks.group import Environment
 
 Floats = NDArray[np.float64]
 

@@ -13,7 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from ddpkit.errors import InputError, RankDisagreementError
-from ddpkit.launch import Place, init_process_group, is_of_communication, place
+from ddpkit.ranks.group import init_process_group, is_of_communication
+from ddpkit.ranks.launchers import Place, place
 from ddpkit.sync import GradientSync, Strategy, make_sync, takes_option
 
 OF_LIGHTNING = {

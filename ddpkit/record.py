@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ddpkit.errors import InputError, writing
-from ddpkit.launch import Environment
 from ddpkit.lock import FolderLock
+from ddpkit.ranks.group import Environment
 from ddpkit.summary import record_failure as record_failure  # noqa: PLC0414  (part of what this module offers)
 from ddpkit.summary import write_atomically
 

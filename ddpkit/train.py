@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ddpkit import checkpoint, phase
+from ddpkit import checkpoint
 from ddpkit.batch import Batch
 from ddpkit.data import GlobalStep
 from ddpkit.errors import NonFiniteGradientError
 from ddpkit.evaluate import Errors
-from ddpkit.gather import Gather
-from ddpkit.launch import Environment
 from ddpkit.ledger import Ledger, name_bad
 from ddpkit.projection import Projection
+from ddpkit.ranks import phase
+from ddpkit.ranks.gather import Gather
+from ddpkit.ranks.group import Environment
 from ddpkit.record import STEP_COLUMNS, RunFolder, finite
 from ddpkit.step import Step
 

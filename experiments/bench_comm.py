@@ -15,7 +15,8 @@ import torch.distributed as dist
 import ddpkit
 from ddpkit.errors import InputError
 from ddpkit.experiments.bench_sync import relaunch, write_csv
-from ddpkit.launch import DEFAULT_TIMEOUT, environment, place
+from ddpkit.ranks.group import DEFAULT_TIMEOUT, environment
+from ddpkit.ranks.launchers import place
 from ddpkit.sync.comm import Comm, make_comm
 
 COLUMNS = ("comm", "backend", "device", "ranks", "hosts", "bytes", "seconds", "seconds_min", "gigabytes_per_second")

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 import ddpkit
 from ddpkit.errors import InputError
-from ddpkit.launch import environment, mpirun, place
+from ddpkit.ranks.group import environment
+from ddpkit.ranks.launchers import place
+from ddpkit.ranks.mpirun import mpirun
 
 COLUMNS = (
     "parameters", "scheme", "comm", "bucket_mb", "ranks", "seconds_sync", "gigabytes_per_second", "seconds_step",

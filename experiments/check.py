@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from hydra.utils import instantiate
 
-from ddpkit import launch
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Loader, Sampler
 from ddpkit.errors import ParityError
@@ -22,6 +21,8 @@ from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import read
 from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.loss import EnergyForcesLoss
+from ddpkit.ranks import group
+from ddpkit.ranks.agree import agree
 from ddpkit.step import make_step
 
 
@@ -33,7 +34,7 @@ def main(overrides: Sequence[str]) -> None:
         ParityError: what was compared differs by more than rounding explains.
     """
     config = read(list(overrides))
-    here = launch.init_process_group(None if config.device == "auto" else config.device)
+    here = group.init_process_group(None if config.device == "auto" else config.device)
     setup.set_numerics(config)
     data = run_data.open_data(config)
     run_data.refuse_missing_labels(config, data)
@@ -46,7 +47,7 @@ def main(overrides: Sequence[str]) -> None:
         world_size=here.world_size, rank=here.rank, seed=config.data.seed,
     )  # fmt: skip
     _, batches = next(Loader(data.frames, sampler, spec["species"], r_max, device=here.device).epoch(0))
-    with launch.agree("comparing kernels with the reference"):
+    with agree("comparing kernels with the reference"):
         kernels = check_kernels(model, batches[0])
     if here.is_first:
         name = setup.model_name(config)
@@ -72,7 +73,7 @@ def main(overrides: Sequence[str]) -> None:
             f"{setup.model_name(config)}: the step of strategy {setup.strategy_name(config)}, {seconds}, against eager code"
         )
         print(table(step.differences))
-    launch.shutdown()
+    group.shutdown()
     require_kernels(model, kernels)
     if failure is not None:
         raise failure

@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from ddpkit import __version__, phase, watchdog
+from ddpkit import __version__
 from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, own, unusable_path
-from ddpkit.launchers import any_rank, place
+from ddpkit.ranks import phase, watchdog
+from ddpkit.ranks.launchers import any_rank, place
 
 # verb -> (module, what it does, whether it takes Hydra overrides)
 VERBS = {

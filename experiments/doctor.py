@@ -24,9 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ddpkit import network, phase, watchdog
 from ddpkit.errors import InputError, RankLostError
-from ddpkit.launchers import Place, place
+from ddpkit.ranks import network, phase, watchdog
+from ddpkit.ranks.launchers import Place, place
 
 WIDTH = 100
 VALUES = 1 << 20  # that are added up, float32
@@ -105,10 +105,11 @@ def _end(screen: Screen, *, shows: bool, together: bool = False) -> None:
     if shows:
         print(screen.text(), flush=True)
     if together:
-        from ddpkit import launch
+        from ddpkit.ranks import group
+        from ddpkit.ranks.agree import share
 
-        failed = launch.share(lambda: failed, "the verdict")
-        launch.shutdown()
+        failed = share(lambda: failed, "the verdict")
+        group.shutdown()
     phase.enter("end")
     phase.wait_from_now("the other ranks to end")
     sys.stdout.flush()
@@ -267,10 +268,10 @@ def _together(screen: Screen, facts: dict[str, Any], timeout: float) -> list[dic
     """
     import torch
 
-    from ddpkit import launch
+    from ddpkit.ranks import group
 
     phase.enter("rendezvous")
-    joined = launch.init_process_group(timeout=timedelta(seconds=timeout))
+    joined = group.init_process_group(timeout=timedelta(seconds=timeout))
     facts |= {"local": [joined.local_rank, joined.local_size], "threads": torch.get_num_threads(), "clock": time.time()}
     facts["device"] = str(joined.device)
     facts["uuid"] = str(torch.cuda.get_device_properties(joined.device).uuid) if joined.device.type == "cuda" else ""
@@ -286,17 +287,18 @@ def _together(screen: Screen, facts: dict[str, Any], timeout: float) -> list[dic
 
 def _gathered(facts: dict[str, Any], rank: int, world_size: int) -> list[dict[str, Any]]:
     """Every rank's facts, on every rank."""
-    from ddpkit import launch
+    from ddpkit.ranks import group
+    from ddpkit.ranks.agree import agree
 
-    shared = launch.store()
-    with launch.agree("telling the others"):
+    shared = group.store()
+    with agree("telling the others"):
         shared.set(f"doctor/{rank}", json.dumps(facts))
     return [json.loads(shared.get(f"doctor/{number}")) for number in range(world_size)]
 
 
 def _show_ranks(screen: Screen, everyone: Sequence[dict[str, Any]]) -> None:
     """The rows on ranks and hosts."""
-    from ddpkit import launch, meeting
+    from ddpkit.ranks import group, rendezvous
 
     names = list(dict.fromkeys(facts["host"] for facts in everyone))
     screen.add("ranks", f"{len(everyone)} on {len(names)} host{'s' * (len(names) > 1)}")
@@ -308,14 +310,14 @@ def _show_ranks(screen: Screen, everyone: Sequence[dict[str, Any]]) -> None:
         )
     if len(everyone) > 16:
         screen.add("", f"and {len(everyone) - 16} more")
-    peers = launch.peers()
+    peers = group.peers()
     shown: set[str] = set()
     for rank, peer in enumerate(peers):
         if peer.machine in shown or len(shown) == 8:
             continue
         shown.add(peer.machine)
         # The variables were set where they were not: what was chosen is asked without them.
-        chosen = meeting.interface(rank, peers, everyone[rank]["interfaces"], {})
+        chosen = rendezvous.interface(rank, peers, everyone[rank]["interfaces"], {})
         if chosen is None:
             screen.add("network", "one host: loopback")
             break

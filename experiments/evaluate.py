@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from ddpkit import checkpoint, launch
+from ddpkit import checkpoint
 from ddpkit.analysis import accuracy, figures, tables
 from ddpkit.checkpoint import checkpoint_of, load_model
 from ddpkit.data import PreparedSet, collate
@@ -23,7 +23,9 @@ from ddpkit.evaluate import Evaluation, evaluate
 from ddpkit.experiments import run_data, torsion
 from ddpkit.experiments.config import read, read_saved
 from ddpkit.experiments.data import told
-from ddpkit.launch import Environment, agree
+from ddpkit.ranks import group
+from ddpkit.ranks.agree import agree
+from ddpkit.ranks.group import Environment
 
 PARTS = ("train", "validation", "test", "all")
 _ENERGY_POINTS = 100_000  # that a figure is made of
@@ -81,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         InputError: on every rank, where the checkpoint, the data or the benchmark cannot be used.
     """
-    here = launch.init_process_group(None if args.device == "auto" else args.device)
+    here = group.init_process_group(None if args.device == "auto" else args.device)
     with agree("reading the run"):
         if args.batch_size < 1 or args.worst < 0:
             raise InputError(
@@ -117,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     with agree("leaving"):
         if here.is_first:
             print(f"written to {out}")
-    launch.shutdown()
+    group.shutdown()
 
 
 def _configuration(run: Path) -> DictConfig | None:
@@ -151,7 +153,7 @@ def _refuse_changed_data(args: argparse.Namespace, config: DictConfig, data: run
     """Looks whether the data are what the run was trained on, so that its parts are what they were."""
     before = _fingerprint_of(args.run)
     if before is None:
-        if launch.environment().is_first:
+        if group.environment().is_first:
             print(
                 "The run was made by a version that kept no fingerprint of its data: whether they have changed is not known."
             )

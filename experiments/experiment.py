@@ -38,7 +38,7 @@ from ddpkit.errors import InputError
 from ddpkit.experiments.config import read
 from ddpkit.experiments.studies import STUDIES, Arm, Numerics, Speed
 from ddpkit.experiments.turns import Turns, order
-from ddpkit.launch import mpirun
+from ddpkit.ranks.mpirun import mpirun
 
 # What Python, torch and a small model take; pages that ranks share are counted once.
 _BYTES_OF_A_RANK = 400e6

@@ -31,14 +31,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ddpkit import checkpoint, launch, phase
+from ddpkit import checkpoint
 from ddpkit.compile.digest import digest
 from ddpkit.errors import InputError, RankLostError, writing
 from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import flat, keys_of, read, read_saved
-from ddpkit.launch import Environment, agree, share
-from ddpkit.lifeline import Lifeline
 from ddpkit.lock import FolderLock
+from ddpkit.ranks import group, phase
+from ddpkit.ranks.agree import agree, share
+from ddpkit.ranks.group import Environment
+from ddpkit.ranks.lifeline import Lifeline
 from ddpkit.record import RunFolder, describe_environment, record_failure
 from ddpkit.summary import failure as recorded_failure
 from ddpkit.train import Trainer
@@ -71,7 +73,7 @@ def main(overrides: Sequence[str]) -> None:
     started = _as_started(config, overrides)
     setup.set_numerics(started)  # before NCCL, which reads its environment once
     phase.enter("rendezvous")
-    here = launch.init_process_group(
+    here = group.init_process_group(
         None if started.device == "auto" else started.device, timeout=timedelta(seconds=started.train.timeout)
     )
     job = Job(config, here)
@@ -89,7 +91,7 @@ def main(overrides: Sequence[str]) -> None:
             raise
         raise failure from error
     job.close()
-    launch.shutdown()
+    group.shutdown()
 
 
 class Job:

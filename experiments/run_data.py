@@ -18,7 +18,7 @@ from ddpkit.data.once import made_once
 from ddpkit.data.prepared import Filters
 from ddpkit.errors import InputError
 from ddpkit.experiments.data import told
-from ddpkit.launch import agree, first_rank_first
+from ddpkit.ranks.agree import agree, first_rank_first
 from ddpkit.record import RunFolder
 
 _QUICK = 256 << 20  # bytes; smaller sets are compared with their checksums at the start of a run

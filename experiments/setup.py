@@ -14,16 +14,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ddpkit import checkpoint, phase
+from ddpkit import checkpoint
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Loader, Sampler, Sweep, statistics
 from ddpkit.errors import InputError
 from ddpkit.experiments.run_data import Data, changed, fingerprint, kept
 from ddpkit.experiments.turns import wait_for
 from ddpkit.kernels import check_kernels, require_kernels
-from ddpkit.launch import Environment, agree, share
 from ddpkit.loss import EnergyForcesLoss
 from ddpkit.projection import Projection
+from ddpkit.ranks import phase
+from ddpkit.ranks.agree import agree, share
+from ddpkit.ranks.group import Environment
 from ddpkit.record import RunFolder
 from ddpkit.step import make_step
 from ddpkit.sync.emulated import EveryRank

@@ -15,7 +15,8 @@ from ddpkit.data import Frame, collate
 from ddpkit.data.frame import NUMBERS
 from ddpkit.errors import InputError
 from ddpkit.evaluate import Floats, summed
-from ddpkit.launch import Environment, agree
+from ddpkit.ranks.agree import agree
+from ddpkit.ranks.group import Environment
 
 CONFORMERS = 24
 """Of each fragment of TorsionNet500: every 15 degrees."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from random import Random
 from typing import Self
 
-from ddpkit import launch, phase
 from ddpkit.errors import InputError
+from ddpkit.ranks import phase
+from ddpkit.ranks.agree import share
 from ddpkit.train import Trainer
 
 _POLL = 0.003
@@ -33,7 +34,7 @@ def wait_for(folder: Path, label: str) -> Callable[[Trainer], int]:
     """
 
     def wait(trainer: Trainer) -> int:
-        return int(launch.share(lambda: _wait(folder, label, trainer), "waiting for its turn"))
+        return int(share(lambda: _wait(folder, label, trainer), "waiting for its turn"))
 
     return wait
 

@@ -7,9 +7,9 @@ import torch.distributed as dist
 def no_process_group_is_left_behind():
     yield
     if dist.is_initialized():
-        from ddpkit import launch
+        from ddpkit.ranks import group
 
-        launch.shutdown()
+        group.shutdown()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 from ddpkit.compile import parity
 from ddpkit.compile.graph import Conditions, Kernel, Traced, lower, trace
 from ddpkit.compile.layout import Layout, describe, sizes_of
-from ddpkit.compile.meeting import meet
 from ddpkit.compile.objective import Criterion, Objective, State, differentiable, loss_of, total
 from ddpkit.compile.parity import Difference
 from ddpkit.compile.situations import Situations
@@ -20,8 +19,7 @@ from ddpkit.compile.snapshot import Snapshot
 from ddpkit.compile.update import GraphUpdate, InGraph
 from ddpkit.compile.variants import Code, Tally, Variants
 from ddpkit.errors import InputError
-from ddpkit.launch import PATIENT_TIMEOUT
-from ddpkit.sync.agreement import name_ranks
+from ddpkit.ranks.agree import PATIENT_TIMEOUT, exchange, name_ranks
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.flat import FlatSync
 from ddpkit.sync.ingraph import InGraphSync
@@ -195,7 +193,7 @@ class CompiledGradients:
 
     def _meet(self, now: Situation, *, several: bool) -> None:
         """Makes sure that all ranks compile, and the same."""
-        everyone = meet(
+        everyone = exchange(
             "compile the step",
             [several, zlib.crc32(" ".join(now.trained).encode())],
             self._sync.timeout if self._begun else PATIENT_TIMEOUT.total_seconds(),

@@ -18,7 +18,7 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.utils import clear_on_fresh_cache
 
-from ddpkit.cores import all_of_job
+from ddpkit.ranks.cores import all_of_job
 
 _INCLUDE = re.compile(r"^#include .*$", re.MULTILINE)
 _OTHER_DIRECTIVE = re.compile(r"^\s*#\s*(?!include\b|pragma\b)\w+", re.MULTILINE)

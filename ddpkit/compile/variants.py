@@ -13,9 +13,9 @@ from ddpkit.batch import Batch
 from ddpkit.compile import parity
 from ddpkit.compile.graph import Conditions
 from ddpkit.compile.layout import Layout, describe, sizes_of
-from ddpkit.compile.ranks import in_turn, most_on_ranks, of_first_rank
+from ddpkit.compile.ranks import of_first_rank
 from ddpkit.errors import InputError
-from ddpkit.launch import agree
+from ddpkit.ranks.agree import agree, in_turn, most_on_ranks
 
 _MOST = 8  # forms of batches; any further ones run eagerly
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ddpkit import phase
 from ddpkit.errors import InputError
+from ddpkit.ranks import phase
 
 
 def made_once(target: Path, make: Callable[[Path], None]) -> Path:

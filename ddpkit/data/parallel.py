@@ -9,8 +9,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ddpkit.cores import of_job, take_all_of_job
 from ddpkit.errors import InputError
+from ddpkit.ranks.cores import of_job, take_all_of_job
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddpkit import phase
 from ddpkit.errors import InputError, RankDisagreementError
+from ddpkit.ranks import phase
+from ddpkit.ranks.agree import name_ranks
 from ddpkit.sync.modules import Modules, Named
 
 PIECE = 2**20  # elements that are summed up at once
@@ -154,8 +155,3 @@ def of_replaced(calls: int, ranks: Sequence[int], here: Sequence[str]) -> RankDi
         f"At synchronize() number {calls} the modules on {name_ranks(ranks)} held other parameters than make_sync() was given"
         f"{names}, whose gradients are not averaged: call make_sync() after whatever adds, replaces or removes parameters."
     )
-
-
-def name_ranks(numbers: Sequence[int]) -> str:
-    """Ranks in words."""
-    return f"rank{'s' * (len(numbers) != 1)} {', '.join(map(str, numbers))}"

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpkit.errors import InputError
-from ddpkit.launchers import place
+from ddpkit.ranks.launchers import place
+from ddpkit.ranks.watch import Watch
 from ddpkit.sync import agreement
 from ddpkit.sync.comm import make_comm
 from ddpkit.sync.guard import Guard
 from ddpkit.sync.modules import Modules
-from ddpkit.sync.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpkit.errors import NonFiniteGradientError, RankDisagreementError
-from ddpkit.launch import environment, store
+from ddpkit.ranks.group import environment, store
 from ddpkit.sync import GradientSync, make_sync
 
 TOLERANCE = 1e-10  # relative, float64

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
+from ddpkit.ranks.agree import name_ranks
 from ddpkit.sync import agreement
-from ddpkit.sync.agreement import name_ranks
 from ddpkit.sync.base import GradientSync, SyncStats
 from ddpkit.sync.buckets import Bucket, by_kind
 from ddpkit.sync.comm import Work

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
+from ddpkit.ranks.watch import Watch
 from ddpkit.sync import GradientSync, make_sync
-from ddpkit.sync.watch import Watch
 from ddpkit.testing.ranks import RankFailure, run_ranks
 
 TIMEOUT = 2.0  # seconds that a rank waits for the others
@@ -406,13 +406,12 @@ def work(trials: Sequence[Trial], folder: str) -> None:
     """Plays the trials on this rank; writes each one's outcome as it ends."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     base = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    from ddpkit import launch
-    from ddpkit.compile import meeting
     from ddpkit.compile import ranks as compile_ranks
     from ddpkit.compile.graph import Interpreted
+    from ddpkit.ranks import agree
 
     # What ranks count alike, which they no longer do after trials in which one of them did something alone.
-    counters = ((Watch, "_made"), (meeting, "_meetings"), (compile_ranks, "_shared"), (launch, "_agreements"))
+    counters = ((Watch, "_made"), (agree, "_meetings"), (compile_ranks, "_shared"), (agree, "_agreements"))
     Interpreted.enabled = True
     warnings.simplefilter("ignore")
     for trial in trials:

@@ -101,7 +101,7 @@ def work(path: str) -> None:
         for name in job["function"].split("."):
             function = getattr(function, name)
         if job["initialize"]:
-            from ddpkit.launch import init_process_group
+            from ddpkit.ranks.group import init_process_group
 
             init_process_group()
         args, keywords = pickle.loads(job["call"])  # noqa: S301  (written by run_ranks)
@@ -116,7 +116,7 @@ def work(path: str) -> None:
     if outcome[0] == "raised":
         os._exit(1)
     if job["initialize"]:
-        from ddpkit.launch import shutdown
+        from ddpkit.ranks.group import shutdown
 
         shutdown()
 
@@ -167,7 +167,7 @@ def _run_processes(command: list[str], size: int, variables: dict[str, str], fol
 
 
 def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
-    from ddpkit.launch import MPIRUN_SETTINGS, mpirun
+    from ddpkit.ranks.mpirun import MPIRUN_SETTINGS, mpirun
 
     head, needed = mpirun(size)
     variables |= {name: value for name, value in needed.items() if name.startswith(MPIRUN_SETTINGS)}

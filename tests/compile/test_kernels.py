@@ -64,7 +64,7 @@ def test_kernels_of_one_name_and_one_with_a_macro_are_kept_apart(
 def test_a_rank_bound_to_one_core_compiles_on_all_of_them(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     here = os.sched_getaffinity(0)
-    monkeypatch.setattr("ddpkit.cores._of_launcher", lambda: here)
+    monkeypatch.setattr("ddpkit.ranks.cores._of_launcher", lambda: here)
     one = {min(here)}
     os.sched_setaffinity(0, one)
     try:

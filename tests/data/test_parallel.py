@@ -49,11 +49,11 @@ def test_workers_of_a_bound_rank_may_use_what_its_launcher_may(monkeypatch):
     everything = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(everything)})
     try:
-        monkeypatch.setattr("ddpkit.cores._of_launcher", lambda: None)
-        monkeypatch.setattr("ddpkit.cores._of_group", lambda: None)
+        monkeypatch.setattr("ddpkit.ranks.cores._of_launcher", lambda: None)
+        monkeypatch.setattr("ddpkit.ranks.cores._of_group", lambda: None)
         monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
         assert cores() == 1
-        monkeypatch.setattr("ddpkit.cores._of_launcher", lambda: everything)
+        monkeypatch.setattr("ddpkit.ranks.cores._of_launcher", lambda: everything)
         assert cores() == len(everything)
         assert os.sched_getaffinity(0) == {min(everything)}
     finally:

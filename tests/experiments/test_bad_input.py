@@ -15,7 +15,7 @@ from ase.io import write
 
 from ddpkit.errors import InputError
 from ddpkit.experiments.cli import _dispatch
-from ddpkit.launch import mpirun
+from ddpkit.ranks.mpirun import mpirun
 
 
 def frame(symbols, *, energy=-1.0, bad_force=False):

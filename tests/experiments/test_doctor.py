@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from ddpkit.experiments.doctor import WIDTH, Screen, judge, links
-from ddpkit.launch import mpirun
+from ddpkit.ranks.mpirun import mpirun
 
 FACTS = {
     "host": "a", "process": 1, "local": [0, 1], "cores": 4, "all_cores": 4, "threads": 1, "omp": "1", "gpus": [], "card": "",

@@ -15,7 +15,7 @@ from ddpkit import InputError
 from ddpkit.checkpoint import load_model
 from ddpkit.data import collate, read_ase
 from ddpkit.experiments import evaluate, run
-from ddpkit.launch import mpirun
+from ddpkit.ranks.mpirun import mpirun
 
 FRAMES = 24
 KCAL_PER_MOL = 23.060547830619  # of one eV

@@ -19,7 +19,7 @@ from ddpkit.data import PreparedSet, write_prepared
 from ddpkit.data.frame import Frame
 from ddpkit.experiments import evaluate
 from ddpkit.experiments.cli import _dispatch
-from ddpkit.launch import mpirun
+from ddpkit.ranks.mpirun import mpirun
 
 TINY = ("model=allegro_tiny", "data=files", "device=cpu", "train.max_epochs=1", "train.batch_size=4")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpkit.launch import mpirun
+from ddpkit.ranks.mpirun import mpirun
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 

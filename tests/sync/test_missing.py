@@ -10,7 +10,8 @@ from torch import nn
 
 import ddpkit
 from ddpkit.errors import RankDisagreementError
-from ddpkit.launch import environment, mpirun
+from ddpkit.ranks.group import environment
+from ddpkit.ranks.mpirun import mpirun
 from ddpkit.testing import RankFailure, run_ranks
 
 

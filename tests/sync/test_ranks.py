@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from ddpkit.launch import environment
+from ddpkit.ranks.group import environment
 from ddpkit.testing import RankFailure, run_ranks
 
 

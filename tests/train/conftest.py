@@ -11,7 +11,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from tiny import TINY
 
-from ddpkit.launch import mpirun
+from ddpkit.ranks.mpirun import mpirun
 
 
 @pytest.fixture(scope="session")

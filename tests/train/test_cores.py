@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from ddpkit import cores
-from ddpkit.launch import mpirun
+from ddpkit.ranks import cores
+from ddpkit.ranks.mpirun import mpirun
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such call on this system")
 PROGRAM = """
 import os
-from ddpkit.cores import all_of_job, of_job
+from ddpkit.ranks.cores import all_of_job, of_job
 before = os.sched_getaffinity(0)
 with all_of_job():
     during = os.sched_getaffinity(0)

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from ddpkit import phase
 from ddpkit.errors import InputError
+from ddpkit.ranks import phase
 from ddpkit.testing.__main__ import main
 from ddpkit.testing.faults import judge, strikes
 from ddpkit.testing.faults.campaign import COLUMNS, Campaign, Record
@@ -157,8 +157,8 @@ def test_the_table_counts_what_was_hit(tmp_path, capsys):
 
 
 CHILD = """
-import subprocess, time, ddpkit.phase
-ddpkit.phase.enter("checkpoint")
+import subprocess, time, ddpkit.ranks.phase
+ddpkit.ranks.phase.enter("checkpoint")
 subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # mpirun waits for what it reads
 time.sleep(60)
 """

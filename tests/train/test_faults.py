@@ -19,8 +19,9 @@ import torch
 from ddpkit import checkpoint
 from ddpkit.experiments import run
 from ddpkit.experiments.config import read
-from ddpkit.launch import Environment, mpirun
-from ddpkit.lifeline import Lifeline
+from ddpkit.ranks.group import Environment
+from ddpkit.ranks.lifeline import Lifeline
+from ddpkit.ranks.mpirun import mpirun
 from ddpkit.record import RunFolder, record_failure
 from ddpkit.train import random_state, set_random_state
 
@@ -155,7 +156,7 @@ PROGRAM = """
     import os, sys, time
     from datetime import timedelta
     import ddpkit, torch, torch.distributed as dist
-    from ddpkit.lifeline import Lifeline
+    from ddpkit.ranks.lifeline import Lifeline
     here = ddpkit.init_process_group(device="cpu", timeout=timedelta(seconds=3))
     lifeline = Lifeline(here, print)
     lifeline.step = lambda: 5

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddpkit.gather import Gather
-from ddpkit.launch import Environment, environment, is_of_communication
+from ddpkit.ranks.gather import Gather
+from ddpkit.ranks.group import Environment, environment, is_of_communication
 from ddpkit.testing import run_ranks
 
 

@@ -1,7 +1,7 @@
 """Two hosts, made from network namespaces that a pair of virtual interfaces joins.
 
-`mpirun` cannot start ranks on them without ssh: what follows its start (`ddpkit.meeting`) is the same for every launcher, and is
-tried here with ranks that are started by hand and by `torchrun`.
+`mpirun` cannot start ranks on them without ssh: what follows its start (`ddpkit.ranks.rendezvous`) is the same for every
+launcher, and is tried here with ranks that are started by hand and by `torchrun`.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpkit import meeting, network
-from ddpkit.launchers import Place
-from ddpkit.meeting import Peer
+from ddpkit.ranks import network, rendezvous
+from ddpkit.ranks.launchers import Place
+from ddpkit.ranks.rendezvous import Peer
 
 PORT = 29555
 TIMEOUT = 12
@@ -116,7 +116,7 @@ PROGRAM = """
     import json, os, sys
     from datetime import timedelta
     import ddpkit, torch, torch.distributed as dist
-    from ddpkit import launch
+    from ddpkit.ranks import group
     try:
         here = ddpkit.init_process_group(device="cpu", timeout=timedelta(seconds=float(sys.argv[1])))
         x = torch.tensor([float(here.rank + 1)])
@@ -124,7 +124,7 @@ PROGRAM = """
         dist.all_reduce(x, group=dist.new_group(backend="gloo"))
         names = {name: value for name, value in os.environ.items() if "_SOCKET_" in name}
         print("told", json.dumps([here.rank, here.local_rank, here.local_size, x.item(), names]), flush=True)
-        launch.shutdown()
+        group.shutdown()
     except Exception as error:
         print("told", json.dumps(f"{type(error).__name__}: {error}"), flush=True)
         os._exit(2)
@@ -255,7 +255,7 @@ TWO_CARDS = {
     ],
 )
 def test_the_interface_that_is_chosen(others, variables, expected):
-    chosen = meeting.interface(0, others, TWO_CARDS, variables)
+    chosen = rendezvous.interface(0, others, TWO_CARDS, variables)
     assert (chosen and (chosen.name, chosen.address)) == expected
 
 
@@ -263,18 +263,18 @@ def test_what_the_user_named_is_left_alone(monkeypatch):
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0,ib1")
-    meeting.use(meeting.Interface("eth0", "10.0.0.1", ""))
+    rendezvous.use(rendezvous.Interface("eth0", "10.0.0.1", ""))
     assert os.environ.pop("GLOO_SOCKET_IFNAME") == "eth0"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0,ib1"
     assert "NCCL_SOCKET_FAMILY" not in os.environ
 
 
 def test_ports_of_slurm_steps():
-    ports = meeting.step_ports("4711.0")
-    assert ports == meeting.step_ports("4711.0")
+    ports = rendezvous.step_ports("4711.0")
+    assert ports == rendezvous.step_ports("4711.0")
     assert len(set(ports)) == len(ports) > 4
     assert not any(low <= port <= high for port in ports for low, high in [network.DEFAULT_EPHEMERAL])
-    assert meeting.step_ports("4711.1")[0] != ports[0]
+    assert rendezvous.step_ports("4711.1")[0] != ports[0]
 
 
 def test_a_port_that_is_taken_is_passed_over(monkeypatch):
@@ -284,11 +284,11 @@ def test_a_port_that_is_taken_is_passed_over(monkeypatch):
     taken = socket.create_server(("", 0))
     with socket.create_server(("", 0)) as probe:
         free = probe.getsockname()[1]
-    monkeypatch.setattr(meeting, "step_ports", lambda _: [taken.getsockname()[1], free])
+    monkeypatch.setattr(rendezvous, "step_ports", lambda _: [taken.getsockname()[1], free])
     variables = {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
     with taken:
         stores = [
-            meeting.open_store(Place("srun", rank, 2, rank, 2), timedelta(seconds=20), variables)[0]
+            rendezvous.open_store(Place("srun", rank, 2, rank, 2), timedelta(seconds=20), variables)[0]
             for rank in range(2)
         ]
     stores[0].set("a", "1")
@@ -298,7 +298,7 @@ def test_a_port_that_is_taken_is_passed_over(monkeypatch):
 
 def test_ranks_of_a_host_count_themselves():
     others = peers(("a", "", ""), ("b", "", ""), ("a", "", ""), ("b", "", ""))
-    here = meeting.counted(Place("by hand", 2, 4, 0, 1, counted=False), others)
+    here = rendezvous.counted(Place("by hand", 2, 4, 0, 1, counted=False), others)
     assert (here.local_rank, here.local_size) == (1, 2)
     told = Place("mpirun", 2, 4, 3, 4)
-    assert meeting.counted(told, others) is told
+    assert rendezvous.counted(told, others) is told

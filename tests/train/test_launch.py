@@ -6,7 +6,9 @@ import textwrap
 import pytest
 
 from ddpkit.errors import InputError
-from ddpkit.launch import Place, first_host, mpirun, place
+from ddpkit.ranks.launchers import Place, place
+from ddpkit.ranks.mpirun import mpirun
+from ddpkit.ranks.rendezvous import first_host
 
 
 @pytest.mark.parametrize(
@@ -186,27 +188,28 @@ def test_first_host_of_a_node_list(nodelist, host):
 
 PROGRAM = """
     import ddpkit, torch, torch.distributed as dist
-    from ddpkit import launch
+    from ddpkit.ranks.agree import agree
+    from ddpkit.ranks import group
     here = ddpkit.init_process_group(device="cpu")
     assert ddpkit.init_process_group() is here
     x = torch.tensor([float(here.rank)])
     dist.all_reduce(x)
     try:
-        with launch.agree("the test"):
+        with agree("the test"):
             if here.rank == here.world_size - 1:
                 raise ddpkit.InputError("the last rank dislikes this")
     except ddpkit.InputError as error:
         told = str(error)
     try:
-        with launch.agree("the test"):
+        with agree("the test"):
             if here.rank == 0:
                 1 / 0
     except (RuntimeError, ZeroDivisionError) as error:
         failed = str(error)
-    with launch.agree():
+    with agree():
         pass
     print(f"{here.launcher} {here.rank}/{here.world_size} {x.item():g} {told} | {failed}\\n", end="")
-    launch.shutdown()
+    group.shutdown()
 """
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpkit.launch import mpirun
+from ddpkit.ranks.mpirun import mpirun
 
 TIMEOUT = 12
 
@@ -64,7 +64,7 @@ def in_phase(job, rank, phase):
 
 def family(job):
     """The processes of a job: ranks, their watchdogs and all that they started."""
-    from ddpkit.watchdog import below
+    from ddpkit.ranks.watchdog import below
 
     return list(below(job.pid))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpkit import phase
-from ddpkit.lifeline import ALL_WAIT, ENDED, IDLE, SILENT, Judge
-from ddpkit.watchdog import GRACE, Ages, Board, Meter, Seen, _ended, _timeout, below, state, verdict
+from ddpkit.ranks import phase
+from ddpkit.ranks.lifeline import ALL_WAIT, ENDED, IDLE, SILENT, Judge
+from ddpkit.ranks.watchdog import GRACE, Ages, Board, Meter, Seen, _ended, _timeout, below, state, verdict
 
 
 @pytest.mark.parametrize(

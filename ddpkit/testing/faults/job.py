@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ddpkit import phase
-from ddpkit.launch import MPIRUN_SETTINGS, mpirun
+from ddpkit.ranks import phase
+from ddpkit.ranks.mpirun import MPIRUN_SETTINGS, mpirun
 from ddpkit.testing.ranks import LAUNCHER_VARIABLES, RANK_VARIABLES
 
 MARK = "DDPKIT_CAMPAIGN"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ddpkit.errors import InputError
-from ddpkit.phase import PHASES
+from ddpkit.ranks.phase import PHASES
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddpkit.errors import InputError
-from ddpkit.phase import PHASES
+from ddpkit.ranks.phase import PHASES
 from ddpkit.testing.faults.judge import rows
 from ddpkit.testing.faults.plan import FAULTS
 

@@ -11,9 +11,10 @@ from typing import ClassVar
 
 import torch.distributed as dist
 
-from ddpkit import phase, watchdog
 from ddpkit.errors import RankDisagreementError
-from ddpkit.launch import is_of_communication, store, within
+from ddpkit.ranks import phase, watchdog
+from ddpkit.ranks.group import is_of_communication, store
+from ddpkit.ranks.network import within
 
 TICK = 0.5  # seconds
 UNEQUAL = "give every rank equally many batches (drop the last ones, or limit their number)"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ddpkit import network
 from ddpkit.errors import InputError, RankLostError, everywhere, own
-from ddpkit.launchers import Place
+from ddpkit.ranks import network
+from ddpkit.ranks.launchers import Place
 
 TRIES = 8  # ports of a SLURM step
 _HANDSHAKE = 5.0  # seconds; torch's client waits for ever for the answer of a program that is no store

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpkit import phase
-from ddpkit.launch import Environment
+from ddpkit.ranks import phase
+from ddpkit.ranks.group import Environment
 
 POLL = 5e-5  # seconds between looks at a collective on the device
 _FIRST = 0.9  # share of the timeout after which this module speaks, before NCCL's own watchdog ends the process without a word

@@ -5,8 +5,8 @@ after Python's end. The watchdog is forked before anything heavy is imported, en
 (phase, whether it waits for others) from shared memory and whether it makes progress from `/proc`. A rank that is stopped, or
 that neither waits nor computes nor reads nor writes for the timeout, is killed with a sentence that names it.
 
-Between the meeting of the ranks and their parting they tell each other through the store (`ddpkit.lifeline`), and who is missing
-is named by the others; the watchdog then acts a few seconds later, on what is left.
+Between the meeting of the ranks and their parting they tell each other through the store (`ddpkit.ranks.lifeline`), and who is
+missing is named by the others; the watchdog then acts a few seconds later, on what is left.
 """
 
 import gc
@@ -25,8 +25,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpkit import phase
-from ddpkit.launchers import Place, any_rank, place
+from ddpkit.ranks import phase
+from ddpkit.ranks.launchers import Place, any_rank, place
 from ddpkit.summary import record_failure
 
 DEFAULT_TIMEOUT = 600.0  # seconds, of train.timeout

