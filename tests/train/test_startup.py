@@ -158,6 +158,6 @@ def test_a_rank_that_is_slow_is_left_alone(overrides, tmp_path):
 
 def test_a_run_alone_has_no_watchdog():
     """A user may stop it for as long as they like."""
-    program = "from ddpkit import watchdog; watchdog.start([]); print(watchdog.board)"
+    program = "from ddpkit.ranks import watchdog; watchdog.start([]); print(watchdog.board)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
