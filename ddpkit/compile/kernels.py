@@ -9,13 +9,15 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch._inductor.config as inductor_config
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
-from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+from torch._inductor.cpu_vec_isa import VecISA, valid_vec_isa_list
 from torch._inductor.utils import clear_on_fresh_cache
 
 from ddpkit.ranks.cores import all_of_job
@@ -92,8 +94,29 @@ PyMODINIT_FUNC PyInit_kernels() {
 _METHOD = '{"%s", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<%s>)), METH_FASTCALL, nullptr},\n'
 
 
+# Torch up to 2.12 imports torch, for seconds, in each of a dozen processes that try whether a library can be loaded.
+_TRY_LIBRARY = """
+import ctypes
+
+def load():
+    for library in {libraries}:
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    ctypes.CDLL("__lib_path__")
+
+try:
+    load()
+except OSError:
+    import torch
+    ctypes.CDLL("__lib_path__")
+"""
+
+
 def look_at_the_processor() -> None:
     """Finds out in the background which vector instructions there are: Inductor compiles a program for each and tries it."""
+    if VecISA._avx_py_load.lstrip().startswith("import torch"):  # noqa: SLF001
+        folder = Path(torch.__file__).parent / "lib"
+        libraries = [str(folder / name) for name in ("libc10.so", "libtorch_cpu.so")]
+        VecISA._avx_py_load = _TRY_LIBRARY.format(libraries=libraries)  # noqa: SLF001
 
     def look() -> None:
         with all_of_job():
