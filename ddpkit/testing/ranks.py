@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpkit.errors import InputError
+from ddpkit.testing.nursery import Child, nursery
 
 GRACE = 3.0  # seconds that the other ranks get to tell what they know once one has failed
 LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "TORCHELASTIC_")
@@ -82,7 +83,7 @@ def run_ranks(
         if launcher == "mpirun":
             _run_mpirun(command, world_size, variables, folder, timeout)
         elif launcher == "torchrun":
-            _run_processes(command, world_size, variables, folder, timeout)
+            _run_processes(world_size, variables, folder, timeout)
         else:
             raise InputError(f"launcher={launcher} is unknown: use torchrun or mpirun.")
         if not all((folder / f"result{rank}").exists() for rank in range(world_size)):
@@ -139,7 +140,7 @@ def _import(module: str, file: str | None) -> Any:
     return loaded
 
 
-def _run_processes(command: list[str], size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
+def _run_processes(size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
     """Starts the ranks as torchrun's agent does: this process holds the store, so that no port can be taken in between."""
     import torch.distributed as dist
 
@@ -151,14 +152,11 @@ def _run_processes(command: list[str], size: int, variables: dict[str, str], fol
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
     }
-    processes = []
+    processes: list[Child] = []
     try:
         for rank in range(size):
-            with (folder / f"output{rank}").open("wb") as output:
-                mine = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(
-                    subprocess.Popen(command, env=mine, stdout=output, stderr=output, start_new_session=True)
-                )
+            of_rank = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(nursery(variables).fork(folder / "job", of_rank, folder / f"output{rank}"))
         _wait(processes, timeout)
     finally:
         _kill(processes)
@@ -187,7 +185,7 @@ def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder
         raise RankFailure(_report(folder, size, timeout))
 
 
-def _wait(processes: "Sequence[subprocess.Popen[bytes]]", timeout: float) -> None:
+def _wait(processes: "Sequence[subprocess.Popen[bytes] | Child]", timeout: float) -> None:
     """Returns when all have ended, one has failed and the others had their grace, or time is up."""
     deadline = time.monotonic() + timeout
     failed = False
@@ -200,7 +198,7 @@ def _wait(processes: "Sequence[subprocess.Popen[bytes]]", timeout: float) -> Non
         time.sleep(0.02)
 
 
-def _kill(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+def _kill(processes: "Sequence[subprocess.Popen[bytes] | Child]") -> None:
     """Ends what is left of the ranks, with their children."""
     for process in processes:
         if process.poll() is None:

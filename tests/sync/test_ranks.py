@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +49,30 @@ def test_time_is_limited_and_nothing_is_left_behind(tmp_path):
     for pid in left:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def facts_of_process():
+    return (
+        os.getpid() == os.getsid(0),
+        os.environ.get("OF_THIS_CALL"),
+        Path.cwd(),
+        len([*Path("/proc/self/fd").iterdir()]),
+    )
+
+
+def test_ranks_inherit_nothing_but_what_they_are_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = run_ranks(facts_of_process, 2, initialize=False, environment={"OF_THIS_CALL": "1"})
+    second = run_ranks(facts_of_process, 2, initialize=False)
+    assert [facts[:3] for facts in first] == [(True, "1", tmp_path)] * 2
+    assert [facts[:3] for facts in second] == [(True, None, tmp_path)] * 2
+    assert {facts[3] for facts in (*first, *second)} == {first[0][3]}  # no descriptors pile up
+
+
+def test_other_settings_of_libraries_have_ranks_that_loaded_them_so():
+    assert run_ranks(threads_of_torch, 1, initialize=False, environment={"OMP_NUM_THREADS": "2"}) == [2]
+    assert run_ranks(threads_of_torch, 1, initialize=False) == [1]
+
+
+def threads_of_torch():
+    return torch.get_num_threads()
