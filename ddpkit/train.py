@@ -37,7 +37,14 @@ SPLIT_COLUMNS = ("compute", "sync", "optimizer")
 
 @dataclass
 class PlateauConfig:
-    """torch's ReduceLROnPlateau on the weighted sum of validation losses."""
+    """torch's ReduceLROnPlateau on the weighted sum of validation losses.
+
+    Attributes:
+        factor: the learning rate is multiplied by it; 1 keeps the rate.
+        patience: epochs without improvement before that.
+        threshold: relative improvement that counts.
+        min_lr: the rate goes no lower.
+    """
 
     factor: float = 0.8
     patience: int = 10
@@ -47,7 +54,12 @@ class PlateauConfig:
 
 @dataclass
 class EarlyStopConfig:
-    """Stops when the mean of validation force and per-atom energy RMSE has not improved by `threshold` for `patience` epochs."""
+    """Stops when the mean of validation force RMSE (eV/Å) and per-atom energy RMSE (eV) no longer improves.
+
+    Attributes:
+        patience: epochs without improvement.
+        threshold: relative improvement that counts.
+    """
 
     patience: int = 200
     threshold: float = 1e-9
@@ -55,7 +67,26 @@ class EarlyStopConfig:
 
 @dataclass
 class TrainConfig:
-    """How long, how large, how often."""
+    """How long, how large, how often.
+
+    Attributes:
+        max_epochs: passes over the frames to train on.
+        max_steps: stops earlier than `max_epochs` where set.
+        max_seconds: walltime limit of training and validation, over all resumed parts.
+        batch_size: frames in the global batch, over all ranks.
+        accumulate: micro-batches that one optimizer step is made of.
+        timeout: seconds that a rank waits for the others before it ends the run.
+        log_every: steps between rows of `steps.csv`.
+        checkpoint_every: steps between checkpoints; None: once an epoch; 0: none.
+        clip_norm: upper bound of the norm of the global gradient; None: no clipping.
+        ema_decay: of the moving average of the weights, which validation uses; 0 turns it off.
+        validate: validate after each epoch.
+        plateau: when the learning rate falls.
+        early_stop: when training stops by itself.
+        tensorboard: log to `tensorboard/` in the run folder too.
+        projection: record a projection of the parameters and the loss on a fixed batch in `projection.csv`.
+        turns: folder in which the runs of a study take turns, an epoch at a time.
+    """
 
     max_epochs: int = 10
     max_steps: int | None = None

@@ -57,7 +57,23 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 @dataclass
 class DataConfig:
-    """Where frames come from, and how they are split and ordered."""
+    """Where frames come from, and how they are split and ordered.
+
+    Attributes:
+        source: `generated` (molecules, GFN2-xTB), `generated_crystals` (89 elements, a pair potential) or `files`.
+        path: of a prepared set (`ddpkit data prepare`), or of any file that ASE reads.
+        frames: how many are made; of a file, at most this many, the first ones.
+        seed: of the split and the order of frames.
+        split: shares to train on, to validate and to test.
+        split_by: `frame`, or `group`: the frames of a molecule or material stay together.
+        neutral: drop charged frames.
+        shifts: energy shift of each species: `isolated` atoms as the set knows them, or `fitted` by least squares.
+        energy_key: name of the energy [eV] in a file that ASE reads, where it is unusual or one of several.
+        forces_key: likewise of the forces [eV/Å].
+        stress_key: likewise of the stress [eV/Å^3], or of a virial [eV], which has `virial` in its name.
+        allow_missing: train on a stress that some periodic frames lack: those add nothing to its term.
+        cache: folder of what is made once and read by all runs.
+    """
 
     source: str = MISSING
     path: str | None = None
@@ -76,7 +92,14 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the mean squared errors, and from which error on they grow linearly."""
+    """Weights of the mean squared errors, and from which error on they grow linearly.
+
+    Attributes:
+        energy: of the energy per atom, eV^-2.
+        forces: of the force components, Å^2/eV^2.
+        stress: of the stress components, Å^6/eV^2.
+        huber_delta: errors beyond it (eV, eV/Å, eV/Å^3) cost in proportion; None: all cost their square.
+    """
 
     energy: float = 1.0
     forces: float = 1.0
@@ -86,7 +109,31 @@ class LossConfig:
 
 @dataclass
 class RunConfig:
-    """One run."""
+    """One run.
+
+    Attributes:
+        model: a group: `allegro_tiny|small|medium|large`, `nequip_tiny|small|medium|large|xl`, or `model._target_` with an
+            import path.
+        data: a group: `generated`, `generated_crystals` or `files`.
+        strategy: a group: `custom`, `standard`, `overlap`, `ingraph`, `emulated`, `none`, or `strategy._target_` with an import
+            path.
+        optimizer: a group: `adamw`, or `optimizer._target_` with an import path.
+        seed: initialises the weights.
+        compile: compile the step, with its double backward, before training.
+        compiler: `inductor`, or `interpreted`: run the traced graph as it is, which tells tracing from compiling.
+        check_kernels: compare the model's kernels with its reference in plain PyTorch before training.
+        precision: `mixed`, `float32` or `float64`.
+        tf32: let float32 matrix products use TF32 on NVIDIA GPUs.
+        device: `auto`, `cpu` or `cuda`.
+        comm: `torch` (NCCL or gloo), or `mpi` (mpi4py; strategies custom and overlap).
+        deterministic: bitwise repeatable steps.
+        nccl_algo: `Ring`, `Tree` ...: forces NCCL's algorithm, and with it the order of its sums.
+        run_dir: the run folder; by default `runs/<date>-<time>-<model>-<strategy>`.
+        resume: a run folder to continue in.
+        init_from: a run folder whose best weights to start from.
+        loss: weights of the terms.
+        train: how long, how large, how often.
+    """
 
     model: Any = MISSING
     data: DataConfig = MISSING
