@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import os
 
 import numpy as np
 import pytest
@@ -190,7 +189,6 @@ def hello():
     return int(total[0]), dist.get_backend()
 
 
-@pytest.mark.long
 def test_64_real_ranks_start():
     """Processes of gloo on one host: a test of starting, not of numerics."""
-    assert run_ranks(hello, 64, timeout=60.0 * max(4, 240 // (os.cpu_count() or 1))) == [(64, "gloo")] * 64
+    assert run_ranks(hello, 64, timeout=180.0) == [(64, "gloo")] * 64
