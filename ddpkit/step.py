@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ddpkit.compile.objective import Criterion, apart, differentiable, total
 from ddpkit.errors import InputError
+from ddpkit.ranks.agree import on_the_way_to
 from ddpkit.sync import GradientSync, Strategy, find_strategy, make_sync
 from ddpkit.trained import Trained, beside
 
@@ -174,7 +175,8 @@ class Step:
             InputError: the model, the criterion or the optimizer has other parameters than when the step was made.
             ParityError: compiled code computes something else than eager code.
         """
-        self._trained.require_same()
+        with on_the_way_to("compile the step"):
+            self._trained.require_same()
         batches = batch if isinstance(batch, list) else [batch]
         self._gradients.prepare(batches[0], accumulates=len(batches) > 1)
 

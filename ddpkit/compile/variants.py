@@ -13,9 +13,8 @@ from ddpkit.batch import Batch
 from ddpkit.compile import parity
 from ddpkit.compile.graph import Conditions
 from ddpkit.compile.layout import Layout, describe, sizes_of
-from ddpkit.compile.ranks import of_first_rank
 from ddpkit.errors import InputError
-from ddpkit.ranks.agree import agree, in_turn, most_on_ranks
+from ddpkit.ranks.agree import agree, in_turn, most_on_ranks, share
 
 _MOST = 8  # forms of batches; any further ones run eagerly
 
@@ -101,7 +100,7 @@ class Variants(Generic[C]):
         examples = [batch, *self._tally.examples] if together else [batch, *self._kin(batch)]
         sizes = _tuned_for(examples)
         if together:
-            sizes = of_first_rank(Layout.of(examples), sizes)
+            sizes = _as_on_first_rank(Layout.of(examples), sizes)
             code = in_turn(lambda: self._trace(examples, sizes), self._lower)
         else:
             code = self._lower(self._trace(examples, sizes))
@@ -232,6 +231,16 @@ def sizes_fixed(line: str) -> str:
         f"the model fixes or compares a size ({line}): use sizes as x.shape gives them, without len(), int(), range(), lists of "
         "that length or comparisons"
     )
+
+
+def _as_on_first_rank(layout: Layout, sizes: dict[str, int]) -> dict[str, int]:
+    """Rank 0's sizes by this rank's names, or `sizes` where its batches have another form.
+
+    Ranks that tune code for the same sizes generate the same code.
+    """
+    own = [layout.form(), [sizes[name] for name in layout.names]]
+    form, values = share(lambda: own, "choosing the sizes to compile for")
+    return dict(zip(layout.names, values, strict=True)) if form == own[0] else sizes
 
 
 def _tuned_for(examples: Sequence[Any]) -> dict[str, int]:

@@ -1,17 +1,17 @@
 """Ranks that wait for one another and agree, through the store that they share: no collective, which would not wait so long."""
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch.distributed as dist
 
-from ddpkit.errors import InputError, RankDisagreementError, unusable_path
+from ddpkit.errors import InputError, RankDisagreementError, RankLostError, unusable_path
 from ddpkit.ranks import phase
-from ddpkit.ranks.group import environment, store
+from ddpkit.ranks.group import environment, known_peers, store
+from ddpkit.ranks.wait import wait_for, wait_for_readers
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -19,7 +19,8 @@ U = TypeVar("U")
 # Compiling, labelling and first reads are waited for through the store, where no watchdog runs.
 PATIENT_TIMEOUT = timedelta(hours=4)
 
-_agreements = 0
+_agreements = 0  # so far; ranks count alike
+_exchanges = 0
 
 
 @contextmanager
@@ -31,6 +32,7 @@ def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[
     Raises:
         InputError: where a rank raised one, or could not use a file; the message is that rank's.
         RuntimeError: where a rank failed otherwise; the message names rank and cause.
+        RankLostError: a rank has ended instead, or has not come within the timeout.
     """
     error: BaseException | None = None
     try:
@@ -43,47 +45,39 @@ def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[
         return
     global _agreements  # noqa: PLW0603  (ranks count alike)
     _agreements += 1
-    shared, key, rank = store(), f"agree/{_agreements}", dist.get_rank()
+    shared, key, rank, size = store(), f"agree/{_agreements}", dist.get_rank(), dist.get_world_size()
     if error is not None:
         kind = "input" if isinstance(error, InputError) else "failure"
         text = str(error) if kind == "input" else f"Rank {rank} failed in {what}: {type(error).__name__}: {error}"
         shared.set(f"{key}/error", f"{kind}\n{text}")
-    if shared.add(f"{key}/arrived", 1) == dist.get_world_size():
+    if shared.add(f"{key}/arrived", 1) == size:
         shared.set(f"{key}/done", "1")
     with phase.waiting(f"the other ranks in {what}"):
-        shared.wait([f"{key}/done"], timeout)
+        seconds = timeout.total_seconds()
+        missing = wait_for(shared, [f"{key}/done"], seconds, f"in {what}", rank=rank, peers=known_peers())
+    if missing:
+        raise RankLostError(
+            f"Rank {rank} has waited {seconds:.0f} s for the other ranks in {what}: see what keeps them."
+        )
     if not shared.check([f"{key}/error"]):
         return
     kind, text = shared.get(f"{key}/error").decode().split("\n", 1)
-    wait_for_readers(shared, f"{key}/read")
+    with phase.waiting("the other ranks to hear of it"):
+        wait_for_readers(shared, f"{key}/read", rank, size)
     raised_by_all = error or (InputError(text) if kind == "input" else RuntimeError(text))
     raised_by_all.everywhere = True  # type: ignore[attr-defined]  # see InputError
     raise raised_by_all
-
-
-def wait_for_readers(shared: dist.Store, key: str) -> None:
-    """Keeps rank 0, which may hold the store and is about to leave, until every rank has read what it had to."""
-    if shared.add(key, 1) == dist.get_world_size():
-        shared.set(f"{key}/all", "1")
-    elif dist.get_rank() == 0:
-        with suppress(RuntimeError), phase.waiting("the other ranks to hear of it"):  # someone is gone already
-            shared.wait([f"{key}/all"], timedelta(seconds=10))
-
-
-_shared = 0
 
 
 def share(make: Callable[[], Any], what: str = "this") -> Any:
     """Has rank 0 make a plain value (what JSON holds) and gives it to every rank.
 
     Raises:
-        InputError, RuntimeError: on every rank, where rank 0 failed.
+        as `agree`, where rank 0 failed.
     """
-    global _shared  # noqa: PLW0603  (ranks count alike)
-    _shared += 1
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return json.loads(json.dumps(make()))
-    key = f"share/{_shared}"
+    key = f"share/{_agreements}"
     with agree(what):
         if dist.get_rank() == 0:
             store().set(key, json.dumps(make()))
@@ -108,7 +102,32 @@ def first_rank_first(what: str = "this", *, per_host: bool = False) -> Iterator[
         yield False
 
 
-_meetings = 0
+class on_the_way_to:  # noqa: N801  (used as a function; a generator would cost a step more)
+    """Around what a rank does before it comes to `exchange`: those that wait for it are told of an error here.
+
+    The rank itself may live on, and come after all.
+
+    Args:
+        what: that `exchange` is for.
+    """
+
+    _failed: ClassVar[set[str]] = set()
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if error is None and self._what not in self._failed:
+            return
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        word = "" if error is None else f"{dist.get_rank()}\n{type(error).__name__}: {error}"
+        with suppress(RuntimeError):  # the store is gone: those that wait see that too
+            store().set(f"failed/{self._what}", word)
+        (self._failed.discard if error is None else self._failed.add)(self._what)
 
 
 def exchange(what: str, value: Any, seconds: float, remedy: str) -> list[Any]:
@@ -124,28 +143,40 @@ def exchange(what: str, value: Any, seconds: float, remedy: str) -> list[Any]:
         The values by rank.
 
     Raises:
-        RankDisagreementError: some rank has not come; it names them.
+        RankDisagreementError: some rank has not come, or has failed `on_the_way_to` this; it is named.
+        RankLostError: some rank has ended.
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size == 1:
         return [value]
-    global _meetings  # noqa: PLW0603  (ranks count alike, or a meeting fails)
-    _meetings += 1
-    shared, here = store(), f"meeting/{_meetings}"
-    shared.set(f"{here}/{dist.get_rank()}", json.dumps(value))
-    deadline = time.monotonic() + seconds
-    missing = []
-    for rank in range(size):
-        left = max(1.0, deadline - time.monotonic())
-        with suppress(RuntimeError):  # the store's timeout
-            shared.wait([f"{here}/{rank}"], timedelta(seconds=left))
-        if not shared.check([f"{here}/{rank}"]):
-            missing.append(rank)
-    if missing:
+    global _exchanges  # noqa: PLW0603  (ranks count alike, or an exchange fails)
+    _exchanges += 1
+    shared, rank = store(), dist.get_rank()
+    # One that others have given up is over, for those as well that come too late.
+    while shared.check([f"exchange/{_exchanges}/over"]):
+        _exchanges += 1
+    key = f"exchange/{_exchanges}"
+    keys = [f"{key}/{other}" for other in range(size)]
+
+    def refuse() -> None:
+        if not shared.check([f"failed/{what}"]) or not (word := shared.get(f"failed/{what}").decode()):
+            return
+        other, why = word.split("\n", 1)
+        shared.set(f"{key}/over", "")
         raise RankDisagreementError(
-            f"Rank {dist.get_rank()} has waited {seconds:.0f} s for {name_ranks(missing)} in order to {what}: {remedy}."
+            f"Rank {rank} waits for rank {other} in order to {what}, but rank {other} has failed on the way to it ({why}): "
+            f"{remedy}."
         )
-    return [json.loads(shared.get(f"{here}/{rank}")) for rank in range(size)]
+
+    shared.set(keys[rank], json.dumps(value))
+    purpose = f"in order to {what}"
+    with phase.waiting(f"the other ranks {purpose}"):
+        missing = wait_for(shared, keys, seconds, purpose, rank=rank, peers=known_peers(), refuse=refuse)
+    if missing:
+        shared.set(f"{key}/over", "")
+        late = name_ranks([int(one.rpartition("/")[2]) for one in missing])
+        raise RankDisagreementError(f"Rank {rank} has waited {seconds:.0f} s for {late} {purpose}: {remedy}.")
+    return [json.loads(shared.get(one)) for one in keys]
 
 
 def in_turn(trace: Callable[[], T], lower: Callable[[T], U]) -> U:

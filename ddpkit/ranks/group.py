@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 
 from ddpkit.errors import InputError, RankLostError, own
-from ddpkit.ranks import network, phase, rendezvous
+from ddpkit.ranks import network, phase, rendezvous, wait
 from ddpkit.ranks.launchers import Place, place
+from ddpkit.ranks.peers import Peer, counted
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+_PARTING = 2.0  # seconds that rank 0 stays for the others at most
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Environment:
 
 
 _current: Environment | None = None
-_peers: list[rendezvous.Peer] = []
+_peers: list[Peer] = []
+_shared: dist.Store | None = None  # where this module has made the group
+_groups = 0  # made so far; ranks count alike
 _timeout = DEFAULT_TIMEOUT
 
 
@@ -76,7 +80,7 @@ def init_process_group(
     if not dist.is_initialized():
         atexit.register(_leave)
         with phase.waiting("the other ranks to come"):
-            shared, here = _meet(here, timeout)
+            shared, here = _find_others(here, timeout)
     if on_gpu:
         chosen = torch.device("cuda", here.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(chosen)
@@ -98,17 +102,22 @@ def init_process_group(
     return _current
 
 
-def _meet(here: Place, timeout: timedelta) -> tuple[dist.Store, Place]:
+def _find_others(here: Place, timeout: timedelta) -> tuple[dist.Store, Place]:
     """The store of all ranks, once all have come, and where this one stands among them."""
-    global _peers  # noqa: PLW0603  (a process belongs to one group)
-    shared, reached = rendezvous.open_store(here, timeout)
+    global _peers, _shared, _groups  # noqa: PLW0603  (a process belongs to one group)
+    opened, reached = rendezvous.open_store(here, timeout)
+    # A store that outlives the group, as torchrun's does when it starts ranks again, must not tell of those before.
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agents else "0"
+    shared = dist.PrefixStore(f"group{attempt}.{_groups}", opened)
+    _shared, _groups = shared, _groups + 1
     if here.world_size == 1:
         return shared, here
-    _peers = rendezvous.meet(shared, here, reached, timeout)
+    _peers = rendezvous.introduce(store(), here, reached, timeout)
     if chosen := rendezvous.interface(here.rank, _peers, network.interfaces()):
         rendezvous.use(chosen)
-        rendezvous.try_links(shared, here.rank, _peers, chosen.address, timeout)
-    return shared, rendezvous.counted(here, _peers)
+        rendezvous.try_links(store(), here.rank, _peers, chosen.address, timeout)
+    return shared, counted(here, _peers)
 
 
 def _connect(shared: dist.Store, here: Place, device: torch.device, backend: str | None, timeout: timedelta) -> None:
@@ -133,13 +142,18 @@ def _connect(shared: dist.Store, here: Place, device: torch.device, backend: str
         ) from error
 
 
-def peers() -> list[rendezvous.Peer]:
+def peers() -> list[Peer]:
     """All ranks with their hosts and processes. The first call is for all ranks at once where others made the process group."""
     global _peers  # noqa: PLW0603  (likewise)
     if not _peers:
         here = place()
         alone = Place(here.launcher, dist.get_rank(), dist.get_world_size(), here.local_rank, here.local_size)
-        _peers = rendezvous.meet(store(), alone, "", _timeout)
+        _peers = rendezvous.introduce(store(), alone, "", _timeout)
+    return _peers
+
+
+def known_peers() -> list[Peer]:
+    """The same, without waiting: empty where they have not been asked for."""
     return _peers
 
 
@@ -154,7 +168,8 @@ def _leave() -> None:
     Otherwise a thread of gloo may touch Python objects during its end, which aborts the process; and a rank that failed would
     keep its connections open inside MPI's finalisation, where the others cannot see that it is gone.
     """
-    leaving = threading.Thread(target=shutdown, daemon=True)
+    error = getattr(sys, "last_value", None)  # that no one has caught
+    leaving = threading.Thread(target=leave, args=(error,), daemon=True)
     leaving.start()
     leaving.join(10.0)  # a collective that other ranks never joined may keep it
     time.sleep(
@@ -170,16 +185,32 @@ def environment() -> Environment:
 
 
 def shutdown() -> None:
-    """Leaves the process group."""
-    global _current, _peers
+    """Leaves the process group. Ranks that wait for this one are told."""
+    leave(None)
+
+
+def leave(error: BaseException | None) -> None:
+    """As `shutdown`, because of an error."""
+    global _current, _peers, _shared
     if dist.is_initialized():
+        say_left(error)
         dist.destroy_process_group()
-    _current, _peers = None, []
+    _current, _peers, _shared = None, [], None
+
+
+def say_left(error: BaseException | None) -> None:
+    """Tells the ranks that wait for this one that it ends. Rank 0, where the store may live, lets them read it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    shared, rank, size = store(), dist.get_rank(), dist.get_world_size()
+    why = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    network.within(_PARTING, lambda: wait.say_left(shared, rank, size, why))
 
 
 def store() -> dist.Store:
     """The key-value store that the ranks share, for what must not be a collective (long waits, who is missing)."""
-    return dist.PrefixStore("ddpkit", dist.distributed_c10d._get_default_store())  # noqa: SLF001  (torch offers no public way)
+    shared = dist.distributed_c10d._get_default_store() if _shared is None else _shared  # noqa: SLF001  (torch offers no public way)
+    return dist.PrefixStore("ddpkit", shared)
 
 
 def is_of_communication(error: BaseException) -> bool:

@@ -32,10 +32,12 @@ from ddpkit.errors import (
     own,
     unusable_path,
 )
-from ddpkit.ranks import group, phase, rendezvous, watchdog
-from ddpkit.ranks.agree import agree, wait_for_readers
+from ddpkit.ranks import group, phase, processes, watchdog
+from ddpkit.ranks.agree import agree
 from ddpkit.ranks.group import Environment, is_of_communication, store
 from ddpkit.ranks.network import within
+from ddpkit.ranks.peers import Peer, beside
+from ddpkit.ranks.wait import wait_for_readers
 from ddpkit.ranks.watch import before_abort
 
 E = TypeVar("E", bound=BaseException)
@@ -60,7 +62,7 @@ class Lifeline:
         self.step: Callable[[], int] = lambda: 0  # the step under way; 0 before the first
         self._said = False
         self._voice = threading.Lock()
-        self._peers: list[rendezvous.Peer] = []
+        self._peers: list[Peer] = []
         if here.world_size > 1:
             self._store = store()
             self._peers = group.peers()
@@ -112,7 +114,8 @@ class Lifeline:
             if self._gone():
                 time.sleep(0.05)  # a process that was stopped with this one needs a moment to go on too
             if gone := self._gone():
-                told = self._told(0.1)  # by a rank that failed while this one was busy, and has said so itself
+                # by a rank that failed while this one was busy, and has said so itself
+                told = self._news.told or self._told(0.1)
                 sentence = told[-1] if told else self._sentence(gone)
                 self._keep(sentence)
                 if told:
@@ -149,7 +152,7 @@ class Lifeline:
             return self._tell("input", error)
         if cause := self._cause(error):
             return cause
-        if isinstance(error, RankDisagreementError):
+        if isinstance(error, RankDisagreementError | RankLostError):
             return error
         text = f"Rank {self._here.rank} failed {self._when()}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
         return self._tell("failure", RankLostError(text))
@@ -171,10 +174,12 @@ class Lifeline:
             if kind == "lost" and self._speaks([int(rank)]):
                 self._say(text)
             return _said(InputError(text) if kind == "input" else RankLostError(text))
+        if told is not None and isinstance(error, RankLostError) and getattr(error, "own", False):
+            return error  # the other rank has told why it has left
         deadline = time.monotonic() + 0.2  # a process that has just been killed may not be gone yet
         while not (gone := self._gone()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        if not gone and (is_of_communication(error) or isinstance(error, RankDisagreementError)):
+        if not gone and (is_of_communication(error) or isinstance(error, RankDisagreementError | RankLostError)):
             gone = self._unsigned() if told is not None else f"{self._name(0)}, which holds the store, does not answer"
         if not gone:
             return None
@@ -197,7 +202,7 @@ class Lifeline:
         """The ranks of this host whose processes have ended or are stopped; empty where all are well."""
         found = []
         for rank in self._beside():
-            state = self._state(rank)
+            state = self._peers[rank].state()
             if state in "ZX":
                 found.append(f"{self._name(rank)} ended without a word (killed, or out of memory)")
             elif state in "Tt":
@@ -206,15 +211,7 @@ class Lifeline:
 
     def _beside(self) -> list[int]:
         """The other ranks of this host."""
-        me = self._here.rank
-        return [r for r, p in enumerate(self._peers) if r != me and p.machine == self._peers[me].machine]
-
-    def _state(self, rank: int) -> str:
-        """The state of the process of a rank of this host, as `ps` shows it."""
-        try:
-            return watchdog.state(self._peers[rank].process)
-        except (OSError, IndexError):
-            return "X"
+        return beside(self._here.rank, self._peers)
 
     def _name(self, rank: int) -> str:
         return self._peers[rank].describe(rank)
@@ -262,12 +259,13 @@ class Lifeline:
             watchdog.board.watch_together(together=False)
         for thread in self._beats:
             thread.join(_ANSWER)
-        wait_for_readers(self._store, "parted")
+        with phase.waiting("the other ranks to hear of it"):
+            wait_for_readers(self._store, "parted", self._here.rank, self._here.world_size)
         phase.wait_from_now("the other ranks to end")
 
     def _exchange(self) -> None:
         """A thread: tells that this rank lives, and reads what the others told. Stands still where the store does not answer."""
-        watchdog.name_thread(watchdog.WATCHER)
+        processes.name_thread(processes.WATCHER)
         me, news = self._here.rank, self._news
         judge = Judge(self._here.world_size, self._limit)
         number = 0
@@ -313,7 +311,7 @@ class Lifeline:
             texts = [shared.get(key) if shared.check([key]) else b"{}" for key in keys]
         else:
             texts = shared.multi_get(keys)  # type: ignore[attr-defined]
-        ended = [rank for rank in self._beside() if self._state(rank) in "ZX"]
+        ended = [rank for rank in self._beside() if self._peers[rank].state() in "ZX"]
         lost, what = judge.look(texts, ended, passed)
         lost = [rank for rank in lost if what != SILENT or not self._computes(rank)]
         if lost or what == ALL_WAIT:
@@ -322,14 +320,14 @@ class Lifeline:
 
     def _computes(self, rank: int) -> bool:
         """Whether a rank of this host that gives no sign of life computes all the same: a call into C may keep Python's lock."""
-        if rank not in self._beside() or self._state(rank) in "TtZX":
+        if rank not in self._beside() or self._peers[rank].state() in "TtZX":
             return False
         with suppress(OSError, IndexError):
             process = self._peers[rank].process
-            before = watchdog.used(process)[0]
+            before = processes.used(process)[0]
             time.sleep(_ANSWER)
             # A share that a busy host leaves it; threads that wait for Python's lock use less.
-            return watchdog.used(process)[0] - before > 0.03 * _ANSWER
+            return processes.used(process)[0] - before > 0.03 * _ANSWER
         return False
 
     def _verdict(self, lost: Sequence[int], what: str, judge: "Judge") -> str:
@@ -358,7 +356,7 @@ class Lifeline:
         if what == IDLE:
             hint = " (it used no processor time, read and wrote nothing)"
             return f"{self._name(rank)} has made no progress for {self._limit:.0f} s{where}{hint}"
-        if beside and (state := self._state(rank)) in "TtZX":
+        if beside and (state := self._peers[rank].state()) in "TtZX":
             if state in "Tt":
                 return f"{self._name(rank)} has been stopped for {self._limit:.0f} s{where}"
             return f"{self._name(rank)} ended without a word (killed, or out of memory){where}"
@@ -372,7 +370,7 @@ class Lifeline:
 
     def _look(self) -> None:
         """A thread: ends this process where another rank has failed or is lost. Never waits for anything."""
-        watchdog.name_thread(watchdog.WATCHER)
+        processes.name_thread(processes.WATCHER)
         news, noticed = self._news, 0.0
         news.clock = time.monotonic()
         while not self._left.wait(_LOOK):
@@ -423,7 +421,7 @@ class Lifeline:
             self._say(sentence)
         else:
             time.sleep(1.0)  # whoever ends first has the launcher end the others
-        for process in watchdog.below(os.getpid()):
+        for process in processes.below(os.getpid()):
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         os._exit(code)

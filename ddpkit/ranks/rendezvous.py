@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,45 +17,13 @@ import torch.distributed as dist
 from ddpkit.errors import InputError, RankLostError, everywhere, own
 from ddpkit.ranks import network
 from ddpkit.ranks.launchers import Place
+from ddpkit.ranks.peers import Peer, machine
+from ddpkit.ranks.wait import wait_for, wait_for_readers
 
 TRIES = 8  # ports of a SLURM step
 _HANDSHAKE = 5.0  # seconds; torch's client waits for ever for the answer of a program that is no store
 LINKS = 16  # hosts that a host tries to reach
 OPEN = "let ranks reach each other on all ports, or name another interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A rank, as the others see it.
-
-    Attributes:
-        host: name of its host.
-        machine: the same for ranks that share a host and its network.
-        process: its number there.
-        address: of its host, from which it reaches the store.
-        reached: address at which it reaches the store.
-    """
-
-    host: str
-    machine: str
-    process: int
-    address: str
-    reached: str
-
-    def describe(self, rank: int) -> str:
-        """The rank in words."""
-        return f"rank {rank} (process {self.process} on {self.host})"
-
-
-def machine() -> str:
-    """The same for processes that share a host, its network and its process numbers."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
-    for name in ("net", "pid"):
-        with suppress(OSError):
-            parts.append(str(Path(f"/proc/self/ns/{name}").readlink()))
-    return "/".join(parts)
 
 
 def first_host(nodelist: str) -> str:
@@ -238,8 +205,8 @@ def _resolved(host: str) -> str:
 # -- the others ------------------------------------------------------------------------------------------------------
 
 
-def meet(store: dist.Store, here: Place, reached: str, timeout: timedelta) -> list[Peer]:
-    """Waits for all ranks.
+def introduce(store: dist.Store, here: Place, reached: str, timeout: timedelta) -> list[Peer]:
+    """Tells the others who and where this rank is, and waits for all of them.
 
     Args:
         store: shared by the ranks.
@@ -254,45 +221,35 @@ def meet(store: dist.Store, here: Place, reached: str, timeout: timedelta) -> li
         RankLostError: on every rank that came, naming those that did not.
     """
     me = Peer(socket.gethostname(), machine(), os.getpid(), network.source_for(reached) if reached else "", reached)
+    seconds = timeout.total_seconds()
     store.set(f"peer/{here.rank}", json.dumps(asdict(me)))
     keys = [f"peer/{rank}" for rank in range(here.world_size)]
     if here.rank == 0:
         told: Any
-        try:
-            store.wait(keys, timeout)
-            told = [json.loads(answer) for answer in store.multi_get(keys)]  # type: ignore[attr-defined]
-        except dist.DistStoreError:
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            shown = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}{' ...' * (len(missing) > 8)}"
+        if missing := wait_for(store, keys, seconds, "at the rendezvous", rank=0):
+            ranks = [key.rpartition("/")[2] for key in missing]
+            shown = f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:8])}{' ...' * (len(ranks) > 8)}"
             told = (
-                f"Of {here.world_size} ranks {shown} did not come to the rendezvous within {timeout.total_seconds():.0f} s: see "
+                f"Of {here.world_size} ranks {shown} did not come to the rendezvous within {seconds:.0f} s: see "
                 "whether they were started, and what they or their launcher say."
             )
-        store.set("meeting", json.dumps(told))
+        else:
+            told = [json.loads(answer) for answer in store.multi_get(keys)]  # type: ignore[attr-defined]
+        store.set("peers", json.dumps(told))
         if isinstance(told, str):
             time.sleep(1.0)  # this process may hold the store
             raise RankLostError(told)
-    try:
-        store.wait(["meeting"], timeout + timedelta(seconds=2))
-    except dist.DistError as error:
+    if wait_for(store, ["peers"], seconds + 2, "at the rendezvous", rank=here.rank):
         raise own(
             RankLostError(
                 f"Rank {here.rank} on {me.host} has come to the rendezvous{f' at {reached}' * bool(reached)}, but rank 0 has not "
-                f"said who else is there within {timeout.total_seconds():.0f} s: see whether rank 0 was started and still runs."
+                f"said who else is there within {seconds:.0f} s: see whether rank 0 was started and still runs."
             )
-        ) from error
-    told = json.loads(store.get("meeting"))
+        )
+    told = json.loads(store.get("peers"))
     if isinstance(told, str):
         raise everywhere(RankLostError(told))
     return [Peer(**facts) for facts in told]
-
-
-def counted(here: Place, peers: Sequence[Peer]) -> Place:
-    """The place with local numbers that the ranks of a host counted, where the launcher told none."""
-    if here.counted:
-        return here
-    beside = [rank for rank, peer in enumerate(peers) if peer.machine == peers[here.rank].machine]
-    return Place(here.launcher, here.rank, here.world_size, beside.index(here.rank), len(beside), said=here.said)
 
 
 # -- the interface ---------------------------------------------------------------------------------------------------
@@ -363,38 +320,28 @@ def try_links(store: dist.Store, rank: int, peers: Sequence[Peer], address: str,
         InputError: on every rank, naming hosts, address and port.
     """
     firsts = [n for n, peer in enumerate(peers) if all(peer.machine != other.machine for other in peers[:n])]
-    store = dist.PrefixStore("links", store)
-    patience = timedelta(seconds=min(timeout.total_seconds(), 60.0))
+    seconds = min(timeout.total_seconds(), 60.0)
     if rank in firsts:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with socket.create_server((address, 0), family=family, backlog=4 * LINKS) as listener:
-            store.set(f"listens/{rank}", f"{address} {listener.getsockname()[1]}")
+            store.set(f"links/listens/{rank}", f"{address} {listener.getsockname()[1]}")
             at = firsts.index(rank)
             targets = [firsts[(at + step) % len(firsts)] for step in range(1, min(LINKS, len(firsts) - 1) + 1)]
-            errors = [error for target in targets if (error := _try_link(store, peers, rank, target, patience))]
-            store.set(f"tried/{rank}", "\n".join(errors))
-            _wait_for(store, [f"tried/{first}" for first in firsts], patience)
-    answers = [f"tried/{first}" for first in firsts]
-    _wait_for(store, answers, patience)
+            errors = [error for target in targets if (error := _try_link(store, peers, rank, target, seconds))]
+            store.set(f"links/tried/{rank}", "\n".join(errors))
+            _require(store, [f"links/tried/{first}" for first in firsts], seconds, rank)
+    answers = [f"links/tried/{first}" for first in firsts]
+    _require(store, answers, seconds, rank)
     if failed := [text for key in answers for text in store.get(key).decode().splitlines()]:
-        _wait_for_readers(store, rank, len(peers))
+        wait_for_readers(store, "links/read", rank, len(peers))
         more = f" (and {len(failed) - 1} more)" * (len(failed) > 1)
         raise everywhere(InputError(f"{failed[0]}{more}: {OPEN}."))
 
 
-def _wait_for_readers(store: dist.Store, rank: int, size: int) -> None:
-    """Keeps rank 0, which may hold the store and is about to leave, until every rank has read what it had to, or for 5 s."""
-    if store.add("read", 1) == size:
-        store.set("all read", "")
-    elif rank == 0:
-        with suppress(dist.DistError):
-            store.wait(["all read"], timedelta(seconds=5))
-
-
-def _try_link(store: dist.Store, peers: Sequence[Peer], rank: int, target: int, patience: timedelta) -> str:
+def _try_link(store: dist.Store, peers: Sequence[Peer], rank: int, target: int, seconds: float) -> str:
     """Why this host does not reach another one; empty where it does."""
-    _wait_for(store, [f"listens/{target}"], patience)
-    address, port = store.get(f"listens/{target}").decode().split()
+    _require(store, [f"links/listens/{target}"], seconds, rank)
+    address, port = store.get(f"links/listens/{target}").decode().split()
     for _ in range(2):
         why = network.connect(address, int(port), 5.0)
         if not why:
@@ -402,14 +349,11 @@ def _try_link(store: dist.Store, peers: Sequence[Peer], rank: int, target: int, 
     return f"Host {peers[rank].host} does not reach host {peers[target].host} at {address}, port {port} ({why})"
 
 
-def _wait_for(store: dist.Store, keys: list[str], patience: timedelta) -> None:
-    try:
-        store.wait(keys, patience)
-    except dist.DistError as error:
-        missing = [key for key in keys if not store.check([key])]
+def _require(store: dist.Store, keys: list[str], seconds: float, rank: int) -> None:
+    if missing := wait_for(store, keys, seconds, "at the rendezvous", rank=rank):
         shown = ", ".join(key.rpartition("/")[2] for key in missing[:8])
         raise own(
             RankLostError(
-                f"Rank {shown} came to the rendezvous but no further within {patience.total_seconds():.0f} s: see what it says."
+                f"Rank {shown} came to the rendezvous but no further within {seconds:.0f} s: see what it says."
             )
-        ) from error
+        )

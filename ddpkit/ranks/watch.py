@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.distributed as dist
 
 from ddpkit.errors import RankDisagreementError
-from ddpkit.ranks import phase, watchdog
+from ddpkit.ranks import phase, processes
 from ddpkit.ranks.group import is_of_communication, store
 from ddpkit.ranks.network import within
 
@@ -233,7 +233,7 @@ class Watch:
 
 
 def _look_after(reference: "weakref.ref[Watch]", ended: threading.Event, look: Callable[[Watch], None]) -> None:
-    watchdog.name_thread(watchdog.WATCHER)
+    processes.name_thread(processes.WATCHER)
     while not ended.wait(TICK):
         watch = reference()
         if watch is None:

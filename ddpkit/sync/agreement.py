@@ -34,7 +34,7 @@ def _form(tensor: Tensor) -> dict[str, object]:
 
 
 @phase.waiting("the other ranks")
-def meet(timeout: float) -> None:
+def barrier(timeout: float) -> None:
     """Waits for the other ranks, no longer than `timeout` seconds; other collectives here wait as long as the group does."""
     options = dist.AllreduceOptions()
     options.timeout = timedelta(seconds=timeout)

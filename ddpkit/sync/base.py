@@ -101,7 +101,7 @@ class GradientSync:
         description = [*self._describe(), *agreement.describe(self._modules)]
         if self._watch is not None:
             with self._watch.waiting(0):
-                agreement.meet(timeout)
+                agreement.barrier(timeout)
                 agreement.verify(description)
                 agreement.broadcast(self._modules)
         self._cuda = any(p.is_cuda for _, p in self._modules.named_parameters())

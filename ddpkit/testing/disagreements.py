@@ -248,10 +248,6 @@ class Actor:
         self.generator = random.Random(f"{trial.seed}/{trial.number}")
         self.guilty = self.generator.randrange(size)
         self.moment = self.generator.randrange(STEPS - 2)
-        if (
-            trial.strategy == "ingraph"
-        ):  # compiling is waited for patiently, until the launcher ends ranks that have lost one
-            self.moment = 1
         self.odd = rank == self.guilty
         self.outcome = Outcome()
         self.syncs: list[GradientSync] = []
@@ -406,12 +402,11 @@ def work(trials: Sequence[Trial], folder: str) -> None:
     """Plays the trials on this rank; writes each one's outcome as it ends."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     base = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    from ddpkit.compile import ranks as compile_ranks
     from ddpkit.compile.graph import Interpreted
     from ddpkit.ranks import agree
 
     # What ranks count alike, which they no longer do after trials in which one of them did something alone.
-    counters = ((Watch, "_made"), (agree, "_meetings"), (compile_ranks, "_shared"), (agree, "_agreements"))
+    counters = ((Watch, "_made"), (agree, "_agreements"), (agree, "_exchanges"))
     Interpreted.enabled = True
     warnings.simplefilter("ignore")
     for trial in trials:

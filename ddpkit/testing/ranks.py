@@ -96,6 +96,7 @@ def work(path: str) -> None:
     job = pickle.loads(Path(path).read_bytes())  # noqa: S301  (written by run_ranks)
     rank = int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
     target = Path(job["folder"]) / f"result{rank}"
+    failure: BaseException | None = None
     try:
         sys.path[:] = job["path"]
         function: Any = _import(job["module"], job["file"])
@@ -107,14 +108,18 @@ def work(path: str) -> None:
             init_process_group()
         args, keywords = pickle.loads(job["call"])  # noqa: S301  (written by run_ranks)
         outcome = ("returned", function(*args, **keywords))
-    except BaseException:  # noqa: BLE001  (told to the parent)
-        outcome = ("raised", traceback.format_exc())
+    except BaseException as error:  # noqa: BLE001  (told to the parent)
+        outcome, failure = ("raised", traceback.format_exc()), error
     target.with_suffix(".part").write_bytes(pickle.dumps(outcome))
     target.with_suffix(".part").rename(target)
     sys.stdout.flush()
     sys.stderr.flush()
     # Leaving in the ordinary way waits for collectives that other ranks may never join.
-    if outcome[0] == "raised":
+    if failure is not None:
+        if job["initialize"]:
+            from ddpkit.ranks.group import say_left
+
+            say_left(failure)
         os._exit(1)
     if job["initialize"]:
         from ddpkit.ranks.group import shutdown

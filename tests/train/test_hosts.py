@@ -20,7 +20,7 @@ import pytest
 
 from ddpkit.ranks import network, rendezvous
 from ddpkit.ranks.launchers import Place
-from ddpkit.ranks.rendezvous import Peer
+from ddpkit.ranks.peers import Peer, counted
 
 PORT = 29555
 TIMEOUT = 12
@@ -298,7 +298,7 @@ def test_a_port_that_is_taken_is_passed_over(monkeypatch):
 
 def test_ranks_of_a_host_count_themselves():
     others = peers(("a", "", ""), ("b", "", ""), ("a", "", ""), ("b", "", ""))
-    here = rendezvous.counted(Place("by hand", 2, 4, 0, 1, counted=False), others)
+    here = counted(Place("by hand", 2, 4, 0, 1, counted=False), others)
     assert (here.local_rank, here.local_size) == (1, 2)
     told = Place("mpirun", 2, 4, 3, 4)
-    assert rendezvous.counted(told, others) is told
+    assert counted(told, others) is told

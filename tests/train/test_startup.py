@@ -64,7 +64,7 @@ def in_phase(job, rank, phase):
 
 def family(job):
     """The processes of a job: ranks, their watchdogs and all that they started."""
-    from ddpkit.ranks.watchdog import below
+    from ddpkit.ranks.processes import below
 
     return list(below(job.pid))
 

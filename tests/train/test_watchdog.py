@@ -10,7 +10,8 @@ import pytest
 
 from ddpkit.ranks import phase
 from ddpkit.ranks.lifeline import ALL_WAIT, ENDED, IDLE, SILENT, Judge
-from ddpkit.ranks.watchdog import GRACE, Ages, Board, Meter, Seen, _ended, _timeout, below, state, verdict
+from ddpkit.ranks.processes import Meter, below, state
+from ddpkit.ranks.watchdog import GRACE, Ages, Board, Seen, _ended, _timeout, verdict
 
 
 @pytest.mark.parametrize(

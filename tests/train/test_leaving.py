@@ -1,0 +1,117 @@
+"""A rank that fails or ends while others wait for it: they say so within seconds, without any launcher's help."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+PROGRAM = """
+    import os, signal, sys, time
+    import ddpkit, torch
+    from ddpkit.ranks.agree import agree, share
+    from ddpkit.errors import RankDisagreementError
+
+    what, culprit = sys.argv[1], int(sys.argv[2])
+    here = ddpkit.init_process_group(device="cpu")
+    failing = here.rank == culprit
+    if what in ("uncaught", "caught"):
+        from ddpkit.compile.graph import Interpreted
+
+        Interpreted.enabled = True
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 3)
+        parameters = model.parameters()
+        step = ddpkit.make_step(
+            model, lambda y, _: y.square().mean(), torch.optim.SGD(parameters, 0.1), strategy="ingraph", compile=True
+        )
+        original = model.weight
+        if failing:
+            model.weight = torch.nn.Parameter(torch.zeros(3, 3))
+        began = time.monotonic()
+        if what == "caught":
+            try:
+                step(torch.ones(2, 3))
+            except (ddpkit.InputError, RankDisagreementError) as error:
+                print(f"told {here.rank} {time.monotonic() - began:.0f} {type(error).__name__}: {error}", flush=True)
+            model.weight = original
+            step(torch.ones(2, 3))  # all ranks try again, the one that failed last
+            print(f"went on {here.rank} {model.weight.sum().item():.6f}", flush=True)
+            sys.exit()
+        step(torch.ones(2, 3))
+    if failing and what == "exit":
+        sys.exit(3)
+    if failing and what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    with agree("the first thing"):
+        pass
+    if failing and what == "raises":
+        raise MemoryError("no room")
+    share(lambda: 5, "the second thing")
+"""
+
+
+def start(tmp_path, *words):
+    """Two ranks by hand: what each said, its exit code, and after how many seconds the last ended."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), *words],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    began = time.monotonic()
+    try:
+        said = [rank.communicate(timeout=90)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return said, [rank.returncode for rank in ranks], time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("what", "culprit", "sentence"),
+    [
+        ("uncaught", 1, "Rank 1 has ended (InputError: Parameter 'weight' has been replaced"),
+        ("raises", 0, "Rank 0 has ended (MemoryError: no room), but rank 1 waits for it in the second thing"),
+        ("exit", 1, "Rank 1 has ended, but rank 0 waits for it in the first thing: see what rank 1 says."),
+        ("killed", 1, "ended without a word (killed, or out of memory), but rank 0 waits for it in the first thing."),
+    ],
+)
+def test_a_rank_that_ends_is_named_by_those_that_wait(what, culprit, sentence, tmp_path):
+    said, codes, took = start(tmp_path, what, str(culprit))
+    assert sentence in said[1 - culprit] or (what == "uncaught" and "failed on the way to it (InputError" in said[0])
+    assert "RankLostError" in said[1 - culprit] or what == "uncaught"
+    assert all(code != 0 for code in codes)
+    assert took < 60
+
+
+def test_a_rank_that_lives_on_after_its_error_is_named_and_all_may_try_again(tmp_path):
+    said, codes, _ = start(tmp_path, "caught", "1")
+    told = [next(line for line in text.splitlines() if line.startswith("told")) for text in said]
+    assert "told 1 0 InputError: Parameter 'weight' has been replaced since" in told[1]
+    assert (
+        "RankDisagreementError: Rank 0 waits for rank 1 in order to compile the step, but rank 1 has failed" in told[0]
+    )
+    assert "'weight' has been replaced" in told[0]
+    assert int(told[0].split()[2]) < 20
+    went_on = [next(line for line in text.splitlines() if line.startswith("went on")).split()[-1] for text in said]
+    assert went_on[0] == went_on[1]
+    assert codes == [0, 0]
