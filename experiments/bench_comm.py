@@ -17,6 +17,7 @@ from ddpkit.errors import InputError
 from ddpkit.experiments.bench_sync import relaunch, write_csv
 from ddpkit.ranks.group import DEFAULT_TIMEOUT, environment
 from ddpkit.ranks.launchers import place
+from ddpkit.ranks.lifeline import alive
 from ddpkit.sync.comm import Comm, make_comm
 
 COLUMNS = ("comm", "backend", "device", "ranks", "hosts", "bytes", "seconds", "seconds_min", "gigabytes_per_second")
@@ -46,36 +47,37 @@ def main(args: argparse.Namespace) -> None:
     comms = {name: make_comm(name, DEFAULT_TIMEOUT) for name in (["torch"] if args.no_mpi else ["torch", "mpi"])}
     hosts = here.world_size // here.local_size
     rows: list[dict[str, Any]] = []
-    size = 4.0
-    if here.is_first:
-        print(f"{here.world_size} ranks on {hosts} host(s), {here.device.type}, {here.backend}")
-        print(f"{'bytes':>12}{'comm':>8}{'median µs':>14}{'least µs':>14}{'GB/s':>9}")
-    while size <= args.max_mib * 2**20:
-        tensor = torch.zeros(round(size) // 4, device=here.device)
-        found = times(comms, tensor, args.repeats)
-        for name, seconds in found.items():
-            median = statistics.median(seconds)
-            rows.append(
-                {
-                    "comm": name,
-                    "backend": here.backend if name == "torch" else "mpi",
-                    "device": here.device.type,
-                    "ranks": here.world_size,
-                    "hosts": hosts,
-                    "bytes": tensor.nbytes,
-                    "seconds": median,
-                    "seconds_min": min(seconds),
-                    "gigabytes_per_second": tensor.nbytes / median / 1e9,
-                }
-            )
-            if here.is_first:
-                row = rows[-1]
-                print(
-                    f"{row['bytes']:>12,}{name:>8}{median * 1e6:>14.1f}{min(seconds) * 1e6:>14.1f}"
-                    f"{row['gigabytes_per_second']:>9.3f}",
-                    flush=True,
+    with alive(here, doing="ddpkit bench comm"):
+        size = 4.0
+        if here.is_first:
+            print(f"{here.world_size} ranks on {hosts} host(s), {here.device.type}, {here.backend}")
+            print(f"{'bytes':>12}{'comm':>8}{'median µs':>14}{'least µs':>14}{'GB/s':>9}")
+        while size <= args.max_mib * 2**20:
+            tensor = torch.zeros(round(size) // 4, device=here.device)
+            found = times(comms, tensor, args.repeats)
+            for name, seconds in found.items():
+                median = statistics.median(seconds)
+                rows.append(
+                    {
+                        "comm": name,
+                        "backend": here.backend if name == "torch" else "mpi",
+                        "device": here.device.type,
+                        "ranks": here.world_size,
+                        "hosts": hosts,
+                        "bytes": tensor.nbytes,
+                        "seconds": median,
+                        "seconds_min": min(seconds),
+                        "gigabytes_per_second": tensor.nbytes / median / 1e9,
+                    }
                 )
-        size *= 4
+                if here.is_first:
+                    row = rows[-1]
+                    print(
+                        f"{row['bytes']:>12,}{name:>8}{median * 1e6:>14.1f}{min(seconds) * 1e6:>14.1f}"
+                        f"{row['gigabytes_per_second']:>9.3f}",
+                        flush=True,
+                    )
+            size *= 4
     if here.is_first:
         if args.csv:
             write_csv(args.csv, rows, COLUMNS)

@@ -29,6 +29,7 @@ import ddpkit
 from ddpkit.errors import InputError
 from ddpkit.ranks.group import environment
 from ddpkit.ranks.launchers import place
+from ddpkit.ranks.lifeline import alive
 from ddpkit.ranks.mpirun import mpirun
 
 COLUMNS = (
@@ -107,10 +108,11 @@ def main(args: argparse.Namespace) -> None:
     here = ddpkit.init_process_group(device=args.device)
     rows: list[dict[str, Any]] = []
     chosen = schemes(args.buckets, mpi=args.mpi)
-    for size in sizes:
-        rows += measure(size, chosen, args)
-        if here.is_first:
-            print_table(rows[-len(chosen) :], header=len(rows) == len(chosen))
+    with alive(here, doing="ddpkit bench sync"):
+        for size in sizes:
+            rows += measure(size, chosen, args)
+            if here.is_first:
+                print_table(rows[-len(chosen) :], header=len(rows) == len(chosen))
     if here.is_first:
         if args.csv:
             write_csv(args.csv, rows, COLUMNS)

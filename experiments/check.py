@@ -13,6 +13,7 @@ first step, without the tables: the first comparison always (unless check_kernel
 from collections.abc import Sequence
 
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Loader, Sampler
@@ -21,8 +22,10 @@ from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import read
 from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.loss import EnergyForcesLoss
-from ddpkit.ranks import group
+from ddpkit.ranks import group, phase
 from ddpkit.ranks.agree import agree
+from ddpkit.ranks.group import Environment
+from ddpkit.ranks.lifeline import alive
 from ddpkit.step import make_step
 
 
@@ -34,10 +37,22 @@ def main(overrides: Sequence[str]) -> None:
         ParityError: what was compared differs by more than rounding explains.
     """
     config = read(list(overrides))
+    setup.set_numerics(config)  # before NCCL, which reads its environment once
+    phase.enter("rendezvous")
     here = group.init_process_group(None if config.device == "auto" else config.device)
-    setup.set_numerics(config)
+    with alive(here, doing="ddpkit check"):
+        failure = _compare(config, here)
+    group.shutdown()
+    if failure is not None:
+        raise failure
+
+
+def _compare(config: DictConfig, here: Environment) -> Exception | None:
+    """Prints the tables; returns what to raise."""
+    phase.enter("data")
     data = run_data.open_data(config)
     run_data.refuse_missing_labels(config, data)
+    phase.enter("model")
     spec = setup.model_spec(config, data)
     model = setup.build_model(spec, config.seed).to(here.device)
     r_max = float(config.model.r_max)
@@ -73,15 +88,16 @@ def main(overrides: Sequence[str]) -> None:
             f"{setup.model_name(config)}: the step of strategy {setup.strategy_name(config)}, {seconds}, against eager code"
         )
         print(table(step.differences))
-    group.shutdown()
-    require_kernels(model, kernels)
-    if failure is not None:
-        raise failure
-    if not step.differences:
-        raise ParityError(
+    try:
+        require_kernels(model, kernels)
+    except ParityError as error:
+        return error
+    if failure is None and not step.differences:
+        failure = ParityError(
             "Nothing was compared: the compiled code holds for none of the batches tried, and training would run eagerly; use "
             "compile=false, or larger frames."
         )
+    return failure
 
 
 def table(differences: Sequence[Difference]) -> str:

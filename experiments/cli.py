@@ -36,6 +36,9 @@ VERBS = {
     "predict": ("ddpkit.experiments.predict", "step time of each strategy on N ranks", False),
 }
 
+# What several ranks run together; doctor has its own bound.
+SEVERAL_RANKS = ("run", "check", "eval", "bench sync", "bench comm")
+
 _HELP = ("-h", "--help")
 
 
@@ -67,7 +70,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
         print(_overview(group))
         return
     verb, rest = _verb(arguments)
-    if verb == "run" and not any(word in ("-h", "--help", "--cfg") for word in rest):
+    if verb in SEVERAL_RANKS and not any(word in ("-h", "--help", "--cfg") for word in rest):
         phase.enter("import")
         watchdog.start(rest)
     module_name, does, takes_overrides = VERBS[verb]

@@ -23,9 +23,10 @@ from ddpkit.evaluate import Evaluation, evaluate
 from ddpkit.experiments import run_data, torsion
 from ddpkit.experiments.config import read, read_saved
 from ddpkit.experiments.data import told
-from ddpkit.ranks import group
+from ddpkit.ranks import group, phase
 from ddpkit.ranks.agree import agree
 from ddpkit.ranks.group import Environment
+from ddpkit.ranks.lifeline import alive
 
 PARTS = ("train", "validation", "test", "all")
 _ENERGY_POINTS = 100_000  # that a figure is made of
@@ -83,7 +84,15 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         InputError: on every rank, where the checkpoint, the data or the benchmark cannot be used.
     """
+    phase.enter("rendezvous")
     here = group.init_process_group(None if args.device == "auto" else args.device)
+    with alive(here, doing="ddpkit eval"):
+        _evaluate(args, here)
+    group.shutdown()
+
+
+def _evaluate(args: argparse.Namespace, here: Environment) -> None:
+    phase.enter("data")
     with agree("reading the run"):
         if args.batch_size < 1 or args.worst < 0:
             raise InputError(
@@ -108,6 +117,7 @@ def main(args: argparse.Namespace) -> None:
     with agree("making the folder"):
         if here.is_first:
             _make(out)
+    phase.enter("validation")
     if chosen is not None:
         found = evaluate(model, chosen.frames, chosen.indices, here, batch_size=args.batch_size, progress=True)
         with agree("writing the tables"):
@@ -119,7 +129,6 @@ def main(args: argparse.Namespace) -> None:
     with agree("leaving"):
         if here.is_first:
             print(f"written to {out}")
-    group.shutdown()
 
 
 def _configuration(run: Path) -> DictConfig | None:

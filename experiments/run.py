@@ -40,7 +40,7 @@ from ddpkit.lock import FolderLock
 from ddpkit.ranks import group, phase
 from ddpkit.ranks.agree import agree, share
 from ddpkit.ranks.group import Environment
-from ddpkit.ranks.lifeline import Lifeline
+from ddpkit.ranks.lifeline import Lifeline, alive
 from ddpkit.record import RunFolder, describe_environment, record_failure
 from ddpkit.summary import failure as recorded_failure
 from ddpkit.train import Trainer
@@ -77,19 +77,15 @@ def main(overrides: Sequence[str]) -> None:
         None if started.device == "auto" else started.device, timeout=timedelta(seconds=started.train.timeout)
     )
     job = Job(config, here)
-    lifeline = Lifeline(here, job.record_failure)
     try:
-        with lifeline.listening():
+        with alive(here, job.record_failure) as lifeline:
             phase.enter("data")
             job.open(overrides)
             lifeline.keeps_in(Path(job.config.run_dir))
             _train(job, lifeline)
-    except BaseException as error:
-        failure = lifeline.explain(error)
+    except BaseException as failure:
         job.close_failed(failure)
-        if failure is error:
-            raise
-        raise failure from error
+        raise
     job.close()
     group.shutdown()
 

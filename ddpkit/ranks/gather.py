@@ -95,8 +95,8 @@ class Gather:
         """Every rank's value, on every rank; values that can be pickled."""
         if self._size == 1:
             return [value]
-        mine = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
-        length = int(self.numbers([len(mine)]).max())
+        packed = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        length = int(self.numbers([len(packed)]).max())
         padded = np.zeros(-(-length // 8) * 8, dtype=np.uint8)
-        padded[: len(mine)] = mine
+        padded[: len(packed)] = packed
         return [pickle.loads(row.tobytes()) for row in self.numbers(padded.view(np.float64))]  # noqa: S301  (of our own ranks)

@@ -3,12 +3,13 @@
 `init_process_group()` works under `mpirun`, `torchrun`, `srun` and alone, without a word of configuration.
 """
 
-import atexit
+import logging
 import os
 import socket
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,6 +20,9 @@ from ddpkit.errors import InputError, RankLostError, own
 from ddpkit.ranks import network, phase, rendezvous, wait
 from ddpkit.ranks.launchers import Place, place
 from ddpkit.ranks.peers import Peer, counted
+from ddpkit.ranks.switches import at_exit, threads, variables
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 _PARTING = 2.0  # seconds that rank 0 stays for the others at most
@@ -46,6 +50,7 @@ _current: Environment | None = None
 _peers: list[Peer] = []
 _shared: dist.Store | None = None  # where this module has made the group
 _groups = 0  # made so far; ranks count alike
+_switches = ExitStack()
 _timeout = DEFAULT_TIMEOUT
 
 
@@ -77,8 +82,9 @@ def init_process_group(
         )
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     shared: dist.Store | None = None
+    _switches.close()  # of a group that was destroyed without shutdown()
     if not dist.is_initialized():
-        atexit.register(_leave)
+        _switches.enter_context(at_exit(_leave))
         with phase.waiting("the other ranks to come"):
             shared, here = _find_others(here, timeout)
     if on_gpu:
@@ -86,7 +92,7 @@ def init_process_group(
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
-        torch.set_num_threads(_threads(here))
+        _switches.enter_context(threads(_threads(here)))
     if shared is not None:
         with phase.waiting("the other ranks to connect"):
             _connect(shared, here, chosen, backend, timeout)
@@ -115,7 +121,7 @@ def _find_others(here: Place, timeout: timedelta) -> tuple[dist.Store, Place]:
         return shared, here
     _peers = rendezvous.introduce(store(), here, reached, timeout)
     if chosen := rendezvous.interface(here.rank, _peers, network.interfaces()):
-        rendezvous.use(chosen)
+        _switches.enter_context(variables(rendezvous.variables_for(chosen)))
         rendezvous.try_links(store(), here.rank, _peers, chosen.address, timeout)
     return shared, counted(here, _peers)
 
@@ -124,7 +130,7 @@ def _connect(shared: dist.Store, here: Place, device: torch.device, backend: str
     """Makes the process group."""
     global _timeout  # noqa: PLW0603  (likewise)
     _timeout = timeout
-    chosen = backend or _backend(shared, here, device)
+    chosen = backend or _backend(here, device)
     try:
         dist.init_process_group(
             chosen, store=shared, rank=here.rank, world_size=here.world_size, timeout=timeout,
@@ -168,8 +174,13 @@ def _leave() -> None:
     Otherwise a thread of gloo may touch Python objects during its end, which aborts the process; and a rank that failed would
     keep its connections open inside MPI's finalisation, where the others cannot see that it is gone.
     """
-    error = getattr(sys, "last_value", None)  # that no one has caught
-    leaving = threading.Thread(target=leave, args=(error,), daemon=True)
+
+    def leave() -> None:
+        if dist.is_initialized():
+            say_left(getattr(sys, "last_value", None))  # the error that nobody has caught
+            dist.destroy_process_group()
+
+    leaving = threading.Thread(target=leave, daemon=True)
     leaving.start()
     leaving.join(10.0)  # a collective that other ranks never joined may keep it
     time.sleep(
@@ -185,17 +196,13 @@ def environment() -> Environment:
 
 
 def shutdown() -> None:
-    """Leaves the process group. Ranks that wait for this one are told."""
-    leave(None)
-
-
-def leave(error: BaseException | None) -> None:
-    """As `shutdown`, because of an error."""
+    """Leaves the process group, and undoes what it needed of the process. Ranks that wait for this one are told."""
     global _current, _peers, _shared
     if dist.is_initialized():
-        say_left(error)
+        say_left(None)
         dist.destroy_process_group()
     _current, _peers, _shared = None, [], None
+    _switches.close()
 
 
 def say_left(error: BaseException | None) -> None:
@@ -224,19 +231,22 @@ def _threads(here: Place) -> int:
     """Threads for this rank: OMP_NUM_THREADS, or an equal share of the processors that it may run on."""
     if "OMP_NUM_THREADS" in os.environ:
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    mine, all_of_host = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    return max(1, mine if mine < all_of_host else mine // here.local_size)
+    bound, all_of_host = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    return max(1, bound if bound < all_of_host else bound // here.local_size)
 
 
-def _backend(store: dist.Store, here: Place, device: torch.device) -> str:
+def _backend(here: Place, device: torch.device) -> str:
     """NCCL where every rank has a GPU of its own, else gloo."""
     if device.type == "cpu":
         return "gloo"
-    mine = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
-    store.set(f"device/{here.rank}", mine)
-    everyone = [store.get(f"device/{rank}").decode() for rank in range(here.world_size)]
+    own_device = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
+    keys = [f"device/{rank}" for rank in range(here.world_size)]
+    shared = store()
+    shared.set(keys[here.rank], own_device)
+    wait.wait_for(shared, keys, _timeout.total_seconds(), "in order to connect", rank=here.rank, peers=_peers)
+    everyone = [shared.get(key).decode() for key in keys]
     if len(set(everyone)) == len(everyone):
         return "nccl"
     if here.rank == 0:
-        sys.stderr.write("ddpkit: several ranks share a GPU, which NCCL refuses: communicating through gloo.\n")
+        _log.warning("Several ranks share a GPU, which NCCL refuses: communicating through gloo.")
     return "gloo"

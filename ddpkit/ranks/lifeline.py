@@ -37,6 +37,7 @@ from ddpkit.ranks.agree import agree
 from ddpkit.ranks.group import Environment, is_of_communication, store
 from ddpkit.ranks.network import within
 from ddpkit.ranks.peers import Peer, beside
+from ddpkit.ranks.switches import signals
 from ddpkit.ranks.wait import wait_for_readers
 from ddpkit.ranks.watch import before_abort
 
@@ -47,16 +48,40 @@ _NOTICE = 5.0  # seconds that a rank gets to notice by itself that another one h
 _LOOK = 0.25  # seconds between looks at the clock
 
 
+@contextmanager
+def alive(here: Environment, keep: Callable[[str], None] = lambda _: None, *, doing: str = "") -> Iterator["Lifeline"]:
+    """Around all that ranks do together once they have met: they end soon where one of them fails, dies or hangs.
+
+    Args:
+        here: as of `Lifeline`.
+        keep: likewise.
+        doing: likewise.
+
+    Raises:
+        as what is inside; or what happened to another rank, of which that is the consequence.
+    """
+    lifeline = Lifeline(here, keep, doing)
+    try:
+        with lifeline.listening():
+            yield lifeline
+    except BaseException as error:
+        failure = lifeline.explain(error)
+        if failure is error:
+            raise
+        raise failure from error
+
+
 class Lifeline:
     """What this rank knows of the end of the others. All ranks make one together.
 
     Args:
         here: where this process stands.
         keep: called with a sentence as soon as it is known that the run cannot go on, also from a thread.
+        doing: what the ranks do, for messages; empty for a run, which has steps and can be resumed.
     """
 
-    def __init__(self, here: Environment, keep: Callable[[str], None]) -> None:
-        self._here, self._keep = here, keep
+    def __init__(self, here: Environment, keep: Callable[[str], None], doing: str = "") -> None:
+        self._here, self._keep, self._doing = here, keep, doing
         self._launcher = os.getppid()
         self._listened = threading.Event()  # to the last signal
         self.step: Callable[[], int] = lambda: 0  # the step under way; 0 before the first
@@ -92,20 +117,15 @@ class Lifeline:
             raise KeyboardInterrupt(f"{signal.Signals(number).name} came {self._when()}.")
 
         handlers = {signal.SIGTERM: interrupt, signal.SIGUSR1: interrupt, signal.SIGCONT: lambda *_: None}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
-        before_abort.append(self._keep)
-        self._begin()
-        try:
-            yield
-            self._part()
-        finally:
-            before_abort.remove(self._keep)
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            writer.close()
+        with writer, signals(handlers, writer.fileno()):
+            threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+            before_abort.append(self._keep)
+            self._begin()
+            try:
+                yield
+                self._part()
+            finally:
+                before_abort.remove(self._keep)
 
     def _listen(self, reader: socket.socket) -> None:
         while numbers := reader.recv(64):
@@ -130,13 +150,15 @@ class Lifeline:
 
         Takes a few seconds at most.
         """
-        if isinstance(error, NonFiniteGradientError):  # on every rank
+        if isinstance(error, NonFiniteGradientError) and self.step():  # on every rank
             return everywhere(NonFiniteGradientError(f"During step {self.step()}: {error}"))
         if self._here.launcher != "alone" and os.getppid() != self._launcher:  # to write to its pipes fails, for one
-            lost = RankLostError(_ended(f"{self._when()} {self._here.launcher} (process {self._launcher}) was gone"))
+            lost = RankLostError(
+                self._ended(f"{self._when()} {self._here.launcher} (process {self._launcher}) was gone")
+            )
             return lost if self._here.world_size == 1 else self._tell("failure", lost)
         if self._here.world_size > 1 and self._stood_still():
-            sentence = _ended(f"{self._name(self._here.rank)} had been stopped, and the others ended the run")
+            sentence = self._ended(f"{self._name(self._here.rank)} had been stopped, and the others ended the run")
             self._end(sentence, None)  # what they said of it stays in the summary
         if isinstance(error, KeyboardInterrupt):
             self._listened.wait(0.2)  # it may have been sent because another rank is gone, which is then kept
@@ -334,13 +356,13 @@ class Lifeline:
         """What happened, in a sentence."""
         if what == ALL_WAIT:
             waits = [f"rank {rank} for {stand['waits']} in phase {stand['phase']}" for rank, stand in judge.shown()]
-            return (
-                f"All ranks have waited for {self._limit:.0f} s ({', '.join(waits)}): they do different things, or the network "
-                "between them has stopped; resume goes on from the last checkpoint."
+            return self._ended(
+                f"all ranks have waited for {self._limit:.0f} s ({', '.join(waits)}): they do different things, or the network "
+                "between them has stopped"
             )
         parts = [self._describe(rank, what, judge.phase(rank)) for rank in lost[:8]]
         more = f" and {len(lost) - 8} more" * (len(lost) > 8)
-        return _ended(f"{' and '.join(parts)}{more}")
+        return self._ended(f"{' and '.join(parts)}{more}")
 
     def _in_phase(self, rank: int) -> str:
         """The phase of a rank of this host, as the end of a sentence; empty where it is not to be seen."""
@@ -394,7 +416,7 @@ class Lifeline:
                 self._end(self._sentence(what), [0])
             elif max(news.since_first, news.since_answer) >= self._limit and not self._computes(0):
                 told = json.loads(news.first)["phase"] if news.first else ""
-                self._end(_ended(self._describe(0, SILENT, told)), [0])
+                self._end(self._ended(self._describe(0, SILENT, told)), [0])
 
     def _speaks(self, lost: Sequence[int]) -> bool:
         """Whether this rank says for its host what happened to the lost ones."""
@@ -427,15 +449,17 @@ class Lifeline:
         os._exit(code)
 
     def _when(self) -> str:
+        if self._doing:
+            return f"in {self._doing}"
         return f"at step {self.step()}" if self.step() else "before the first step"
 
     def _sentence(self, gone: str) -> str:
-        return _ended(f"{self._when()} {gone}")
+        return self._ended(f"{self._when()} {gone}")
 
-
-def _ended(what: str) -> str:
-    """The sentence on the end of a run."""
-    return f"{what[0].upper()}{what[1:]}; resume goes on from the last checkpoint."
+    def _ended(self, what: str) -> str:
+        """The sentence on the end of what the ranks do."""
+        after = f"{self._doing} ends" if self._doing else "resume goes on from the last checkpoint"
+        return f"{what[0].upper()}{what[1:]}; {after}."
 
 
 def _said(error: E) -> E:

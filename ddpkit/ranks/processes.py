@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 BUSY = 0.01  # share of a core that counts as progress
-MOVED = 1 << 16  # bytes read or written that count as progress
+BYTES = 1 << 16  # bytes read or written that count as progress
 WATCHER = "ddpkit:beat"  # name of the threads that run in a stuck process too, as torch's own do
 _WATCHERS = ("pt_", WATCHER)
 _HERTZ = os.sysconf("SC_CLK_TCK")
@@ -20,7 +20,7 @@ class Meter:
         self._process = process
         self._seconds, self._bytes, self._since = 0.0, 0, 0.0
 
-    def moved(self, passed: float) -> bool:
+    def progressed(self, passed: float) -> bool:
         """Whether it has, since this was last so.
 
         Args:
@@ -28,7 +28,7 @@ class Meter:
         """
         self._since += passed
         seconds, size = used(self._process)
-        if seconds - self._seconds < max(0.02, BUSY * self._since) and abs(size - self._bytes) < MOVED:
+        if seconds - self._seconds < max(0.02, BUSY * self._since) and abs(size - self._bytes) < BYTES:
             return False
         self._seconds, self._bytes, self._since = seconds, size, 0.0
         return True

@@ -305,12 +305,13 @@ def _candidates(me: Peer, others: Sequence[Peer], local: "set[str]") -> Iterator
     yield addresses()[0], "it is the route outward"
 
 
-def use(chosen: Interface) -> None:
-    """Has gloo and NCCL use an interface, unless the user has named others."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", chosen.name)
-    if "NCCL_SOCKET_IFNAME" not in os.environ:
-        os.environ["NCCL_SOCKET_IFNAME"] = f"={chosen.name}"
-        os.environ.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6" if ":" in chosen.address else "AF_INET")
+def variables_for(chosen: Interface, variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What has gloo and NCCL use an interface; without what the user has set."""
+    wanted = {"GLOO_SOCKET_IFNAME": chosen.name}
+    if "NCCL_SOCKET_IFNAME" not in variables:
+        family = "AF_INET6" if ":" in chosen.address else "AF_INET"
+        wanted |= {"NCCL_SOCKET_IFNAME": f"={chosen.name}", "NCCL_SOCKET_FAMILY": family}
+    return {name: value for name, value in wanted.items() if name not in variables}
 
 
 def try_links(store: dist.Store, rank: int, peers: Sequence[Peer], address: str, timeout: timedelta) -> None:

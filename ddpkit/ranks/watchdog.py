@@ -135,9 +135,9 @@ def _timeout(overrides: Sequence[str]) -> float:
     """`train.timeout` of the command line."""
     timeout = DEFAULT_TIMEOUT
     for word in overrides:
-        if found := re.fullmatch(r"\+{0,2}train\.timeout=(.*)", word):
+        if given := re.fullmatch(r"\+{0,2}train\.timeout=(.*)", word):
             with suppress(ValueError):
-                timeout = float(found[1])
+                timeout = float(given[1])
     return timeout if timeout > 0 else DEFAULT_TIMEOUT
 
 
@@ -181,14 +181,14 @@ def _watch(ward: int, here: Place, board: Board) -> None:
         tick = min(5.0, max(0.25, seen.limit / 40))
         try:
             stopped = state(ward) in "tT"
-            moved = meter.moved(passed)
+            progressed = meter.progressed(passed)
         except (OSError, IndexError):
             continue  # it is ending
         ages.stopped = ages.stopped + passed if stopped else 0.0
         anew = seen.changes != changes
         changes = seen.changes
         ages.waited = ages.waited + passed if seen.waits and not anew else 0.0
-        ages.idle = ages.idle + passed if not (moved or anew or seen.waits) else 0.0
+        ages.idle = ages.idle + passed if not (progressed or anew or seen.waits) else 0.0
         board.idle = ages.idle
         if why := verdict(seen, ages):
             name = f"Rank {rank} (process {ward} on {socket.gethostname()})"

@@ -259,14 +259,13 @@ def test_the_interface_that_is_chosen(others, variables, expected):
     assert (chosen and (chosen.name, chosen.address)) == expected
 
 
-def test_what_the_user_named_is_left_alone(monkeypatch):
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0,ib1")
-    rendezvous.use(rendezvous.Interface("eth0", "10.0.0.1", ""))
-    assert os.environ.pop("GLOO_SOCKET_IFNAME") == "eth0"
-    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0,ib1"
-    assert "NCCL_SOCKET_FAMILY" not in os.environ
+def test_what_the_user_named_is_left_alone():
+    chosen = rendezvous.Interface("eth0", "10.0.0.1", "")
+    assert rendezvous.variables_for(chosen, {"NCCL_SOCKET_IFNAME": "ib0,ib1"}) == {"GLOO_SOCKET_IFNAME": "eth0"}
+    assert rendezvous.variables_for(chosen, {"GLOO_SOCKET_IFNAME": "eth1"}) == {
+        "NCCL_SOCKET_IFNAME": "=eth0",
+        "NCCL_SOCKET_FAMILY": "AF_INET",
+    }
 
 
 def test_ports_of_slurm_steps():

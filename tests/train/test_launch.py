@@ -187,9 +187,11 @@ def test_first_host_of_a_node_list(nodelist, host):
 
 
 PROGRAM = """
+    import os
     import ddpkit, torch, torch.distributed as dist
     from ddpkit.ranks.agree import agree
     from ddpkit.ranks import group
+    before = torch.get_num_threads(), dict(os.environ)
     here = ddpkit.init_process_group(device="cpu")
     assert ddpkit.init_process_group() is here
     x = torch.tensor([float(here.rank)])
@@ -210,6 +212,7 @@ PROGRAM = """
         pass
     print(f"{here.launcher} {here.rank}/{here.world_size} {x.item():g} {told} | {failed}\\n", end="")
     group.shutdown()
+    assert (torch.get_num_threads(), dict(os.environ)) == before
 """
 
 

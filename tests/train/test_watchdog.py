@@ -97,11 +97,11 @@ def test_what_counts_as_progress():
         os.kill(processes["is stopped"].pid, signal.SIGSTOP)
         meters = {what: Meter(process.pid) for what, process in processes.items()}
         for meter in meters.values():
-            meter.moved(0.0)
+            meter.progressed(0.0)
         moved = dict.fromkeys(PROGRAMS, False)
         for _ in range(20):
             time.sleep(0.25)
-            moved = {what: meter.moved(0.25) or moved[what] for what, meter in meters.items()}
+            moved = {what: meter.progressed(0.25) or moved[what] for what, meter in meters.items()}
         assert [what for what in PROGRAMS if moved[what]] == ["computes", "reads", "lets another compute"]
         assert state(processes["is stopped"].pid) in "tT"
         assert len(list(below(processes["lets another compute"].pid))) == 1
