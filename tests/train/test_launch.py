@@ -249,3 +249,27 @@ def test_under_torchrun(program):
 
 def test_alone(program):
     assert run([sys.executable, program])[0].split()[:3] == ["alone", "0/1", "0"]
+
+
+RESTARTED = """
+    import os
+    import ddpkit
+    from ddpkit.ranks.agree import agree, share
+    here = ddpkit.init_process_group(device="cpu")
+    with agree("the first thing"):
+        pass
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if attempt == "0" and here.rank == 1:
+        raise MemoryError("no room")
+    print(f"{here.rank} | {share(lambda: attempt)}\\n", end="")
+"""
+
+
+def test_ranks_that_torchrun_starts_again_do_not_hear_of_those_before(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(RESTARTED))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(port)]
+    assert run([sys.executable, "-m", "torch.distributed.run", *options, str(program)]) == ["0 | 1", "1 | 1"]
