@@ -113,8 +113,7 @@ def _find_others(here: Place, timeout: timedelta) -> tuple[dist.Store, Place]:
     global _peers, _shared, _groups  # noqa: PLW0603  (a process belongs to one group)
     opened, reached = rendezvous.open_store(here, timeout)
     # A store that outlives the group, as torchrun's does when it starts ranks again, must not tell of those before.
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agents else "0"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agents_store() else "0"
     shared = dist.PrefixStore(f"group{attempt}.{_groups}", opened)
     _shared, _groups = shared, _groups + 1
     if here.world_size == 1:
@@ -156,6 +155,11 @@ def peers() -> list[Peer]:
         alone = Place(here.launcher, dist.get_rank(), dist.get_world_size(), here.local_rank, here.local_size)
         _peers = rendezvous.introduce(store(), alone, "", _timeout)
     return _peers
+
+
+def _agents_store() -> bool:
+    """Whether the store lives in torchrun's agent rather than in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def known_peers() -> list[Peer]:
@@ -211,7 +215,8 @@ def say_left(error: BaseException | None) -> None:
         return
     shared, rank, size = store(), dist.get_rank(), dist.get_world_size()
     why = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    network.within(_PARTING, lambda: wait.say_left(shared, rank, size, why))
+    stays = rank == 0 and not _agents_store()
+    network.within(_PARTING, lambda: wait.say_left(shared, rank, why, stays_for=size if stays else 0))
 
 
 def store() -> dist.Store:

@@ -97,18 +97,18 @@ def _lost(shared: dist.Store, rank: int, peers: Sequence[Peer], purpose: str) ->
     return None
 
 
-def say_left(shared: dist.Store, rank: int, size: int, why: str) -> None:
-    """Tells those that wait that a rank has ended; the first to say so is kept. Rank 0 returns when all have said so.
+def say_left(shared: dist.Store, rank: int, why: str, *, stays_for: int = 0) -> None:
+    """Tells those that wait that a rank has ended; the first to say so is kept.
 
     Args:
         shared: the store.
         rank: this one.
-        size: number of ranks.
         why: its last error; empty where it had none.
+        stays_for: returns when so many ranks have said so: for the one whose process holds the store.
     """
     shared.compare_set("left", "", f"{rank}\n{why}")
     left = shared.add("have left", 1)
-    while rank == 0 and left < size:
+    while left < stays_for:
         time.sleep(0.01)
         left = shared.add("have left", 0)
 
