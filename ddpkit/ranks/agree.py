@@ -24,7 +24,7 @@ _exchanges = 0
 
 
 @contextmanager
-def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[None]:
+def agree(what: str = "this") -> Iterator[None]:
     """Makes an error on any rank an error on every rank.
 
     All ranks must come by. The ranks wait for one another through the store, so that one of them may take its time.
@@ -32,7 +32,7 @@ def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[
     Raises:
         InputError: where a rank raised one, or could not use a file; the message is that rank's.
         RuntimeError: where a rank failed otherwise; the message names rank and cause.
-        RankLostError: a rank has ended instead, or has not come within the timeout.
+        RankLostError: a rank has ended instead, or has not come within `PATIENT_TIMEOUT`.
     """
     error: BaseException | None = None
     try:
@@ -53,7 +53,7 @@ def agree(what: str = "this", timeout: timedelta = PATIENT_TIMEOUT) -> Iterator[
     if shared.add(f"{key}/arrived", 1) == size:
         shared.set(f"{key}/done", "1")
     with phase.waiting(f"the other ranks in {what}"):
-        seconds = timeout.total_seconds()
+        seconds = PATIENT_TIMEOUT.total_seconds()
         missing = wait_for(shared, [f"{key}/done"], seconds, f"in {what}", rank=rank, peers=known_peers())
     if missing:
         raise RankLostError(

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from ddpkit.errors import RankDisagreementError
 from ddpkit.ranks import phase, processes
-from ddpkit.ranks.group import is_of_communication, store
+from ddpkit.ranks.group import is_of_communication, known_peers, store
 from ddpkit.ranks.network import within
+from ddpkit.ranks.wait import wait_for
 
 TICK = 0.5  # seconds
 UNEQUAL = "give every rank equally many batches (drop the last ones, or limit their number)"
@@ -50,7 +51,8 @@ class Watch:
     def __init__(self, timeout: float, *, aborts: bool) -> None:
         self.timeout = timeout
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self._store = dist.PrefixStore(f"watch/{Watch._made}", store())  # type: ignore[attr-defined]
+        self._name = f"watch/{Watch._made}"
+        self._store = dist.PrefixStore(self._name, store())  # type: ignore[attr-defined]
         Watch._made += 1
         self._since: float | None = None
         self._call = self._meetings = self._begun = 0
@@ -155,26 +157,29 @@ class Watch:
 
         Raises:
             RankDisagreementError: another rank goes on elsewhere, came after another number, or did not come within the timeout.
+            RankLostError: another rank has ended.
         """
         self._meetings += 1
-        here, start = f"meet/{self._meetings}", time.monotonic()
-        self._store.set(f"{here}/{self._rank}", f"{call},{what}")
-        coming = [rank for rank in range(self._size) if rank != self._rank]
-        pause = 1e-3
-        while coming := [rank for rank in coming if not self._store.check([f"{here}/{rank}"])]:
-            waited = time.monotonic() - start
-            for rank in coming:
-                self._refuse_ahead(rank, what, call, waited)
-            if waited > self.timeout:
-                late = ", ".join(f"rank {rank}" for rank in coming)
-                raise RankDisagreementError(
-                    f"Rank {self._rank} waited {self.timeout:.0f} s at {what} for {late}: {UNEQUAL}, or see whether that "
-                    "rank has failed."
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, TICK / 2)
-        for rank in range(self._size):
-            theirs, place = self._store.get(f"{here}/{rank}").decode().split(",", 1)
+        shared, here, start = store(), f"{self._name}/meet/{self._meetings}", time.monotonic()
+        keys = {f"{here}/{rank}": rank for rank in range(self._size)}
+        shared.set(f"{here}/{self._rank}", f"{call},{what}")
+
+        def refuse() -> None:
+            for key, rank in keys.items():
+                if not shared.check([key]):
+                    self._refuse_ahead(rank, what, call, time.monotonic() - start)
+
+        missing = wait_for(
+            shared, [*keys], self.timeout, f"at {what}", rank=self._rank, peers=known_peers(), refuse=refuse
+        )
+        if missing:
+            late = ", ".join(f"rank {keys[key]}" for key in missing)
+            raise RankDisagreementError(
+                f"Rank {self._rank} waited {self.timeout:.0f} s at {what} for {late}: {UNEQUAL}, or see whether that "
+                "rank has failed."
+            )
+        for key, rank in keys.items():
+            theirs, place = shared.get(key).decode().split(",", 1)
             if (int(theirs), place) != (call, what):
                 raise RankDisagreementError(
                     f"Rank {rank} has come to {place} after synchronize() number {theirs}, but rank {self._rank} to {what} after "
