@@ -230,7 +230,11 @@ class Snapshot:
             self._visit(value[key], where, value, key)
 
     def _visit_sequence(self, value: Any, path: str) -> None:
-        if len(value) > _LARGEST:
+        # A subclass of tuple may refuse to tell its length, as e3nn's irreps do; none can change it.
+        if isinstance(value, tuple):
+            if tuple.__len__(value) > _LARGEST:
+                return
+        elif len(value) > _LARGEST:
             self._sized.append(value)
             return
         if not isinstance(value, tuple | frozenset):
