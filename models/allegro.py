@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ddpkit.errors import InputError
 from ddpkit.models import reference
+from ddpkit.models.config import PotentialConfig
 from ddpkit.models.geometry import wigner_3j
 from ddpkit.models.graph import at_centre, at_neighbour, is_literal, pad, sum_to_centre, unpad
 from ddpkit.models.irreps import Irrep
 from ddpkit.models.mlp import MLP
-from ddpkit.models.potential import Edges, Potential, Precision, uniform
+from ddpkit.models.potential import Edges, Potential, uniform
 
 
 def layer_irreps(edge: Sequence[Irrep], track: Sequence[Irrep], num_layers: int) -> list[list[Irrep]]:
@@ -115,7 +116,6 @@ class Allegro(Potential):
 
     Args:
         species: chemical symbols.
-        r_max: cutoff, Å.
         l_max: highest degree of tensors.
         parity: allow features of both parities (full O(3)); only those of the spherical harmonics where False.
         num_layers: tensor product layers.
@@ -134,7 +134,7 @@ class Allegro(Potential):
         readout_nonlinearity: their nonlinearity; None for a linear readout.
         path_channel_coupling: weights of the tensor products differ between channels.
         forward_normalize: MLP weights keep the variance of activations; of derivatives where False.
-        others: see `Potential`.
+        shared: `avg_num_neighbors` and the other fields of `PotentialConfig`.
     """
 
     harmonic_degree: Tensor
@@ -143,8 +143,6 @@ class Allegro(Potential):
         self,
         species: Sequence[str],
         *,
-        avg_num_neighbors: float | Sequence[float],
-        r_max: float = 6.0,
         l_max: int = 2,
         parity: bool = True,
         num_layers: int = 2,
@@ -163,35 +161,10 @@ class Allegro(Potential):
         readout_nonlinearity: str | None = None,
         path_channel_coupling: bool = True,
         forward_normalize: bool = True,
-        num_bessels: int = 8,
-        bessel_trainable: bool = False,
-        polynomial_cutoff_p: float = 6,
-        shifts: float | Sequence[float] = 0.0,
-        scales: float | Sequence[float] = 1.0,
-        shifts_trainable: bool = False,
-        scales_trainable: bool = False,
-        cutoffs: Sequence[Sequence[float]] | None = None,
-        precision: Precision = "mixed",
-        zbl: bool | Sequence[str] = False,
-        zbl_cutoff_p: float = 6,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            species,
-            r_max=r_max,
-            l_max=l_max,
-            num_bessels=num_bessels,
-            bessel_trainable=bessel_trainable,
-            polynomial_cutoff_p=polynomial_cutoff_p,
-            avg_num_neighbors=avg_num_neighbors,
-            shifts=shifts,
-            scales=scales,
-            shifts_trainable=shifts_trainable,
-            scales_trainable=scales_trainable,
-            cutoffs=cutoffs,
-            precision=precision,
-            zbl=zbl,
-            zbl_cutoff_p=zbl_cutoff_p,
-        )
+        config = PotentialConfig(species=species, l_max=l_max, **shared)
+        super().__init__(config)
         if num_layers < 1:
             raise InputError(f"num_layers is {num_layers}: Allegro has at least one layer")
         if embed_dim % 2:
@@ -217,7 +190,7 @@ class Allegro(Potential):
         weights = channels * self.num_degrees
         self.centre_embedding = torch.nn.Parameter(torch.randn(len(species), embed_dim // 2, dtype=dtype))
         self.neighbour_embedding = torch.nn.Parameter(torch.randn(len(species), embed_dim // 2, dtype=dtype))
-        self.radial_linear = mlp([num_bessels, embed_dim], None)
+        self.radial_linear = mlp([config.num_bessels, embed_dim], None)
         self.scalar_embed = mlp(
             [embed_dim, *[scalar_embed_width] * scalar_embed_depth, scalar_embed_dim], scalar_embed_nonlinearity
         )

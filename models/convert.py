@@ -10,8 +10,9 @@ from torch import Tensor
 from ddpkit.errors import InputError
 from ddpkit.models.allegro import Allegro, PathWeights
 from ddpkit.models.irreps import Irrep
+from ddpkit.models.layers import Layer, second_moment_factor
 from ddpkit.models.mlp import MLP
-from ddpkit.models.nequip import Layer, NequIP, second_moment_factor
+from ddpkit.models.nequip import NequIP
 from ddpkit.models.potential import Potential
 
 _COMMON = {"edge_norm", "per_type_energy_scale_shift", "pair_potential", "total_energy_sum"}
@@ -175,10 +176,10 @@ def _load_mlp(ours: MLP, theirs: Any, columns: Sequence[int] | None = None) -> N
     )
     if not same:
         raise _refuse("an MLP of another shape or normalisation than the model's other ones")
-    for n, (mine, weight) in enumerate(zip(ours.weights, weights, strict=True)):
+    for n, (own, weight) in enumerate(zip(ours.weights, weights, strict=True)):
         last = columns is not None and n == len(weights) - 1
-        mine.data.copy_(weight.detach()[:, columns] if last else weight.detach())
-        mine.requires_grad_(weight.requires_grad)
+        own.data.copy_(weight.detach()[:, columns] if last else weight.detach())
+        own.requires_grad_(weight.requires_grad)
 
 
 def _mlp_shape(mlp: Any) -> tuple[list[int], str | None]:

@@ -8,7 +8,6 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
-from ddpkit.errors import InputError
 from ddpkit.models.graph import is_literal
 
 
@@ -141,17 +140,3 @@ class RadialBasis(torch.nn.Module):
         """`[edges, 1]` -> `[edges, num_bessels]`."""
         angle = math.pi * x
         return torch.sin(angle * self.roots) / angle
-
-
-def check_cutoffs(cutoffs: Tensor | None, r_max: float, species: int) -> None:
-    """Raises InputError unless `r_max` and the cutoffs of pairs of species can be used."""
-    if r_max <= 0:
-        raise InputError(f"r_max is {r_max}: give a cutoff in Å greater than zero")
-    if cutoffs is None:
-        return
-    if cutoffs.shape != (species, species):
-        raise InputError(
-            f"cutoffs has the shape {tuple(cutoffs.shape)}: give one cutoff for each pair of {species} species"
-        )
-    if not bool(((cutoffs > 0) & (cutoffs <= r_max)).all()):
-        raise InputError(f"cutoffs of pairs must lie between 0 and r_max ({r_max} Å)")

@@ -14,30 +14,64 @@ from torch import Tensor
 
 from ddpkit.batch import Batch
 
-_literal = False
+
+class Algorithms(NamedTuple):
+    """Which of several algorithms for the same is taken. `algorithms` chooses, here and nowhere else.
+
+    Attributes:
+        literal: formulas as they stand, in plain operations that PyTorch differentiates (`ddpkit.models.reference`).
+        sums_by_product: rows are summed by a matrix product with ones and zeros; else multiplied with these and added.
+        exact_tables: tables have the rows that a batch needs; else as many as its numbers of atoms and edges allow.
+        in_cache: convolutions go over parts whose arrays fit a core's cache, path by path; else over everything at once.
+    """
+
+    literal: bool = False
+    sums_by_product: bool = False
+    exact_tables: bool = False
+    in_cache: bool = False
+
+
+LITERAL = Algorithms(literal=True)
+EAGER_ON_CPU = Algorithms(sums_by_product=True, exact_tables=True, in_cache=True)
+EAGER_ON_GPU = Algorithms(sums_by_product=True)  # to read the exact sizes of tables, the host would wait for the device
+TRACED = Algorithms()  # on every device: a compiler sums while it gathers, and wants few operations
+
+_given: Algorithms | None = None
 
 
 @contextmanager
-def literally() -> Iterator[None]:
-    """Inside, models compute their formulas as they stand, with plain operations (`ddpkit.models.reference`)."""
-    global _literal  # noqa: PLW0603  (what is inside is called by one thread)
-    before, _literal = _literal, True
+def computing_by(given: Algorithms) -> Iterator[None]:
+    """Inside, models compute by these algorithms, whatever `algorithms` would choose.
+
+    With `TRACED`, eager code computes by the algorithms of compiled code: the difference that is left is the compiler's.
+    """
+    global _given  # noqa: PLW0603  (what is inside is called by one thread)
+    before, _given = _given, given
     try:
         yield
     finally:
-        _literal = before
+        _given = before
+
+
+def algorithms(device: torch.device) -> Algorithms:
+    """The algorithms for tensors of a device: `TRACED` in a trace, and eager ones otherwise."""
+    if _given is not None:
+        return _given
+    if not is_eager():
+        return TRACED
+    return EAGER_ON_CPU if device.type == "cpu" else EAGER_ON_GPU
 
 
 def is_literal() -> bool:
-    """Whether this is inside `literally()`."""
-    return _literal
+    """Whether formulas are computed as they stand."""
+    return _given is not None and _given.literal
 
 
 class Table(NamedTuple):
     """For each row of one thing, rows of another, padded to a table."""
 
     rows: Tensor  # [n, most], padded with the number of the other's rows
-    gather: Tensor  # the same, padded with 0: what there is to gather
+    gather: Tensor  # the same, padded with 0: what can be gathered
     listed: Tensor  # [n, most] bool, where it is not padding
 
 
@@ -61,11 +95,6 @@ class Graph(NamedTuple):
     def atoms(self) -> int:
         """Number of atoms."""
         return self.outgoing.rows.shape[0]
-
-    @property
-    def most(self) -> int:
-        """Columns of the tables: the most neighbours of an atom."""
-        return self.outgoing.rows.shape[1]
 
 
 def graph_of(batch: Batch) -> Graph:
@@ -103,15 +132,15 @@ def blocks_of(table: Table, ends: Tensor, slot: Tensor, *, exact: bool) -> Block
         table: `[atoms, most]`, edges at an atom.
         ends: `[edges]` the atom.
         slot: `[edges]` where in the flattened table an edge stands.
-        exact: make as many blocks as are needed. Otherwise their number depends on the numbers of atoms and edges alone, so that
-            nothing waits for the device; some are empty.
+        exact: make as many blocks as are needed (`Algorithms.exact_tables`). Otherwise their number depends on the numbers of
+            atoms and edges alone, so that nothing waits for the device; some are empty.
     """
     edges, (atoms, most) = ends.shape[0], table.rows.shape
     last = ((table.listed.sum(1) + BLOCK - 1) // BLOCK).cumsum(0)
     first = torch.cat((last.new_zeros(1), last[:-1]))
     slot = slot + (first * BLOCK - torch.arange(atoms, device=slot.device) * most).index_select(0, ends)
     number = int(last[-1]) if exact else (edges + (BLOCK - 1) * atoms) // BLOCK
-    if isinstance(number, int):  # and not the size of a trace, in which there are edges
+    if isinstance(number, int):  # and not the size of a trace, which has edges
         number = min(number, edges)
     rows = slot.new_full((number * BLOCK,), edges).scatter(0, slot, torch.arange(edges, device=slot.device))
     block = first.unsqueeze(1) + torch.arange((most + BLOCK - 1) // BLOCK, device=slot.device)
@@ -146,7 +175,7 @@ class _Total(torch.autograd.Function):
 
 
 class _Pad(torch.autograd.Function):
-    """Rows of x `[edges, ...]` laid out by centre `[atoms, most, ...]`, zero where there is no edge."""
+    """Rows of x `[edges, ...]` laid out by centre `[atoms, most, ...]`, zero where the table is padded."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
@@ -183,11 +212,9 @@ def sum_rows(x: Tensor, table: Table) -> Tensor:
     """For each row of `table` the sum of the rows of x `[n, ...]` that it lists, in a fixed order."""
     flat = x.flatten(1)
     rows = flat.index_select(0, table.gather.reshape(-1)).reshape(*table.gather.shape, flat.shape[1])
-    if is_eager():
-        # a product with ones and zeros: one pass over what is gathered
+    if algorithms(x.device).sums_by_product:
         total = torch.bmm(table.listed.to(x.dtype).unsqueeze(1), rows).squeeze(1)
     else:
-        # a compiler does it while it gathers
         total = (rows * table.listed.to(x.dtype).unsqueeze(2)).sum(1)
     return total.reshape(table.gather.shape[0], *x.shape[1:])
 
@@ -201,28 +228,28 @@ def is_eager() -> bool:
 
 def at_centre(x: Tensor, graph: Graph) -> Tensor:
     """`[atoms, ...]` -> `[edges, ...]`: the centre's row for each edge."""
-    if _literal:
+    if is_literal():
         return x.index_select(0, graph.centre)
     return _Take.apply(x, graph.centre, graph.outgoing)
 
 
 def at_neighbour(x: Tensor, graph: Graph) -> Tensor:
     """`[atoms, ...]` -> `[edges, ...]`: the neighbour's row for each edge."""
-    if _literal:
+    if is_literal():
         return x.index_select(0, graph.neighbour)
     return _Take.apply(x, graph.neighbour, graph.incoming)
 
 
 def sum_to_centre(x: Tensor, graph: Graph) -> Tensor:
     """`[edges, ...]` -> `[atoms, ...]`: the sum over the edges whose centre is the atom."""
-    if _literal:
+    if is_literal():
         return x.new_zeros((graph.atoms, *x.shape[1:])).index_add(0, graph.centre, x)
     return _Total.apply(x, graph.centre, graph.outgoing)
 
 
 def sum_to_neighbour(x: Tensor, graph: Graph) -> Tensor:
     """`[edges, ...]` -> `[atoms, ...]`: the sum over the edges whose neighbour is the atom."""
-    if _literal:
+    if is_literal():
         return x.new_zeros((graph.atoms, *x.shape[1:])).index_add(0, graph.neighbour, x)
     return _Total.apply(x, graph.neighbour, graph.incoming)
 
@@ -244,7 +271,7 @@ def unpad_rows(x: Tensor, slot: Tensor, table: Tensor) -> Tensor:
 
 
 def pad(x: Tensor, graph: Graph) -> Tensor:
-    """`[edges, ...]` -> `[atoms, most, ...]`: edges by centre, zero where there is none."""
+    """`[edges, ...]` -> `[atoms, most, ...]`: edges by centre, zero where the table is padded."""
     return pad_rows(x, graph.slot, graph.outgoing.rows)
 
 

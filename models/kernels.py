@@ -1,80 +1,67 @@
-"""Convolutions of NequIP computed by other packages: e3nn, the reference, and OpenEquivariance, CUDA kernels.
+"""The kernels of NequIP's convolution: those of other packages, and the choice between all of them.
 
-Both take features in e3nn's flat layout, so they are slower around the edges than `ddpkit.models.nequip.Convolution`;
-OpenEquivariance keeps nothing of the size of edges times paths.
+Those of other packages (e3nn, and the CUDA kernels of OpenEquivariance) take features in e3nn's flat layout, so they are slower
+around the edges than `BlockConvolution`. OpenEquivariance keeps nothing of the size of edges times paths.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from e3nn import o3
 from torch import Tensor
 
 from ddpkit.errors import InputError
+from ddpkit.models.convolution import BlockConvolution, Convolution
 from ddpkit.models.graph import Graph, at_neighbour, sum_to_centre
-from ddpkit.models.irreps import Features, Irrep, Irreps, Paths
+from ddpkit.models.irreps import Features, Irreps
+from ddpkit.models.potential import Edges
 
 
-class FlatConvolution(torch.nn.Module):
-    """The sum over neighbours of the weighted tensor product of their features with the harmonics of the edge.
+class FlatSurroundings(NamedTuple):
+    """What the convolutions of all layers share."""
 
-    Args:
-        irreps_in: of the features.
-        l_max: of the harmonics.
-        paths: for each irrep of the features, where its products go.
-        irreps_out: of the result.
-        dtype: of features and weights.
-    """
+    norm: Tensor  # [atoms, 1]
+    harmonics: Tensor  # [edges, (l_max + 1)^2]
+    graph: Graph
+    by_neighbour: Tensor  # [edges], the edges sorted by neighbour
 
-    def __init__(
-        self, irreps_in: Irreps, l_max: int, paths: dict[Irrep, Paths], irreps_out: Irreps, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.irreps_in = list(irreps_in)
-        self.irreps_out = irreps_out
-        order = [(c, a, l) for c in irreps_out for a in paths for l, d in paths[a] if d == c]
-        instructions = [
-            (self.irreps_in.index(a), l, order.index((c, a, l)), "uvu", True) for a in paths for l, c in paths[a]
-        ]
+
+class FlatConvolution(Convolution):
+    """A kernel of another package, with features in e3nn's flat layout. Subclasses make the tensor product and apply it."""
+
+    def __init__(self, irreps_in: Irreps, l_max: int, irreps_out: Irreps, dtype: torch.dtype) -> None:
+        super().__init__(irreps_in, l_max, irreps_out, dtype)
+        inputs = list(irreps_in)
+        order = [(c, a, l) for c in self.irreps_out for a in self.paths for l, d in self.paths[a] if d == c]
         self._build(
             o3.Irreps([(mul, ir) for ir, mul in irreps_in.items()]),
             o3.Irreps.spherical_harmonics(l_max),
             o3.Irreps([(irreps_in[a], c) for c, a, _ in order]),
-            instructions,
-            dtype,
+            [(inputs.index(a), l, order.index((c, a, l)), "uvu", True) for a in self.paths for l, c in self.paths[a]],
         )
 
     @abstractmethod
-    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any], dtype: torch.dtype) -> None:
-        """Makes the tensor product."""
+    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any]) -> None:
+        """Makes the tensor product of e3nn's irreps `features` and `harmonics`, by e3nn's instructions."""
 
     @abstractmethod
     def _compute(self, x: Tensor, harmonics: Tensor, weights: Tensor, graph: Graph, by_neighbour: Tensor) -> Tensor:
         """`[atoms, irreps]` of the neighbours -> `[atoms, irreps]` of the centres."""
 
-    def forward(
-        self,
-        x: Features,
-        weights: Tensor,
-        norm: Tensor,
-        harmonics: Tensor,
-        graph: Graph,
-        by_neighbour: Tensor,
-    ) -> Features:
-        """Features of the neighbours -> features of the centres.
+    @classmethod
+    def prepare(cls, layers: Sequence[Self], edges: Edges, norm: Tensor) -> FlatSurroundings:
+        """Harmonics, graph, and the order of its transpose."""
+        del layers
+        return FlatSurroundings(norm, edges.harmonics, edges.graph, order_by_neighbour(edges.graph)[0])
 
-        Args:
-            x: features.
-            weights: `[edges, sum of paths * channels]`, by irrep, then path.
-            norm: `[atoms, 1]`, multiplies the features.
-            harmonics: `[edges, (l_max + 1)^2]`.
-            graph: the edges.
-            by_neighbour: `[edges]`, the edges sorted by neighbour (`order_by_neighbour`).
-        """
+    def forward(self, x: Features, hidden: Tensor, matrix: Tensor, shared: FlatSurroundings) -> Features:
+        """Features of the neighbours -> features of the centres."""
+        norm, harmonics, graph, by_neighbour = shared
         flat = torch.cat([x[ir].transpose(1, 2).flatten(1) for ir in self.irreps_in], 1) * norm
-        out = self._compute(flat, harmonics, weights, graph, by_neighbour)
+        out = self._compute(flat, harmonics, hidden @ matrix, graph, by_neighbour)
         sizes = [mul * (2 * ir[0] + 1) for ir, mul in self.irreps_out.items()]
         return {
             ir: block.reshape(-1, mul, 2 * ir[0] + 1).transpose(1, 2)
@@ -85,9 +72,9 @@ class FlatConvolution(torch.nn.Module):
 class E3nnConvolution(FlatConvolution):
     """The convolution as e3nn computes it: a message for every edge, then their sum."""
 
-    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any], dtype: torch.dtype) -> None:
+    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any]) -> None:
         default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # e3nn's constants take it
+        torch.set_default_dtype(self.dtype)  # e3nn's constants take it
         try:
             with torch.device("cpu"):
                 self.product = o3.TensorProduct(
@@ -109,14 +96,26 @@ class OpenEquivarianceConvolution(FlatConvolution):
     neighbour, as `collate` makes them (`order_by_neighbour`).
     """
 
-    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any], dtype: torch.dtype) -> None:
+    @staticmethod
+    def runs_on(device: torch.device) -> bool:
+        """On NVIDIA GPUs alone."""
+        return device.type == "cuda"
+
+    @classmethod
+    def prepare(cls, layers: Sequence[Self], edges: Edges, norm: Tensor) -> FlatSurroundings:
+        """As every flat kernel, but NaN where the graph is not symmetric: the kernels would silently compute something else."""
+        del layers
+        order, is_symmetric = order_by_neighbour(edges.graph)
+        return FlatSurroundings(norm.where(is_symmetric, math.nan), edges.harmonics, edges.graph, order)
+
+    def _build(self, features: Any, harmonics: Any, out: Any, instructions: list[Any]) -> None:
         if not torch.cuda.is_available():
             raise InputError("kernels=openequivariance needs an NVIDIA GPU: leave kernels out to compute on a CPU")
         try:
             import openequivariance as oeq
         except ImportError as error:
             raise InputError("kernels=openequivariance needs that package: pip install openequivariance") from error
-        kind = oeq.torch_to_oeq_dtype(dtype)
+        kind = oeq.torch_to_oeq_dtype(self.dtype)
         problem = oeq.TPProblem(
             features,
             harmonics,
@@ -152,7 +151,44 @@ def order_by_neighbour(graph: Graph) -> tuple[Tensor, Tensor]:
     return order, (turned & (graph.neighbour.index_select(0, order) == graph.centre)).all()
 
 
-KERNELS: dict[str, Callable[..., FlatConvolution]] = {
+KERNELS: dict[str, type[Convolution]] = {
+    "ddpkit": BlockConvolution,
     "e3nn": E3nnConvolution,
     "openequivariance": OpenEquivarianceConvolution,
 }
+
+
+class Kernels:
+    """Makes the kernels of a model's layers. Layers that are alike share one, and its memory.
+
+    Args:
+        name: key of `KERNELS`.
+        l_max: of the harmonics.
+        dtype: of features and weights.
+
+    Raises:
+        InputError: no kernel has this name.
+    """
+
+    def __init__(self, name: str, l_max: int, dtype: torch.dtype) -> None:
+        if name not in KERNELS:
+            raise InputError(f"kernels {name!r} is unknown: choose one of {', '.join(KERNELS)}")
+        self.name, self.l_max, self.dtype = name, l_max, dtype
+        self._made: dict[Any, Convolution] = {}
+
+    def make(self, irreps_in: Irreps, irreps_out: Irreps) -> tuple[Convolution, Convolution]:
+        """The kernel that runs on every device, and the chosen one, which may be the same.
+
+        Raises:
+            InputError: the chosen kernel cannot be made here.
+        """
+        everywhere, chosen = (
+            self._make(kind, irreps_in, irreps_out) for kind in (BlockConvolution, KERNELS[self.name])
+        )
+        return everywhere, chosen
+
+    def _make(self, kind: type[Convolution], irreps_in: Irreps, irreps_out: Irreps) -> Convolution:
+        key = kind, tuple(irreps_in.items()), tuple(irreps_out.items())
+        if key not in self._made:
+            self._made[key] = kind(irreps_in, self.l_max, irreps_out, self.dtype)
+        return self._made[key]

@@ -3,44 +3,36 @@
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from ase.data import atomic_numbers
 from torch import Tensor
 
 from ddpkit.batch import Batch
-from ddpkit.errors import InputError
-from ddpkit.models.geometry import (
-    RadialBasis,
-    SphericalHarmonics,
-    check_cutoffs,
-    cutoff_derivative,
-    polynomial_cutoff,
-)
+from ddpkit.models.config import PotentialConfig
+from ddpkit.models.geometry import RadialBasis, SphericalHarmonics, cutoff_derivative, polynomial_cutoff
 from ddpkit.models.graph import (
+    LITERAL,
     Graph,
     at_centre,
     at_neighbour,
+    computing_by,
     graph_of,
-    literally,
     sum_to_centre,
     sum_to_neighbour,
 )
 
-Precision = Literal["mixed", "float32", "float64"]
-
 
 class Edges(NamedTuple):
-    """What the layers of a model are given."""
+    """A batch as the layers of a model see it."""
 
     graph: Graph
     species: Tensor  # [atoms, species] one-hot
     radial: Tensor  # [edges, bessels], zero from the cutoff on
     harmonics: Tensor  # [edges, (l_max + 1)^2]
-    apart: bool  # whether nobody can ask for second derivatives by edge vectors
+    leaf: bool  # edge vectors are a leaf of autograd's graph: nobody asks for second derivatives by them
 
 
 class Potential(torch.nn.Module):
@@ -49,26 +41,7 @@ class Potential(torch.nn.Module):
     Subclasses implement `atomic_energies`.
 
     Args:
-        species: chemical symbols; a batch's `species` are indices into this list.
-        r_max: cutoff, Å.
-        l_max: highest degree of the spherical harmonics of edges.
-        num_bessels: size of the radial basis.
-        bessel_trainable: train the roots of the Bessel functions.
-        polynomial_cutoff_p: exponent of the cutoff envelope.
-        avg_num_neighbors: sums over neighbours are divided by its square root; one number, or one for each species.
-        shifts: energy of an isolated atom, eV; one number, or one for each species.
-        scales: unit of the model's atomic energies, eV; one number, or one for each species.
-        shifts_trainable: train the shifts.
-        scales_trainable: train the scales.
-        cutoffs: `[species, species]` cutoffs in Å of each pair (centre, neighbour), at most `r_max`; None for `r_max`
-            throughout.
-        precision: "mixed" embeds geometry in float64, runs the layers in float32 and sums energies in float64; "float32" embeds
-            in float32 as well; "float64" does all in float64. Derivatives follow.
-        zbl: add the repulsion of screened nuclei (`zbl_energy`); give their chemical symbols where `species` are other names.
-        zbl_cutoff_p: exponent of its cutoff envelope.
-
-    Raises:
-        InputError: an argument cannot be used.
+        config: what all potentials are configured by.
     """
 
     charges: Tensor
@@ -80,88 +53,42 @@ class Potential(torch.nn.Module):
     shifts: Tensor
     scales: Tensor
 
-    def __init__(
-        self,
-        species: Sequence[str],
-        *,
-        r_max: float,
-        l_max: int,
-        num_bessels: int,
-        bessel_trainable: bool,
-        polynomial_cutoff_p: float,
-        avg_num_neighbors: float | Sequence[float],
-        shifts: float | Sequence[float],
-        scales: float | Sequence[float],
-        shifts_trainable: bool,
-        scales_trainable: bool,
-        cutoffs: Sequence[Sequence[float]] | None,
-        precision: Precision,
-        zbl: bool | Sequence[str],
-        zbl_cutoff_p: float,
-    ) -> None:
+    def __init__(self, config: PotentialConfig) -> None:
         super().__init__()
-        if precision not in ("mixed", "float32", "float64"):
-            raise InputError(f"precision {precision!r} is unknown: choose mixed, float32 or float64")
-        if len(set(species)) != len(species) or not species:
-            raise InputError(f"species {list(species)} must be a list of different chemical symbols")
-        self.species = tuple(species)
-        self.r_max = float(r_max)
-        self.precision = precision
-        self.dtype = torch.float64 if precision == "float64" else torch.float32
-        self.geometry_dtype = torch.float32 if precision == "float32" else torch.float64
-        self.polynomial_cutoff_p = float(polynomial_cutoff_p)
-        table = None if cutoffs is None else torch.tensor(cutoffs, dtype=self.geometry_dtype, device="cpu")
-        check_cutoffs(table, self.r_max, len(species))
-        if self.polynomial_cutoff_p < 2:
-            raise InputError(f"polynomial_cutoff_p is {polynomial_cutoff_p}: give an exponent of at least 2")
-        self.register_buffer("inverse_cutoffs", None if table is None else table.reciprocal())
-        self.spherical_harmonics = SphericalHarmonics(l_max, self.geometry_dtype)
-        self.radial_basis = RadialBasis(num_bessels, bessel_trainable, self.geometry_dtype)
-        neighbors = self._per_species("avg_num_neighbors", avg_num_neighbors)
-        if not bool((neighbors > 0).all()):
-            raise InputError("avg_num_neighbors must be greater than zero: compute it from frames with edges")
+        self.species = tuple(config.species)
+        self.r_max = float(config.r_max)
+        self.precision, self.dtype, self.geometry_dtype = config.precision, config.dtype, config.geometry_dtype
+        self.polynomial_cutoff_p = float(config.polynomial_cutoff_p)
+        cutoffs = config.pair_cutoffs()
+        self.register_buffer("inverse_cutoffs", None if cutoffs is None else cutoffs.reciprocal())
+        self.spherical_harmonics = SphericalHarmonics(config.l_max, self.geometry_dtype)
+        self.radial_basis = RadialBasis(config.num_bessels, config.bessel_trainable, self.geometry_dtype)
+        neighbors = config.per_species("avg_num_neighbors")
         self.register_buffer("inverse_sqrt_neighbors", neighbors.rsqrt().to(self.dtype))
-        for name, value, trainable in (("shifts", shifts, shifts_trainable), ("scales", scales, scales_trainable)):
-            constant = self._per_species(name, value)
+        for name, trainable in (("shifts", config.shifts_trainable), ("scales", config.scales_trainable)):
+            constant = config.per_species(name)
             if trainable:
                 self.register_parameter(name, torch.nn.Parameter(constant))
             else:
                 self.register_buffer(name, constant)
-        self.zbl_cutoff_p = float(zbl_cutoff_p)
-        nuclei = [] if zbl is False else list(self.species if zbl is True else zbl)
-        self.zbl = bool(nuclei)
-        if nuclei:
-            unknown = [name for name in nuclei if name not in atomic_numbers]
-            if unknown or len(nuclei) != len(self.species):
-                raise InputError(
-                    f"zbl needs one chemical symbol for each species, not {nuclei}: give them, or zbl=False"
-                )
-            charges = torch.tensor([atomic_numbers[name] for name in nuclei], dtype=self.geometry_dtype, device="cpu")
+        self.zbl = bool(config.nuclei)
+        self.zbl_cutoff_p = float(config.zbl_cutoff_p)
+        if self.zbl:
+            numbers = [atomic_numbers[name] for name in config.nuclei]
+            charges = torch.tensor(numbers, dtype=self.geometry_dtype, device="cpu")
             self.register_buffer("charges", charges, persistent=False)
             screening = torch.tensor(SCREENING, dtype=self.geometry_dtype, device="cpu")
             self.register_buffer("screening", screening, persistent=False)
 
-    def _per_species(self, name: str, value: float | Sequence[float]) -> Tensor:
-        tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-        if tensor.ndim == 0:
-            tensor = tensor.expand(len(self.species)).clone()
-        if tensor.shape != (len(self.species),):
-            raise InputError(
-                f"{name} has {tensor.numel()} values: give one, or one for each of the {len(self.species)} species"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{name} holds a number that is not finite")
-        return tensor
-
     def with_reference_kernels(self) -> "Potential":
         """A copy that computes the same literally, in float64 (`ddpkit.models.reference`); its parameters have the same names."""
-        copied = copy.deepcopy(self, self.replaced_kernels()).to(torch.float64)
+        copied = copy.deepcopy(self, self.reference_kernels()).to(torch.float64)
         copied.dtype = copied.geometry_dtype = torch.float64
         copied.is_reference = True
         return copied
 
-    def replaced_kernels(self) -> dict[int, None]:
-        """For `copy.deepcopy`: what such a copy leaves out."""
+    def reference_kernels(self) -> dict[int, torch.nn.Module]:
+        """For the `memo` of `copy.deepcopy`: by the id of a module, the reference that replaces it in the copy."""
         return {}
 
     @abstractmethod
@@ -175,20 +102,20 @@ class Potential(torch.nn.Module):
         It is the derivative of the energy by a symmetric strain, over the volume, and NaN for a frame whose cell has none.
         """
         graph = graph_of(batch)
-        with literally() if self.is_reference else nullcontext(), torch.enable_grad():
+        with computing_by(LITERAL) if self.is_reference else nullcontext(), torch.enable_grad():
             positions = batch.positions.double()
             vectors = at_neighbour(positions, graph) - at_centre(positions, graph) + batch.edge_shift
-            apart = not vectors.requires_grad
-            if apart:
+            leaf = not vectors.requires_grad
+            if leaf:
                 vectors.requires_grad_()
             lengths = self._lengths(vectors, graph, batch.species)
-            atomic = self._energies(lengths, graph, batch.species, apart=apart)
+            atomic = self._energies(lengths, graph, batch.species, leaf=leaf)
             if self.zbl and self.is_reference:
                 atomic = atomic + sum_to_centre(self._repulsion(lengths, graph, batch.species)[0], graph).squeeze(1)
             (slope,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
             if self.zbl and not self.is_reference:
                 # depends on no parameter: its slope is written down, not differentiated
-                if apart:
+                if leaf:
                     length, unit, scaled, inverse_cutoff = lengths
                     lengths = Lengths(length.detach(), unit.detach(), scaled.detach(), inverse_cutoff)
                 pair, pair_slope = self._repulsion(lengths, graph, batch.species)
@@ -217,13 +144,13 @@ class Potential(torch.nn.Module):
             inverse_cutoff = self.inverse_cutoffs[centre, neighbour].unsqueeze(1)
         return Lengths(length, vectors / length, length * inverse_cutoff, inverse_cutoff)
 
-    def _energies(self, lengths: "Lengths", graph: Graph, species: Tensor, *, apart: bool) -> Tensor:
+    def _energies(self, lengths: "Lengths", graph: Graph, species: Tensor, *, leaf: bool) -> Tensor:
         """`[atoms]` float64, eV, without the repulsion of nuclei."""
         one_hot = (species.unsqueeze(1) == torch.arange(len(self.species), device=species.device)).to(self.dtype)
         envelope = polynomial_cutoff(lengths.scaled, self.polynomial_cutoff_p).to(self.dtype)
         radial = self.radial_basis(lengths.scaled).to(self.dtype) * envelope
         harmonics = self.spherical_harmonics(lengths.unit).to(self.dtype)
-        atomic = self.atomic_energies(Edges(graph, one_hot, radial, harmonics, apart)).double()
+        atomic = self.atomic_energies(Edges(graph, one_hot, radial, harmonics, leaf)).double()
         one_hot = one_hot.double()
         return one_hot @ self.shifts + (one_hot @ self.scales) * atomic
 

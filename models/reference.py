@@ -6,45 +6,47 @@ nothing here has a derivative written by hand, changes the order of products, or
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from torch import Tensor
 
+from ddpkit.models.convolution import Convolution
 from ddpkit.models.geometry import wigner_3j
-from ddpkit.models.graph import Graph, at_centre, at_neighbour, sum_to_centre
+from ddpkit.models.graph import at_centre, at_neighbour, sum_to_centre
 from ddpkit.models.irreps import Features, Irrep
+from ddpkit.models.potential import Edges
 
 if TYPE_CHECKING:
     from ddpkit.models.allegro import Allegro, PathWeights
+    from ddpkit.models.layers import SelfConnection
     from ddpkit.models.mlp import MLP
-    from ddpkit.models.nequip import Convolution, SelfConnection
-    from ddpkit.models.potential import Edges
 
 
-def convolution(
-    layer: "Convolution", x: Features, weights: Tensor, norm: Tensor, harmonics: Tensor, graph: Graph
-) -> Features:
-    """The convolution of NequIP: for every path a message along every edge, then their sum.
+class ReferenceConvolution(Convolution):
+    """The convolution of NequIP: for every path a message along every edge, then their sum."""
 
-    Args:
-        layer: its irreps and paths.
-        x: features `[atoms, 2 l + 1, channels]`.
-        weights: `[edges, sum of paths * channels]`, by irrep, then path.
-        norm: `[atoms, 1]`, multiplies the features.
-        harmonics: `[edges, (l_max + 1)^2]`.
-        graph: the edges.
-    """
-    out: dict[Irrep, list[Tensor]] = {irrep: [] for irrep in layer.irreps_out}
-    pieces = iter(weights.split([layer.irreps_in[a] for a, paths in layer.paths.items() for _ in paths], 1))
-    for a, paths in layer.paths.items():
-        near = at_neighbour(x[a] * norm.unsqueeze(2), graph)
-        for l, c in paths:
-            coefficients = math.sqrt(2 * c[0] + 1) * wigner_3j(a[0], l, c[0]).to(near)
-            matrix = torch.einsum("ej,ijk->eik", harmonics[:, l * l : (l + 1) ** 2], coefficients)
-            message = torch.einsum("eiu,eik,eu->eku", near, matrix, next(pieces))
-            out[c].append(sum_to_centre(message, graph))
-    return {irrep: torch.cat(parts, 2) for irrep, parts in out.items()}
+    @classmethod
+    def prepare(cls, layers: Sequence[Self], edges: Edges, norm: Tensor) -> tuple[Edges, Tensor]:
+        """The edges and the factor of the features."""
+        del layers
+        return edges, norm
+
+    def forward(self, x: Features, hidden: Tensor, matrix: Tensor, shared: tuple[Edges, Tensor]) -> Features:
+        """Features of the neighbours -> features of the centres."""
+        edges, norm = shared
+        out: dict[Irrep, list[Tensor]] = {irrep: [] for irrep in self.irreps_out}
+        weights = iter(
+            (hidden @ matrix).split([self.irreps_in[a] for a, paths in self.paths.items() for _ in paths], 1)
+        )
+        for a, paths in self.paths.items():
+            near = at_neighbour(x[a] * norm.unsqueeze(2), edges.graph)
+            for l, c in paths:
+                coefficients = math.sqrt(2 * c[0] + 1) * wigner_3j(a[0], l, c[0]).to(near)
+                coupled = torch.einsum("ej,ijk->eik", edges.harmonics[:, l * l : (l + 1) ** 2], coefficients)
+                message = torch.einsum("eiu,eik,eu->eku", near, coupled, next(weights))
+                out[c].append(sum_to_centre(message, edges.graph))
+        return {irrep: torch.cat(parts, 2) for irrep, parts in out.items()}
 
 
 def self_connection(layer: "SelfConnection", x: Features, embedding: Tensor) -> Features:
@@ -64,12 +66,12 @@ def self_connection(layer: "SelfConnection", x: Features, embedding: Tensor) -> 
     return out
 
 
-def allegro(model: "Allegro", edges: "Edges") -> Tensor:
+def allegro(model: "Allegro", edges: Edges) -> Tensor:
     """`[atoms]` energies of Allegro, with the tensor features of every edge built.
 
     Args:
         model: its modules.
-        edges: what they are given.
+        edges: species, radial basis and harmonics.
     """
     graph, degrees, channels, width = (
         edges.graph,

@@ -4,11 +4,16 @@ import pytest
 import torch
 from cases import make_batch, make_frame, make_model, relative
 
+from ddpkit.models.convolution import BlockConvolution
 from ddpkit.models.graph import (
     BLOCK,
+    EAGER_ON_CPU,
+    EAGER_ON_GPU,
+    TRACED,
     at_centre,
     at_neighbour,
     blocks_of,
+    computing_by,
     graph_of,
     pad,
     sum_rows,
@@ -16,8 +21,8 @@ from ddpkit.models.graph import (
     sum_to_neighbour,
     unpad,
 )
+from ddpkit.models.layers import Groups, SelfConnection, groups_of
 from ddpkit.models.mlp import silu
-from ddpkit.models.nequip import Convolution, Groups, SelfConnection, groups_of
 
 
 @pytest.fixture(scope="module")
@@ -26,45 +31,50 @@ def batch():
 
 
 @pytest.mark.parametrize(
-    ("l_max", "parity", "on_cpu"),
-    [(1, True, True), (2, False, True), (2, True, False), (3, False, True), (1, False, False)],
+    ("l_max", "parity", "by"),
+    [
+        (1, True, EAGER_ON_CPU),
+        (2, False, EAGER_ON_CPU),
+        (2, True, EAGER_ON_GPU),
+        (3, False, EAGER_ON_CPU),
+        (1, False, TRACED),
+    ],
 )
-def test_own_convolution_is_that_of_e3nn(batch, l_max, parity, on_cpu, monkeypatch):
-    if not on_cpu:  # all at once, as on a GPU
-        monkeypatch.setattr("ddpkit.models.nequip._on_cpu", lambda _: False)
+def test_own_convolution_is_that_of_e3nn(batch, l_max, parity, by):
     own = make_model("nequip", l_max=l_max, parity=parity)
     reference = make_model("nequip", l_max=l_max, parity=parity, kernels="e3nn")
     reference.load_state_dict(own.state_dict(), strict=False)
     gradients = []
-    outs = [own(batch), reference(batch)]
-    for model, out in zip((own, reference), outs, strict=True):
-        loss = out["energy"].square().sum() + out["forces"].square().sum() + out["stress"].square().sum()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        gradients.append(torch.autograd.grad(loss, parameters))
+    with computing_by(by):
+        outs = [own(batch), reference(batch)]
+        for model, out in zip((own, reference), outs, strict=True):
+            loss = out["energy"].square().sum() + out["forces"].square().sum() + out["stress"].square().sum()
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            gradients.append(torch.autograd.grad(loss, parameters))
     for name, value in outs[0].items():
         assert relative(value, outs[1][name]) < 1e-10
     for a, b in zip(*gradients, strict=True):
         assert relative(a, b) < 1e-9
 
 
-def test_atoms_without_edges_as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("ddpkit.models.nequip._on_cpu", lambda _: False)
+def test_atoms_without_edges_as_on_a_gpu():
     model = make_model("nequip")
-    out = model(make_batch([make_frame(1), make_frame(1, seed=4)]))
-    assert out["forces"].abs().max() == 0
-    (out["energy"].sum() + out["forces"].square().sum()).backward()
+    with computing_by(EAGER_ON_GPU):
+        out = model(make_batch([make_frame(1), make_frame(1, seed=4)]))
+        assert out["forces"].abs().max() == 0
+        (out["energy"].sum() + out["forces"].square().sum()).backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_parts_do_not_matter(batch, monkeypatch):
     model = make_model("nequip")
     whole = model(batch)["forces"]
-    monkeypatch.setattr("ddpkit.models.nequip.CACHE", 1)
+    monkeypatch.setattr("ddpkit.models.convolution.CACHE", 1)
     assert relative(model(batch)["forces"], whole) < 1e-12
 
 
 def test_paths_are_those_of_e3nn():
-    convolution = Convolution({(0, 1): 4, (1, -1): 3}, 2, {(0, 1): 5, (1, -1): 2, (1, 1): 2})
+    convolution = BlockConvolution({(0, 1): 4, (1, -1): 3}, 2, {(0, 1): 5, (1, -1): 2, (1, 1): 2}, torch.float64)
     assert convolution.paths[0, 1] == ((0, (0, 1)), (1, (1, -1)))
     assert convolution.paths[1, -1] == ((0, (1, -1)), (1, (0, 1)), (1, (1, 1)), (2, (1, -1)))
     assert convolution.irreps_out == {(0, 1): 7, (1, -1): 10, (1, 1): 3}
@@ -142,11 +152,11 @@ def test_self_connection_is_a_tensor_product_with_the_embedding():
         assert relative(out[ir], expected) < 1e-12
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_blocks_hold_one_species(exact, monkeypatch):
-    monkeypatch.setattr("ddpkit.models.nequip._on_cpu", lambda _: exact)
+@pytest.mark.parametrize("by", [EAGER_ON_CPU, EAGER_ON_GPU])
+def test_blocks_hold_one_species(by):
     species = torch.randint(0, 4, (50,))
-    groups: Groups = groups_of(torch.nn.functional.one_hot(species, 6))
+    with computing_by(by):
+        groups: Groups = groups_of(torch.nn.functional.one_hot(species, 6))
     held = groups.atoms.flatten()
     assert sorted(held[held < 50].tolist()) == list(range(50))
     for row, kind in zip(groups.atoms, groups.species, strict=True):

@@ -47,9 +47,9 @@ def test_rotation_and_reflection(model, periodic, mirror):
 def test_translation(model):
     frame = make_frame(periodic=True)
     plain = model(make_batch([frame]))
-    moved = model(make_batch([transformed(frame, np.eye(3), np.array([3.1, -7.0, 0.4]))]))
+    translated = model(make_batch([transformed(frame, np.eye(3), np.array([3.1, -7.0, 0.4]))]))
     for name, value in plain.items():
-        assert relative(moved[name], value) < TOLERANCE[model.precision]
+        assert relative(translated[name], value) < TOLERANCE[model.precision]
 
 
 def test_permutation(model):
@@ -178,8 +178,8 @@ def test_forces_against_finite_differences(model, periodic):
             positions = frame.positions.copy()
             positions[atom, axis] += steps * h
             energies.append(float(model(make_batch([dataclasses.replace(frame, positions=positions)]))["energy"][0]))
-        found = -derivative(energies, h)
-        assert abs(found - float(forces[atom, axis])) < tolerance * float(forces.abs().max())
+        numerical = -derivative(energies, h)
+        assert abs(numerical - float(forces[atom, axis])) < tolerance * float(forces.abs().max())
 
 
 def test_stress_against_finite_differences(model):
@@ -195,8 +195,8 @@ def test_stress_against_finite_differences(model):
             strain[a, b] += steps * h / 2
             strain[b, a] += steps * h / 2
             energies.append(float(model(make_batch([transformed(frame, np.eye(3) + strain)]))["energy"][0]))
-        found = derivative(energies, h) / volume
-        assert abs(found - float(stress[a, b])) < tolerance * float(stress.abs().max())
+        numerical = derivative(energies, h) / volume
+        assert abs(numerical - float(stress[a, b])) < tolerance * float(stress.abs().max())
 
 
 def derivative(values, h):
@@ -213,12 +213,12 @@ def test_forces_are_the_derivative_by_positions(exact):
     (slope,) = torch.autograd.grad(out["energy"].sum(), positions, create_graph=True)
     assert relative(-slope.detach(), out["forces"].detach()) < 1e-10
     (row,) = torch.autograd.grad(out["forces"][1, 0], positions)
-    h, moved = 1e-4, []
+    h, forces = 1e-4, []
     for steps in (-2, -1, 1, 2):
         at = batch.positions.clone()
         at[2, 1] += steps * h
-        moved.append(float(exact(batch.replace(positions=at))["forces"][1, 0].detach()))
-    assert derivative(moved, h) == pytest.approx(float(row[2, 1]), rel=1e-5, abs=1e-8)
+        forces.append(float(exact(batch.replace(positions=at))["forces"][1, 0].detach()))
+    assert derivative(forces, h) == pytest.approx(float(row[2, 1]), rel=1e-5, abs=1e-8)
     exact.eval()
 
 

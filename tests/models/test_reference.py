@@ -37,13 +37,13 @@ def test_models_are_what_is_written_in_the_papers(case, precision, batch):
     name, settings = SETTINGS[case]
     model = make_model(name, precision, **settings)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = check_kernels(model, batch)
-    require_kernels(model, found)
-    names = {d.name for d in found}
+    compared = check_kernels(model, batch)
+    require_kernels(model, compared)
+    names = {d.name for d in compared}
     assert {"energy", "forces"} <= names
     assert all(f"forces, its gradient by {key}" in names for key, _ in model.named_parameters())
     if precision == "float64":
-        assert max(d.error for d in found) < 1e-11
+        assert max(d.error for d in compared) < 1e-11
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -100,8 +100,8 @@ class WrongSecond(WrongFirst):
 def test_a_wrong_kernel_is_named(kernel, named, precision, batch, monkeypatch):
     monkeypatch.setitem(KERNELS, "e3nn", kernel)
     model = make_model("nequip", precision, kernels="e3nn", l_max=3)
-    found = check_kernels(model, batch)
-    bad = {d.name for d in found if not d.is_fine}
+    compared = check_kernels(model, batch)
+    bad = {d.name for d in compared if not d.is_fine}
     assert "energy" not in bad or kernel is Scaled
     assert "forces" not in bad or kernel is not WrongSecond
     if precision == "float64":
@@ -110,7 +110,7 @@ def test_a_wrong_kernel_is_named(kernel, named, precision, batch, monkeypatch):
         rf"The kernels of NequIP \(kernels=e3nn\) compute something else .*: {named} by [\d.e-]+ relative \(allowed"
     )
     with pytest.raises(ParityError, match=message):
-        require_kernels(model, found)
+        require_kernels(model, compared)
 
 
 def test_large_energies_of_atoms_hide_nothing(batch, monkeypatch):

@@ -16,8 +16,8 @@ def test_our_models_pass(name, precision):
     model = make_model(name, precision, l_max=2)
     dtype = torch.float64 if precision == "float64" else torch.float32
     before = [p.detach().clone() for p in model.parameters()]
-    found = verdicts(model, dtype=dtype)
-    assert found == dict.fromkeys(CASES, ("passed", "")), found
+    verdict = verdicts(model, dtype=dtype)
+    assert verdict == dict.fromkeys(CASES, ("passed", "")), verdict
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert model.training
 
