@@ -13,8 +13,8 @@ from ddpkit.models.config import PotentialConfig
 from ddpkit.models.geometry import wigner_3j
 from ddpkit.models.graph import at_centre, at_neighbour, is_literal, pad, sum_to_centre, unpad
 from ddpkit.models.irreps import Irrep
-from ddpkit.models.mlp import MLP
-from ddpkit.models.potential import Edges, Potential, uniform
+from ddpkit.models.mlp import MLP, uniform
+from ddpkit.models.potential import Edges, Potential
 
 
 def layer_irreps(edge: Sequence[Irrep], track: Sequence[Irrep], num_layers: int) -> list[list[Irrep]]:

@@ -177,18 +177,26 @@ class Kernels:
         self._made: dict[Any, Convolution] = {}
 
     def make(self, irreps_in: Irreps, irreps_out: Irreps) -> tuple[Convolution, Convolution]:
-        """The kernel that runs on every device, and the chosen one, which may be the same.
+        """The chosen kernel, and the one that runs on every device, which may be the same.
 
         Raises:
             InputError: the chosen kernel cannot be made here.
         """
-        everywhere, chosen = (
-            self._make(kind, irreps_in, irreps_out) for kind in (BlockConvolution, KERNELS[self.name])
-        )
-        return everywhere, chosen
+        everywhere = self._make(BlockConvolution, irreps_in, irreps_out)
+        return self._make(KERNELS[self.name], irreps_in, irreps_out), everywhere
 
     def _make(self, kind: type[Convolution], irreps_in: Irreps, irreps_out: Irreps) -> Convolution:
         key = kind, tuple(irreps_in.items()), tuple(irreps_out.items())
         if key not in self._made:
             self._made[key] = kind(irreps_in, self.l_max, irreps_out, self.dtype)
         return self._made[key]
+
+
+def kernels_on(device: torch.device, made: Sequence[tuple[Convolution, Convolution]]) -> list[Convolution]:
+    """The kernels that compute on a device: the chosen ones where they run, else those that run on every device.
+
+    Args:
+        device: of the batch.
+        made: of each layer, what `Kernels.make` returned.
+    """
+    return [chosen if chosen.runs_on(device) else everywhere for chosen, everywhere in made]

@@ -192,7 +192,7 @@ class Layer(torch.nn.Module):
 
     Attributes:
         convolution: the kernel that runs on every device.
-        kernel: the kernel that computes, where it runs.
+        kernel: the chosen kernel.
     """
 
     def __init__(
@@ -212,11 +212,11 @@ class Layer(torch.nn.Module):
         self.gate = Gate(self.irreps_out, (0, 1) if (0, 1) in reached else (0, -1))
         conv_out = self.gate.irreps_in
         self.linear_in = Linear(irreps_in, irreps_in, dtype)
-        self.convolution, kernel = kernels.make(irreps_in, conv_out)
+        kernel, self.convolution = kernels.make(irreps_in, conv_out)
         self.radial = MLP([*radial_dims, sum(self.convolution.sizes)], "silu", dtype=dtype)
         self.linear_out = Linear(self.convolution.irreps_out, conv_out, dtype)
         self.self_connection = SelfConnection(irreps_in, embed_dim, conv_out, dtype) if self_connection else None
-        self.kernel = kernel
+        self.kernel = kernel  # last, as its state in checkpoints
 
     def forward(
         self, x: Features, radial: Tensor, kernel: Convolution, shared: Any, embedding: Tensor, groups: Groups
@@ -226,8 +226,8 @@ class Layer(torch.nn.Module):
         Args:
             x: features.
             radial: `[edges, bessels]`.
-            kernel: computes the convolution (`chosen_kernels`).
-            shared: what it prepared for all layers.
+            kernel: computes the convolution.
+            shared: what the kernels prepared for all layers.
             embedding: of the species.
             groups: the atoms by species.
         """

@@ -66,6 +66,11 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def uniform(*shape: int, dtype: torch.dtype) -> torch.nn.Parameter:
+    """Weights of variance one."""
+    return torch.nn.Parameter(torch.empty(*shape, dtype=dtype).uniform_(-math.sqrt(3), math.sqrt(3)))
+
+
 class MLP(torch.nn.Module):
     """Layers x @ (alpha W) with a nonlinearity between them; no biases.
 
@@ -87,12 +92,7 @@ class MLP(torch.nn.Module):
             raise InputError(f"nonlinearity {nonlinearity!r} is unknown: choose one of {', '.join(NONLINEARITIES)}")
         self.nonlinearity = nonlinearity
         layers = len(dims) - 1
-        self.weights = torch.nn.ParameterList(
-            [
-                torch.nn.Parameter(torch.empty(a, b, dtype=dtype).uniform_(-math.sqrt(3), math.sqrt(3)))
-                for a, b in pairwise(dims)
-            ]
-        )
+        self.weights = torch.nn.ParameterList([uniform(a, b, dtype=dtype) for a, b in pairwise(dims)])
         self.alphas = []
         for layer, (a, b) in enumerate(pairwise(dims)):
             outer = 0 if forward_normalize else layers - 1

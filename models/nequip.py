@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpkit.errors import InputError
 from ddpkit.models.config import PotentialConfig
 from ddpkit.models.irreps import Features, Irreps
-from ddpkit.models.kernels import Kernels
+from ddpkit.models.kernels import Kernels, kernels_on
 from ddpkit.models.layers import Layer, groups_of
 from ddpkit.models.mlp import MLP
 from ddpkit.models.potential import Edges, Potential
@@ -71,7 +71,7 @@ class NequIP(Potential):
                 f"num_features has {len(features)} entries: give one number, or one for each of {l_max + 1} degrees"
             )
         self.kernels, dtype = kernels, self.dtype
-        made = Kernels(kernels, l_max, dtype)
+        choice = Kernels(kernels, l_max, dtype)
         self.embedding = torch.nn.Parameter(torch.randn(len(species), type_embedding_dim, dtype=dtype))
         hidden = {(l, p): features[l] for l in range(l_max + 1) for p in ((1, -1) if parity else ((-1) ** l,))}
         irreps: Irreps = {(0, 1): type_embedding_dim}
@@ -82,7 +82,7 @@ class NequIP(Potential):
                 {(0, 1): features[0]} if n == num_layers - 1 else hidden,
                 type_embedding_dim,
                 [config.num_bessels, *[radial_width] * radial_depth],
-                made,
+                choice,
                 self_connection=self_connection and n > 0,
             )
             self.layers.append(layer)
@@ -103,7 +103,7 @@ class NequIP(Potential):
         radial = self.radial_factor * edges.radial
         norm = (edges.species @ self.inverse_sqrt_neighbors).unsqueeze(1)
         layers = [cast("Layer", layer) for layer in self.layers]
-        kernels = [layer.kernel if layer.kernel.runs_on(radial.device) else layer.convolution for layer in layers]
+        kernels = kernels_on(radial.device, [(layer.kernel, layer.convolution) for layer in layers])
         shared = kernels[0].prepare(kernels, edges, norm)
         groups = groups_of(edges.species)
         x: Features = {(0, 1): (edges.species @ self.embedding).unsqueeze(1)}

@@ -1,7 +1,6 @@
 """What Allegro and NequIP share: from edge vectors to energies, forces and stress."""
 
 import copy
-import math
 from abc import abstractmethod
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -203,8 +202,3 @@ def zbl_energy(length: Tensor, charges: tuple[Tensor, Tensor], screening: Tensor
 def _sum_over_frames(x: Tensor, batch: Batch) -> Tensor:
     """`[atoms, ...]` -> `[frames, ...]`."""
     return x.new_zeros((batch.num_frames, *x.shape[1:])).index_add(0, batch.frame, x)
-
-
-def uniform(*shape: int, dtype: torch.dtype) -> torch.nn.Parameter:
-    """Weights of variance one."""
-    return torch.nn.Parameter(torch.empty(*shape, dtype=dtype).uniform_(-math.sqrt(3), math.sqrt(3)))

@@ -11,7 +11,9 @@ from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.models import Allegro, NequIP
 from ddpkit.models.config import PotentialConfig
 from ddpkit.models.convolution import BlockConvolution
-from ddpkit.models.kernels import KERNELS
+from ddpkit.models.graph import graph_of
+from ddpkit.models.kernels import KERNELS, OpenEquivarianceConvolution
+from ddpkit.models.potential import Edges
 from ddpkit.models.reference import ReferenceConvolution
 
 
@@ -63,6 +65,19 @@ def test_the_reference_has_no_other_kernel():
         assert all(type(layer.kernel) is ReferenceConvolution for layer in reference.layers)
         assert [name for name, _ in reference.named_parameters()] == [name for name, _ in model.named_parameters()]
         assert not any(isinstance(layer.kernel, ReferenceConvolution) for layer in model.layers)
+
+
+def test_openequivariance_gives_nan_on_a_graph_that_is_not_symmetric(batch):
+    """Its kernels read the transpose off the graph, and would silently compute something else."""
+    norm = torch.ones(len(batch.species), 1)
+    for edges, finite in ((slice(None), True), (slice(1, None), False)):
+        part = batch.replace(
+            edge_index=batch.edge_index[:, edges], edge_shift=batch.edge_shift[edges], neighbours=None, incoming=None
+        )
+        harmonics = torch.ones(part.edge_index.shape[1], 1)
+        seen = Edges(graph_of(part), torch.zeros(0), torch.zeros(0), harmonics, leaf=True)
+        shared = OpenEquivarianceConvolution.prepare([], seen, norm)
+        assert bool(torch.isfinite(shared.norm).all()) is finite
 
 
 def test_a_step_with_kernels_of_e3nn_can_be_compiled():
