@@ -403,6 +403,8 @@ class Lifeline:
             if now - news.clock > _NOTICE:
                 news.resumed = now
             passed, news.clock = min(now - news.clock, 3 * _LOOK), now
+            if watchdog.board is not None:
+                watchdog.board.beat()
             news.since_answer += passed
             news.since_first += passed
             if news.told or news.broken:

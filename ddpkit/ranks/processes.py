@@ -72,6 +72,15 @@ def state(process: int) -> str:
     return stat(Path(f"/proc/{process}"))[0]
 
 
+def born(process: int) -> str:
+    """When a process was started, by the system's clock: tells it from a later one of the same number.
+
+    Raises:
+        OSError: there is none.
+    """
+    return stat(Path(f"/proc/{process}"))[19]
+
+
 def below(process: int) -> Iterator[int]:
     """All processes that a process started, and those that they started, but for this one."""
     for children in Path(f"/proc/{process}/task").glob("*/children"):

@@ -19,14 +19,14 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpkit.ranks import phase
 from ddpkit.ranks.launchers import Place, any_rank, place
-from ddpkit.ranks.processes import Meter, below, name_thread, stat, state
+from ddpkit.ranks.processes import Meter, below, born, name_thread, stat, state
 from ddpkit.summary import record_failure
 
 DEFAULT_TIMEOUT = 600.0  # seconds, of train.timeout
@@ -45,6 +45,7 @@ class Seen:
         together: whether the ranks watch over each other meanwhile.
         limit: the timeout, seconds.
         run_dir: its run folder, empty before it has one.
+        beats: how often its threads have told that they run.
     """
 
     changes: int
@@ -53,6 +54,7 @@ class Seen:
     together: bool
     limit: float
     run_dir: str
+    beats: int = 0
 
 
 class Board:
@@ -60,7 +62,8 @@ class Board:
 
     _head = struct.Struct("<qBBBd")
     _idle = struct.Struct("<d")
-    _at = _idle.size  # where the head begins
+    _beats = struct.Struct("<q")
+    _at = _idle.size + _beats.size  # where the head begins
 
     def __init__(self, limit: float) -> None:
         self._memory = mmap.mmap(-1, self._at + self._head.size + _PATH)
@@ -86,6 +89,11 @@ class Board:
             start = self._at + self._head.size
             self._memory[start : start + len(path)] = path
 
+    def beat(self) -> None:
+        """Tells that threads of this rank still run; called again and again while the ranks watch over each other."""
+        (beats,) = self._beats.unpack_from(self._memory, self._idle.size)
+        self._beats.pack_into(self._memory, self._idle.size, beats + 1)
+
     @property
     def idle(self) -> float:
         """For how many seconds this rank has made no progress, as its watchdog sees it."""
@@ -99,7 +107,8 @@ class Board:
         """How the rank stands."""
         changes, number, waits, together, limit = self._head.unpack_from(self._memory, self._at)
         path = self._memory[self._at + self._head.size :].rstrip(b"\0")
-        return Seen(changes, phase.PHASES[number], waits, bool(together), limit, os.fsdecode(path))
+        (beats,) = self._beats.unpack_from(self._memory, self._idle.size)
+        return Seen(changes, phase.PHASES[number], waits, bool(together), limit, os.fsdecode(path), beats)
 
 
 board: Board | None = None
@@ -157,7 +166,7 @@ def verdict(seen: Seen, ages: Ages) -> str:
     limit = seen.limit + GRACE if seen.together else seen.limit
     if ages.stopped >= limit:
         return f"has been stopped for {ages.stopped:.0f} s"
-    if not seen.waits and ages.idle >= limit:
+    if ages.idle >= limit and (seen.together or not seen.waits):
         return f"has made no progress for {ages.idle:.0f} s (it used no processor time, read and wrote nothing)"
     # A rank that is stopped is named by its own watchdog first.
     if seen.waits == 1 and not seen.together and ages.waited >= limit + GRACE / 2:
@@ -172,7 +181,8 @@ def _watch(ward: int, here: Place, board: Board) -> None:
     name_thread("ddpkit:watchdog")
     rank, beside, launcher = here.rank, here.local_size, stat(Path(f"/proc/{ward}"))[1]
     ages, meter = Ages(), Meter(ward)
-    last, changes = time.monotonic(), -1
+    last, changes, beats = time.monotonic(), -1, -1
+    started: dict[int, str] = {}
     tick = 0.25
     while not _ended(ward, tick):
         now = time.monotonic()
@@ -182,13 +192,17 @@ def _watch(ward: int, here: Place, board: Board) -> None:
         try:
             stopped = state(ward) in "tT"
             progressed = meter.progressed(passed)
+            started = {process: born(process) for process in below(ward)}
         except (OSError, IndexError):
             continue  # it is ending
         ages.stopped = ages.stopped + passed if stopped else 0.0
         anew = seen.changes != changes
         changes = seen.changes
         ages.waited = ages.waited + passed if seen.waits and not anew else 0.0
-        ages.idle = ages.idle + passed if not (progressed or anew or seen.waits) else 0.0
+        # One that waits runs its threads meanwhile, unless it is stuck: they need Python's lock.
+        waits = seen.waits and (not seen.together or seen.beats != beats)
+        beats = seen.beats
+        ages.idle = ages.idle + passed if not (progressed or anew or waits) else 0.0
         board.idle = ages.idle
         if why := verdict(seen, ages):
             name = f"Rank {rank} (process {ward} on {socket.gethostname()})"
@@ -203,7 +217,22 @@ def _watch(ward: int, here: Place, board: Board) -> None:
                 sys.stderr.flush()
             _kill(ward)
             return
-    _tell_of_launcher(board.read(), here.launcher, launcher)
+    seen = board.read()
+    if seen.phase != "end":
+        _end_orphans(started)
+    _tell_of_launcher(seen, here.launcher, launcher)
+
+
+def _end_orphans(started: Mapping[int, str]) -> None:
+    """Ends what a rank that was ended has left behind, such as processes that compile.
+
+    Args:
+        started: when each process that it had started was.
+    """
+    for process, when in started.items():
+        with suppress(OSError, IndexError):
+            if born(process) == when:
+                os.kill(process, signal.SIGKILL)
 
 
 def _tell_of_launcher(seen: Seen, name: str, process: str) -> None:

@@ -148,6 +148,41 @@ def test_a_rank_that_is_stuck_is_named_within_the_timeout(overrides, tmp_path):
     assert "no progress" in json.loads((tmp_path / "run" / "summary.json").read_text())["error"]
 
 
+LOCKED = """
+    import ctypes, os, subprocess
+    from ddpkit.experiments.cli import main
+    from ddpkit.sync.flat import FlatSync
+
+    original = FlatSync.reduce
+
+    def reduce(sync):
+        if sync.stats.calls == 1:  # as the compiler's workers, which are not to outlive the run
+            subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        if sync.stats.calls == 3:  # both keep Python's lock: one sleeps, one computes, as a call of CUDA that waits does
+            if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+                ctypes.PyDLL(None).sleep(1000)
+            sum(range(1 << 60))
+        original(sync)
+
+    FlatSync.reduce = reduce
+    main()
+"""
+
+
+def test_ranks_whose_threads_stand_still_are_ended_by_their_watchdogs(overrides, tmp_path):
+    (tmp_path / "program.py").write_text(textwrap.dedent(LOCKED))
+    job = start([str(tmp_path / "program.py"), "run", *overrides])
+    process = in_phase(job, 1, "step")
+    time.sleep(3.0)
+    assert len(family(job)) >= 6  # ranks, watchdogs, what they started
+    said, took = end_of(job)
+    assert took < TIMEOUT + 15
+    assert any(f"Rank 1 (process {process} on " in line for line in said), said
+    error = json.loads((tmp_path / "run" / "summary.json").read_text())["error"]
+    assert f"Rank 1 (process {process} on " in error
+    assert "has made no progress" in error
+
+
 @pytest.mark.long
 def test_a_rank_that_is_slow_is_left_alone(overrides, tmp_path):
     (tmp_path / "program.py").write_text(textwrap.dedent(SLOW))

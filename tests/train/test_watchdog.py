@@ -24,6 +24,7 @@ from ddpkit.ranks.watchdog import GRACE, Ages, Board, Seen, _ended, _timeout, ve
         (1, False, Ages(waited=16), "has waited 16 s for the other ranks"),
         (2, False, Ages(idle=99, waited=99), ""),  # for another run
         (1, True, Ages(waited=99), ""),  # the others judge
+        (1, True, Ages(idle=12 + GRACE), "no progress for 18 s"),  # none of its threads runs
         (0, True, Ages(stopped=13), ""),  # they say it first
         (0, True, Ages(stopped=12 + GRACE), "has been stopped for 18 s"),
         (1, True, Ages(stopped=12 + GRACE), "has been stopped for 18 s"),
