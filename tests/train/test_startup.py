@@ -157,7 +157,7 @@ LOCKED = """
 
     def reduce(sync):
         if sync.stats.calls == 1:  # as the compiler's workers, which are not to outlive the run
-            subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if sync.stats.calls == 3:  # both keep Python's lock: one sleeps, one computes, as a call of CUDA that waits does
             if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
                 ctypes.PyDLL(None).sleep(1000)
