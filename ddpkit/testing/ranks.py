@@ -215,7 +215,7 @@ def _kill(processes: "Sequence[subprocess.Popen[bytes] | Child]") -> None:
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(GRACE)
 
 
 def _result(folder: Path, rank: int) -> Any:
