@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ddpkit.ranks.group import init_process_group as init_process_group
     from ddpkit.step import make_step as make_step
     from ddpkit.sync import make_sync as make_sync
+    from ddpkit.sync.after import AfterGradients as AfterGradients
+    from ddpkit.sync.after import AverageInGraph as AverageInGraph
     from ddpkit.sync.base import GradientSync as GradientSync
     from ddpkit.sync.flat import FlatSync as FlatSync
     from ddpkit.sync.ingraph import InGraphSync as InGraphSync
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AfterGradients": "ddpkit.sync.after",
+    "AverageInGraph": "ddpkit.sync.after",
     "Batch": "ddpkit.batch",
     "Calculator": "ddpkit.calculator",
     "EnergyForcesLoss": "ddpkit.loss",

@@ -1,11 +1,24 @@
 """What a model is called with."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Dim = int | str  # a fixed size, or the name of one that varies from batch to batch
+
+
+def _shape(*dims: Dim) -> dict[str, tuple[Dim, ...]]:
+    """Metadata of a field that holds a tensor."""
+    return {"dims": dims}
+
+
+def _size(name: str) -> dict[str, str]:
+    """Metadata of a field that holds a size."""
+    return {"size": name}
 
 
 @dataclass
@@ -27,22 +40,25 @@ class Batch:
     longer than any cutoff.
     """
 
-    positions: Tensor  # [atoms, 3] float64, Å
-    species: Tensor  # [atoms] int64, index into the model's species
-    frame: Tensor  # [atoms] int64, the frame of each atom
-    edge_index: Tensor  # [2, edges] int64
-    edge_shift: Tensor  # [edges, 3] float64, Å
-    num_frames: int
-    cell: Tensor | None = None  # [frames, 3, 3] float64, Å, rows are lattice vectors; None for molecules
-    neighbours: Tensor | None = None  # [atoms, most neighbours] int64
-    incoming: Tensor | None = None  # [atoms, most neighbours] int64
-    mask: Tensor | None = None  # [atoms] bool
-    energy: Tensor | None = None  # [frames] float64, eV
-    forces: Tensor | None = None  # [atoms, 3] float64, eV/Å
-    stress: Tensor | None = None  # [frames, 3, 3] float64, eV/Å^3
-    frames_total: Tensor | None = None  # [] float64
-    atoms_total: Tensor | None = None  # [] float64
-    stress_total: Tensor | None = None  # [] float64
+    positions: Tensor = field(metadata=_shape("atoms", 3))  # float64, Å
+    species: Tensor = field(metadata=_shape("atoms"))  # int64, index into the model's species
+    frame: Tensor = field(metadata=_shape("atoms"))  # int64, the frame of each atom
+    edge_index: Tensor = field(metadata=_shape(2, "edges"))  # int64
+    edge_shift: Tensor = field(metadata=_shape("edges", 3))  # float64, Å
+    num_frames: int = field(metadata=_size("frames"))
+    # float64, Å, rows are lattice vectors; None for molecules
+    cell: Tensor | None = field(default=None, metadata=_shape("frames", 3, 3))
+    neighbours: Tensor | None = field(
+        default=None, metadata=_shape("atoms", "most")
+    )  # int64, most neighbours of an atom
+    incoming: Tensor | None = field(default=None, metadata=_shape("atoms", "most"))  # int64
+    mask: Tensor | None = field(default=None, metadata=_shape("atoms"))  # bool
+    energy: Tensor | None = field(default=None, metadata=_shape("frames"))  # float64, eV
+    forces: Tensor | None = field(default=None, metadata=_shape("atoms", 3))  # float64, eV/Å
+    stress: Tensor | None = field(default=None, metadata=_shape("frames", 3, 3))  # float64, eV/Å^3
+    frames_total: Tensor | None = field(default=None, metadata=_shape())  # float64
+    atoms_total: Tensor | None = field(default=None, metadata=_shape())  # float64
+    stress_total: Tensor | None = field(default=None, metadata=_shape())  # float64
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that hold tensors, by name."""
@@ -72,6 +88,44 @@ class Batch:
         return self.replace(
             neighbours=neighbour_table(centre, atoms, most), incoming=neighbour_table(neighbour, atoms, most)
         )
+
+
+DIMS: Mapping[str, tuple[Dim, ...]] = {
+    f.name: f.metadata["dims"] for f in dataclasses.fields(Batch) if "dims" in f.metadata
+}  # the shape of every tensor of a `Batch`, by the field's name
+SIZES: Mapping[str, str] = {
+    f.name: f.metadata["size"] for f in dataclasses.fields(Batch) if "size" in f.metadata
+}  # which size every integer of a `Batch` is
+
+
+def select_frames(batch: Batch, frames: Sequence[int]) -> Batch:
+    """A batch of some of a batch's frames; a frame may come several times."""
+    atoms = [torch.nonzero(batch.frame == n)[:, 0] for n in frames]
+    edges = [torch.nonzero(batch.frame[batch.edge_index[0]] == n)[:, 0] for n in frames]
+    starts = [sum(len(a) for a in atoms[:n]) for n in range(len(frames))]
+    edge_index = torch.cat(
+        [
+            torch.searchsorted(a, batch.edge_index[:, e].contiguous()) + start
+            for a, e, start in zip(atoms, edges, starts, strict=True)
+        ],
+        1,
+    )
+    rows = {
+        "atoms": torch.cat(atoms),
+        "edges": torch.cat(edges),
+        "frames": torch.tensor(frames, device=batch.frame.device),
+    }
+    selected = {
+        name: x[rows[DIMS[name][0]]] for name, x in batch.tensors().items() if DIMS[name][:1] and DIMS[name][0] in rows
+    }
+    numbers = {
+        "frame": torch.cat([torch.full_like(a, n) for n, a in enumerate(atoms)]),
+        "edge_index": edge_index,
+        "num_frames": len(frames),
+        "neighbours": None,
+        "incoming": None,
+    }
+    return batch.replace(**selected | numbers).with_neighbours()
 
 
 def neighbour_table(ends: Tensor, atoms: int, most: int | None = None) -> Tensor:

@@ -7,7 +7,6 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,9 +15,10 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from ddpkit.compile.objective import Criterion, apart, differentiable, total
+from ddpkit.compile.parity import Tally
 from ddpkit.errors import InputError
 from ddpkit.ranks.agree import on_the_way_to
-from ddpkit.sync import GradientSync, Strategy, find_strategy, make_sync
+from ddpkit.sync import GradientSync, Strategy, acts_of, attach, name_of
 from ddpkit.trained import Trained, beside
 
 if TYPE_CHECKING:
@@ -76,33 +76,24 @@ def make_step(
         raise InputError("The model has no parameter to train: give one with requires_grad.")
     others = beside(model, criterion, optimizer)
     trained = Trained(optimizer, model, *others)
-    make = find_strategy(strategy)
-    kind = make.func if isinstance(make, partial) else make
-    gradients: Gradients
-    if not getattr(kind, "plain_loop", True):
-        if not compile:
-            raise InputError(f"strategy={strategy} is part of the compiled step: use compile=True.")
-        try:
-            sync = make(model, *others, comm=comm, **options)
-        except TypeError as error:
-            raise InputError(f"strategy={strategy} refuses its options: {error}.") from error
-    elif compile and not getattr(kind, "separable", True):
+    acts = acts_of(strategy)
+    core = None
+    if compile and acts == "during backward":
         from ddpkit.compile.forces import CompiledForces
 
         core = CompiledForces(model, tolerance=tolerance, examples=examples)
-        sync = make_sync(strategy, core, *others, comm=comm, **options)
-        gradients = EagerGradients(sync, criterion, trained, core)
-        return Step(trained, optimizer, sync, gradients, clip_norm)
-    else:
-        sync = make_sync(strategy, model, *others, comm=comm, **options)
-    if compile:
+    sync = (
+        None if acts == "in graph" and not compile else attach(strategy, core or model, *others, comm=comm, **options)
+    )
+    if sync is None or (sync.acts == "in graph" and not compile):
+        raise InputError(f"strategy={name_of(strategy)} is part of the compiled step: use compile=True.")
+    gradients: Gradients
+    if core is None and compile:
         from ddpkit.compile.gradients import CompiledGradients
-        from ddpkit.compile.update import InGraph
 
-        update = InGraph(optimizer, clip_norm) if getattr(sync, "optimizer_in_graph", False) else None
-        gradients = CompiledGradients(model, criterion, sync, tolerance, examples, update)
+        gradients = CompiledGradients(model, criterion, sync, optimizer, clip_norm, tolerance, examples)
     else:
-        gradients = EagerGradients(sync, criterion, trained)
+        gradients = EagerGradients(sync, criterion, trained, core)
     return Step(trained, optimizer, sync, gradients, clip_norm)
 
 
@@ -151,15 +142,15 @@ class Step:
             parameter.grad = None
         self._clock.start()
         with self.sync.around_backward():
-            output = self._gradients(batches)
+            output, norm = self._gradients(batches)
         self._clock.mark("compute")
-        if self.sync.plain_loop:
+        if self.sync.acts != "in graph":
             self.sync.synchronize()
         self._clock.mark("sync")
-        if self._gradients.applied is None:
+        if norm is None:
             self._update()
-        else:
-            self._note(self._gradients.applied)
+        else:  # the graph has updated the parameters
+            self._note(norm)
         self._clock.mark("optimizer")
         return output
 
@@ -183,17 +174,17 @@ class Step:
     @property
     def seconds_compile(self) -> float:
         """Seconds spent on tracing, compiling and checking so far; 0 without `compile`."""
-        return self._gradients.seconds
+        return self._gradients.tally.seconds
 
     @property
     def eager_batches(self) -> int:
         """How many batches (micro-batches each) this rank has run eagerly so far although `compile` was asked for."""
-        return self._gradients.eager
+        return self._gradients.tally.eager
 
     @property
     def differences(self) -> "list[Difference]":
         """How far compiled and eager code differ, for each tensor that has been compared."""
-        return self._gradients.differences
+        return self._gradients.tally.differences
 
     @property
     def seconds(self) -> dict[str, float | None]:
@@ -262,26 +253,19 @@ class Gradients(Protocol):
     """Puts gradients into `.grad`."""
 
     @property
-    def seconds(self) -> float:
-        """Spent on compiling."""
-
-    @property
-    def eager(self) -> int:
-        """Batches run eagerly where compiled code was asked for."""
-
-    @property
-    def differences(self) -> "list[Difference]":
-        """What the checks of compiled against eager code have found."""
-
-    @property
-    def applied(self) -> Tensor | None:
-        """The norm of a gradient that has been applied already; None where that is still to do."""
+    def tally(self) -> Tally:
+        """What compiled code has cost and shown so far."""
 
     def prepare(self, batch: Any, *, accumulates: bool = False) -> None:
         """Does what has to be done before a step; called before each."""
 
-    def __call__(self, batches: Sequence[Any]) -> Any:
-        """Returns the criterion's output, detached and summed over the batches."""
+    def __call__(self, batches: Sequence[Any]) -> tuple[Any, Tensor | None]:
+        """Runs the micro-batches of a step.
+
+        Returns:
+            The criterion's output, detached and summed over the batches; and, where the parameters have been updated as well,
+            `[]`, the norm of the global gradient before clipping, else None.
+        """
 
 
 class EagerGradients:
@@ -298,22 +282,7 @@ class EagerGradients:
         self, sync: GradientSync, criterion: Criterion, trained: Trained, core: "CompiledForces | None" = None
     ) -> None:
         self._sync, self._criterion, self._trained, self._core = sync, criterion, trained, core
-        self.applied = None
-
-    @property
-    def seconds(self) -> float:
-        """Spent on compiling."""
-        return 0.0 if self._core is None else self._core.seconds_compile
-
-    @property
-    def eager(self) -> int:
-        """Batches that the core ran eagerly."""
-        return 0 if self._core is None else self._core.eager
-
-    @property
-    def differences(self) -> "list[Difference]":
-        """What the checks of the core have found."""
-        return [] if self._core is None else self._core.differences
+        self.tally = Tally() if core is None else core.tally
 
     def prepare(self, batch: Any, *, accumulates: bool = False) -> None:
         """Compiles the core."""
@@ -321,14 +290,14 @@ class EagerGradients:
         if self._core is not None:
             self._core.prepare(batch)
 
-    def __call__(self, batches: Sequence[Any]) -> Any:
-        """Returns the criterion's output, detached and summed over the batches."""
+    def __call__(self, batches: Sequence[Any]) -> tuple[Any, None]:
+        """Returns the criterion's output, detached and summed over the batches; parameters are not updated."""
         outputs = []
         for batch in batches[:-1]:
             with self._sync.no_sync():
                 outputs.append(self._backward(batch))
         outputs.append(self._backward(batches[-1]))
-        return total(outputs)
+        return total(outputs), None
 
     def _backward(self, batch: Any) -> Any:
         output = self._criterion(self._sync.module(apart(batch)), batch)

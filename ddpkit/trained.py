@@ -28,12 +28,12 @@ def beside(model: nn.Module, criterion: Any, optimizer: Optimizer) -> list[nn.Mo
     """
     known = set(model.parameters())
     wanted = {p for group in optimizer.param_groups for p in group["params"]}
-    found = []
+    holders = []
     for module in Snapshot({"criterion": criterion}).modules:
-        mine = set(module.parameters()) - known
-        if mine & wanted:
-            found.append(module)
-            known |= mine
+        own = set(module.parameters()) - known
+        if own & wanted:
+            holders.append(module)
+            known |= own
     rest = OptimizerParameters()
     for g, group in enumerate(optimizer.param_groups):
         for n, p in enumerate(group["params"]):
@@ -46,7 +46,7 @@ def beside(model: nn.Module, criterion: Any, optimizer: Optimizer) -> list[nn.Mo
                 )
             rest.register_parameter(f"group_{g}_number_{n}", p)
             known.add(p)
-    return [*found, rest] if any(True for _ in rest.parameters()) else found
+    return [*holders, rest] if any(True for _ in rest.parameters()) else holders
 
 
 class Trained:

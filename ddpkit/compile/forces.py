@@ -11,9 +11,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.autograd.function import once_differentiable
-from torch.utils import _pytree as pytree
 
-from ddpkit.compile import parity
+from ddpkit.compile import parity, situations
 from ddpkit.compile.graph import (
     Conditions,
     Kernel,
@@ -26,11 +25,11 @@ from ddpkit.compile.graph import (
     strides_of,
     trace,
 )
-from ddpkit.compile.layout import Layout, describe
-from ddpkit.compile.objective import State, apart
+from ddpkit.compile.layout import Flat, Layout, describe
+from ddpkit.compile.objective import State, Tree, WithFacts, apart
 from ddpkit.compile.situations import Situations
 from ddpkit.compile.snapshot import Snapshot
-from ddpkit.compile.variants import Code, Tally, Variants
+from ddpkit.compile.variants import Code, Variants
 
 
 def compile_forces(
@@ -66,9 +65,7 @@ class ForcesCode(Code):
     Attributes:
         forward: `sizes, leaves, state -> outputs, changed buffers, saved`.
         backward: from what `arguments` lists to gradients.
-        result: how the outputs are put together.
-        is_tensor: which leaves of that are tensors.
-        constants: those that are not.
+        result: the model's output without its tensors.
         differentiable: which of the tensors have a derivative.
         updated: places in the state of buffers that the model changes.
         used: which trained parameters have a gradient.
@@ -77,9 +74,7 @@ class ForcesCode(Code):
 
     forward: Kernel
     backward: Kernel
-    result: pytree.TreeSpec
-    is_tensor: list[bool]
-    constants: list[Any]
+    result: Tree
     differentiable: list[bool]
     updated: list[int]
     used: list[bool]
@@ -100,7 +95,9 @@ class _Apply(torch.autograd.Function):
         ctx.plain = [None if isinstance(x, Tensor) else x for x in saved]
         ctx.save_for_backward(*(x for x in saved if isinstance(x, Tensor)))
         results = [x.view_as(x) if any(x is leaf for leaf in leaves) else x for x in outputs[:count]]
-        ctx.mark_non_differentiable(*(x for x, there in zip(results, code.differentiable, strict=True) if not there))
+        ctx.mark_non_differentiable(
+            *(x for x, has_one in zip(results, code.differentiable, strict=True) if not has_one)
+        )
         return tuple(results)
 
     @staticmethod
@@ -110,26 +107,33 @@ class _Apply(torch.autograd.Function):
         tensors = iter(ctx.saved_tensors)
         sources = {
             "saved": [next(tensors) if x is None else x for x in ctx.plain],
-            "tangent": [g.contiguous() for g, there in zip(gradients, code.differentiable, strict=True) if there],
+            "tangent": [g.contiguous() for g, has_one in zip(gradients, code.differentiable, strict=True) if has_one],
         }
-        found = iter(code.backward([sources[kind][n] for kind, n in code.arguments]))
-        mine = [next(found) if there else None for there in code.used]
-        return None, None, None, *mine, *([None] * (ctx.states - len(mine)))
+        results = iter(code.backward([sources[kind][n] for kind, n in code.arguments]))
+        by_parameter = [next(results) if is_used else None for is_used in code.used]
+        return None, None, None, *by_parameter, *([None] * (ctx.states - len(by_parameter)))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What tracing a model tells beside the graph: see `ForcesCode`."""
+
+    layout: Layout
+    result: Tree
+    differentiable: list[bool]
+    updated: list[int]
+    used: list[bool]
 
 
 @dataclass
-class Situation:
+class Situation(situations.Situation):
     """What belongs to a state of the model.
 
     Attributes:
-        state: its tensors.
         variants: code.
-        steps_to_wait: calls before anything is compiled.
     """
 
-    state: State
     variants: Variants[ForcesCode]
-    steps_to_wait: int = 0
 
 
 class CompiledForces(nn.Module):
@@ -142,6 +146,7 @@ class CompiledForces(nn.Module):
 
     Attributes:
         model: the model itself.
+        tally: what the code has cost and shown so far.
     """
 
     def __init__(self, model: nn.Module, *, tolerance: float | None = None, examples: Sequence[Any] = ()) -> None:
@@ -152,7 +157,7 @@ class CompiledForces(nn.Module):
 
     def _forget(self) -> None:
         self._begun = False
-        self._tally = Tally(self._examples)
+        self.tally = parity.Tally(self._examples)
         self._situations = Situations({"model": self.model}, self._make)
 
     def _make(self, snapshot: Snapshot) -> Situation:
@@ -163,14 +168,14 @@ class CompiledForces(nn.Module):
             Variants(
                 lambda examples, sizes: self._trace(state, examples, sizes),
                 self._lower,
-                lambda code, batch, leaves, sizes: self._compare(state, code, batch, leaves, sizes),
-                self._tally,
+                lambda code, batch, sizes: self._compare(state, code, batch, sizes),
+                self.tally,
             ),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy compiles anew: code belongs to the process."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_situations", "_tally")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_situations", "tally")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -179,17 +184,17 @@ class CompiledForces(nn.Module):
     @property
     def seconds_compile(self) -> float:
         """Seconds spent on tracing, compiling and checking."""
-        return self._tally.seconds
+        return self.tally.seconds
 
     @property
     def eager(self) -> int:
         """Batches run eagerly, because the compiled code does not hold for them."""
-        return self._tally.eager
+        return self.tally.eager
 
     @property
     def differences(self) -> list[parity.Difference]:
         """What the checks against eager code have found."""
-        return self._tally.differences
+        return self.tally.differences
 
     def forward(self, batch: Any) -> Any:
         """Calls the model's compiled code, or the model itself where there is nothing to differentiate."""
@@ -198,13 +203,13 @@ class CompiledForces(nn.Module):
         now = self._situations.now()
         if now.steps_to_wait:
             now.steps_to_wait -= 1
-            self._tally.eager += 1
+            self.tally.eager += 1
             return self.model(batch)
         if not now.variants.codes and self._begun:
             self._compile(now, batch, together=False)
-        leaves, structure = pytree.tree_flatten(batch)
-        found = now.variants.find(batch, leaves, structure)
-        return self.model(batch) if found is None else self._call(now.state, *found, leaves)
+        flat = Flat.of(batch)
+        ready = now.variants.find(flat)
+        return self.model(batch) if ready is None else self._call(now.state, *ready, flat)
 
     def prepare(self, batch: Any) -> None:
         """Traces, compiles and checks, if that has not been done. All ranks come by together for the first time.
@@ -228,45 +233,44 @@ class CompiledForces(nn.Module):
         """The code for the present state."""
         return self._situations.now().variants
 
-    def _call(self, state: State, code: ForcesCode, sizes: dict[str, int], leaves: Sequence[Any]) -> Any:
-        tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        outputs = iter(_Apply.apply(code, sizes, tensors, *state.tensors()))  # type: ignore[no-untyped-call]
-        constants = iter(code.constants)
-        return pytree.tree_unflatten(
-            [next(outputs) if tensor else next(constants) for tensor in code.is_tensor], code.result
-        )
+    def _call(self, state: State, code: ForcesCode, sizes: dict[str, int], batch: Flat) -> Any:
+        leaves = [leaf.detach() for leaf in batch.tensors()]
+        return code.result.fill(iter(_Apply.apply(code, sizes, leaves, *state.tensors())))  # type: ignore[no-untyped-call]
 
     def _trace(self, state: State, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, dict[str, Any]]:
         """The joint graph of outputs and gradients, and what else there is to a code."""
         layout = Layout.of(examples)
-        found: dict[str, Any] = {"layout": layout}
 
-        def run(batch: Any, fixed: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        def run(batch: Any, fixed: Sequence[Tensor]) -> tuple[Tree, list[Tensor], list[Tensor], list[Tensor]]:
             trained = [tensor.detach().requires_grad_() for tensor in fixed[: state.trained]]
             rest = [tensor.clone() for tensor in fixed[state.trained :]]
             with torch.enable_grad():
                 result = state.call([*trained, *rest], self.model, batch)
-            leaves, found["result"] = pytree.tree_flatten(result)
-            found["is_tensor"] = [isinstance(leaf, Tensor) for leaf in leaves]
-            found["constants"] = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-            outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            found["differentiable"] = [leaf.requires_grad for leaf in outputs]
-            return outputs, trained, rest
+            return *Tree.of(result), trained, rest
 
         def tangents(symbols: Symbols) -> list[Tensor]:
             with size_oblivious(), symbols.fake, enable_python_dispatcher():
-                outputs, _, _ = run(layout.fill(symbols.sizes, symbols.leaves), symbols.like(state.tensors()))
+                _, outputs, _, _ = run(layout.fill(symbols.sizes, symbols.leaves), symbols.like(state.tensors()))
                 return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in outputs if x.requires_grad]
 
-        def function(batch: Any, fixed: list[Tensor], given: list[Tensor] | None = None) -> list[Tensor | None]:
-            outputs, trained, rest = run(batch, fixed)
+        def joint(
+            batch: Any, fixed: list[Tensor], given: list[Tensor] | None = None
+        ) -> tuple[list[Tensor | None], Facts]:
+            tree, outputs, trained, rest = run(batch, fixed)
             gradients = torch.autograd.grad([x for x in outputs if x.requires_grad], trained, given, allow_unused=True)
             changed = {n: value for n, value in enumerate(rest, state.trained) if is_changed(value)}
-            found["updated"] = list(changed)
-            found["used"] = [gradient is not None for gradient in gradients]
-            return [*(x.detach() for x in outputs), *changed.values(), *gradients]
+            facts = Facts(
+                layout,
+                tree,
+                [x.requires_grad for x in outputs],
+                list(changed),
+                [gradient is not None for gradient in gradients],
+            )
+            return [*(x.detach() for x in outputs), *changed.values(), *gradients], facts
 
-        return trace(function, layout, sizes, state.tensors(), tangents), found
+        function = WithFacts(joint)
+        traced = trace(function, layout, sizes, state.tensors(), tangents)
+        return traced, vars(function.facts)
 
     def _lower(self, traced: tuple[Traced, dict[str, Any]]) -> ForcesCode:
         """Cuts the joint graph where little has to be kept, and compiles both halves."""
@@ -297,19 +301,17 @@ class CompiledForces(nn.Module):
             forward=forward, backward=backward, conditions=Conditions(symbols), arguments=arguments, **found
         )
 
-    def _compare(
-        self, state: State, code: ForcesCode, batch: Any, leaves: Sequence[Any], sizes: dict[str, int]
-    ) -> list[parity.Difference]:
+    def _compare(self, state: State, code: ForcesCode, batch: Flat, sizes: dict[str, int]) -> list[parity.Difference]:
         """Differences from eager code of the outputs, and of the gradient of a loss on them; leaves everything as it was."""
         tensors = state.tensors()
         names = state.names[: state.trained]
         both = []
-        for call in (lambda: self._call(state, code, sizes, leaves), lambda: self.model(apart(batch))):
+        for call in (lambda: self._call(state, code, sizes, batch), lambda: self.model(apart(batch.batch))):
             with state.undisturbed() as before:
                 outputs = parity.named(call())
                 gradients = torch.autograd.grad(parity.probe(outputs), tensors[: len(names)], allow_unused=True)
                 values = {k: v.detach() for k, v in outputs.items()}
-                both.append(values | dict(zip(names, gradients, strict=True)) | state.moved(before))
+                both.append(values | dict(zip(names, gradients, strict=True)) | state.changes(before))
         tolerance = self._tolerance or parity.tolerance_for(tensors)
         compiled, eager = both
         return parity.differences(compiled, eager, names, tolerance, describe(sizes))

@@ -8,32 +8,36 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ddpkit.batch import Batch
+from ddpkit.batch import DIMS, SIZES, Batch, Dim
 from ddpkit.errors import InputError
-
-Dim = int | str  # a fixed size, or the name of one that varies
 
 _SMALLEST = 5  # what is smaller counts dimensions of space or ends of an edge, unless it is seen to vary
 
 pytree.register_dataclass(Batch)
 
-_BATCH_DIMS: Mapping[str, tuple[Dim, ...]] = {
-    "positions": ("atoms", 3),
-    "species": ("atoms",),
-    "frame": ("atoms",),
-    "edge_index": (2, "edges"),
-    "edge_shift": ("edges", 3),
-    "cell": ("frames", 3, 3),
-    "neighbours": ("atoms", "most"),
-    "incoming": ("atoms", "most"),
-    "mask": ("atoms",),
-    "energy": ("frames",),
-    "forces": ("atoms", 3),
-    "stress": ("frames", 3, 3),
-    "frames_total": (),
-    "atoms_total": (),
-    "stress_total": (),
-}
+
+@dataclass(slots=True)
+class Flat:
+    """A batch taken apart.
+
+    Attributes:
+        batch: as it was given.
+        leaves: its tensors and plain values.
+        structure: how they make it up.
+    """
+
+    batch: Any
+    leaves: list[Any]
+    structure: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, batch: Any) -> "Flat":
+        """Takes a batch apart."""
+        return cls(batch, *pytree.tree_flatten(batch))
+
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, contiguous."""
+        return [leaf.contiguous() for leaf in self.leaves if isinstance(leaf, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,9 @@ class Layout:
             leaves = [_known(name, column[0]) for name, column in zip(names, columns, strict=True)]
         else:
             leaves = [_inferred(column) for column in columns]
-        found: dict[str, None] = {}
-        for leaf in leaves:
-            for dim in leaf.dims if isinstance(leaf, TensorLeaf) else (leaf,):
-                if isinstance(dim, Size):
-                    found[dim] = None
-        return cls(structure, tuple(leaves), tuple(found), is_known)
+        dims = [dim for leaf in leaves for dim in (leaf.dims if isinstance(leaf, TensorLeaf) else (leaf,))]
+        varying = dict.fromkeys(dim for dim in dims if isinstance(dim, Size))
+        return cls(structure, tuple(leaves), tuple(varying), is_known)
 
     def sizes(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> dict[str, int] | None:
         """The sizes of a batch by name; None if it is of another form.
@@ -100,20 +101,20 @@ class Layout:
         if structure != self.structure:
             return None
         sizes: dict[str, int] = {}
-        for mine, leaf in zip(self.leaves, leaves, strict=True):
-            if isinstance(mine, TensorLeaf):
-                if not isinstance(leaf, Tensor) or leaf.dtype != mine.dtype or leaf.device != mine.device:
+        for form, leaf in zip(self.leaves, leaves, strict=True):
+            if isinstance(form, TensorLeaf):
+                if not isinstance(leaf, Tensor) or leaf.dtype != form.dtype or leaf.device != form.device:
                     return None
                 shape: tuple[int, ...] = leaf.shape
-                if len(shape) != len(mine.dims):
+                if len(shape) != len(form.dims):
                     return None
-                for dim, size in zip(mine.dims, shape, strict=True):
+                for dim, size in zip(form.dims, shape, strict=True):
                     if (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) != size:
                         return None
-            elif isinstance(mine, Size):
-                if type(leaf) is not int or sizes.setdefault(mine, leaf) != leaf:
+            elif isinstance(form, Size):
+                if type(leaf) is not int or sizes.setdefault(form, leaf) != leaf:
                     return None
-            elif type(mine) is not type(leaf) or mine != leaf:
+            elif type(form) is not type(leaf) or form != leaf:
                 return None
         return sizes
 
@@ -162,9 +163,9 @@ class Size(str):
 def _known(name: str, leaf: Any) -> Any:
     """A field of a `Batch`."""
     if isinstance(leaf, Tensor):
-        dims = tuple(Size(dim) if isinstance(dim, str) else dim for dim in _BATCH_DIMS[name])
+        dims = tuple(Size(dim) if isinstance(dim, str) else dim for dim in DIMS[name])
         return TensorLeaf(leaf.dtype, leaf.device, dims)
-    return Size("frames") if name == "num_frames" else leaf
+    return Size(SIZES[name]) if name in SIZES else leaf
 
 
 def _inferred(column: Sequence[Any]) -> Any:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ddpkit.compile.snapshot import Snapshot
 from ddpkit.errors import InputError
 
 Criterion = Callable[[Any, Any], Any]
+F = TypeVar("F")
 
 _SHOWN = ("energy", "forces", "stress")  # outputs of a model that are compared with eager
 
@@ -43,6 +45,55 @@ def total(outputs: Sequence[Any]) -> Any:
     if len(outputs) == 1:
         return outputs[0]
     return pytree.tree_map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *outputs)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """An output without its tensors, which come out of compiled code one after another.
+
+    Attributes:
+        structure: how the leaves make it up.
+        is_tensor: which leaves are tensors.
+        constants: the others.
+    """
+
+    structure: pytree.TreeSpec
+    is_tensor: list[bool]
+    constants: list[Any]
+
+    @classmethod
+    def of(cls, output: Any) -> "tuple[Tree, list[Tensor]]":
+        """Takes an output apart: its form, and its tensors."""
+        leaves, structure = pytree.tree_flatten(output)
+        constants = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        return cls(structure, is_tensor, constants), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def fill(self, tensors: Iterator[Tensor]) -> Any:
+        """An output of this form, with the next of the tensors."""
+        constants = iter(self.constants)
+        leaves = [next(tensors) if tensor else next(constants) for tensor in self.is_tensor]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+class WithFacts(Generic[F]):
+    """A function to trace, of whose results the tracer takes the tensors alone.
+
+    Args:
+        function: returns tensors to trace, and facts.
+
+    Attributes:
+        facts: that the last call has returned.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Sequence[Tensor | None], F]]) -> None:
+        self._function = function
+        self.facts: F
+
+    def __call__(self, *arguments: Any) -> Sequence[Tensor | None]:
+        """Returns the tensors."""
+        tensors, self.facts = self._function(*arguments)
+        return tensors
 
 
 class Objective:
@@ -159,7 +210,7 @@ class State:
                 )
             self.rewritten.add(where)
 
-    def moved(self, before: Sequence[Tensor]) -> dict[str, Tensor]:
+    def changes(self, before: Sequence[Tensor]) -> dict[str, Tensor]:
         """By how much those that are not trained have changed, by name."""
         now = zip(self.names[self.trained :], self.tensors()[self.trained :], before, strict=True)
         return {name: tensor.detach() - old for name, tensor, old in now if tensor.dtype is not torch.bool}

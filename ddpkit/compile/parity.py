@@ -1,16 +1,15 @@
 """The gate before compiled training: compiled and eager code must agree on outputs and on every parameter gradient."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ddpkit.batch import Batch
+from ddpkit.batch import Batch, select_frames
 from ddpkit.errors import InputError, ParityError
 
 # A parameter's gradient is measured against its own norm, but no less than this part of what its size makes one expect: where
@@ -40,6 +39,23 @@ class Difference:
     def is_fine(self) -> bool:
         """Whether it is within the tolerance, or finite in neither; NaN in one of them is a difference."""
         return not self.is_finite or self.error <= self.tolerance
+
+
+@dataclass
+class Tally:
+    """What all code of a model has cost and shown.
+
+    Attributes:
+        examples: batches of other shapes than the first, to tell what varies in them and to check with.
+        differences: what the checks have measured so far, good or bad.
+        seconds: spent on tracing, compiling and checking.
+        eager: batches so far for which eager code had to do.
+    """
+
+    examples: list[Any] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    seconds: float = 0.0
+    eager: int = 0
 
 
 def tolerance_for(tensors: Sequence[Tensor]) -> float:
@@ -73,42 +89,42 @@ def differences(
         shape: the sizes of the batch, in words.
     """
     norms = {name: float(_exact(value).norm()) for name, value in eager.items() if value is not None}
-    there = {name: value for name in gradients if (value := eager[name]) is not None}
-    finite = [name for name in there if math.isfinite(norms[name])]
-    numbers = sum(there[name].numel() for name in finite)
+    used = {name: value for name in gradients if (value := eager[name]) is not None}
+    finite = [name for name in used if math.isfinite(norms[name])]
+    numbers = sum(used[name].numel() for name in finite)
     typical = sum(norms[name] ** 2 for name in finite) ** 0.5 / max(1, numbers) ** 0.5
     result = []
     for name, value in eager.items():
-        mine = compiled.get(name)
-        if name not in there and value is not None and mine is not None and not (value.any() or mine.any()):
+        other = compiled.get(name)
+        if name not in used and value is not None and other is not None and not (value.any() or other.any()):
             continue  # a buffer that stays as it is
-        if value is None or mine is None:
-            error = 0.0 if value is None and mine is None else float("inf")
-        elif (name in there or name == "loss") and not (torch.isfinite(value).all() or torch.isfinite(mine).all()):
+        if value is None or other is None:
+            error = 0.0 if value is None and other is None else float("inf")
+        elif (name in used or name == "loss") and not (torch.isfinite(value).all() or torch.isfinite(other).all()):
             result.append(Difference(name, math.nan, tolerance, shape, is_finite=False))
             continue
         else:
-            floor = _FLOOR * typical * value.numel() ** 0.5 if name in there else 0.0
-            error = relative_error(mine, value, floor)
+            floor = _FLOOR * typical * value.numel() ** 0.5 if name in used else 0.0
+            error = relative_error(other, value, floor)
         result.append(Difference(name, error, tolerance, shape))
     return result
 
 
-def relative_error(mine: Tensor, value: Tensor, floor: float = 0.0) -> float:
+def relative_error(other: Tensor, value: Tensor, floor: float = 0.0) -> float:
     """The norm of the difference over that of `value`; infinite where they are not finite in the same places.
 
     Args:
-        mine: another way to compute the same.
+        other: another way to compute the same.
         value: of any shape; where it is zero, the error is absolute.
         floor: the least to divide by.
     """
-    if mine.shape != value.shape:
+    if other.shape != value.shape:
         return math.inf
     finite = torch.isfinite(value)
-    if not torch.equal(finite, torch.isfinite(mine)):
+    if not torch.equal(finite, torch.isfinite(other)):
         return math.inf
-    mine, value = _exact(mine[finite]), _exact(value[finite])
-    gap, scale = float((mine - value).norm()), max(float(value.norm()), floor)
+    other, value = _exact(other[finite]), _exact(value[finite])
+    gap, scale = float((other - value).norm()), max(float(value.norm()), floor)
     return gap / scale if scale else gap
 
 
@@ -132,13 +148,13 @@ def probe(outputs: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def require(found: Sequence[Difference]) -> None:
+def require(measured: Sequence[Difference]) -> None:
     """Raises where compiled code differs.
 
     Raises:
         ParityError: names the worst tensor.
     """
-    bad = [d for d in found if not d.is_fine]
+    bad = [d for d in measured if not d.is_fine]
     if not bad:
         return
     worst = max(bad, key=lambda d: float("inf") if math.isnan(d.error) else d.error)
@@ -149,17 +165,17 @@ def require(found: Sequence[Difference]) -> None:
     )
 
 
-def require_finite(found: Sequence[Difference]) -> None:
+def require_finite(measured: Sequence[Difference]) -> None:
     """Raises where there was no batch on which the loss and all gradients are finite.
 
     Args:
-        found: what was compared, of at least one batch.
+        measured: what was compared, of at least one batch.
 
     Raises:
         InputError: names the first tensor and its batch.
     """
-    bad = [d for d in found if not d.is_finite]
-    if not bad or {d.shape for d in found} - {d.shape for d in bad}:
+    bad = [d for d in measured if not d.is_finite]
+    if not bad or {d.shape for d in measured} - {d.shape for d in bad}:
         return
     first = "loss" if bad[0].name == "loss" else f"gradient of {bad[0].name!r}"
     others = f" (and {len({d.name for d in bad}) - 1} other tensors)" if len({d.name for d in bad}) > 1 else ""
@@ -183,30 +199,3 @@ def samples(batch: Any) -> list[Any]:
         return [batch]
     smallest = (usable * 3)[:3]
     return [select_frames(batch, smallest[:n]) for n in (1, 2, 3)]
-
-
-def select_frames(batch: Batch, frames: Sequence[int]) -> Batch:
-    """A batch of some of a batch's frames; a frame may come several times."""
-    atoms = [torch.nonzero(batch.frame == n)[:, 0] for n in frames]
-    edges = [torch.nonzero(batch.frame[batch.edge_index[0]] == n)[:, 0] for n in frames]
-    starts = [sum(len(a) for a in atoms[:n]) for n in range(len(frames))]
-    edge_index = torch.cat(
-        [
-            torch.searchsorted(a, batch.edge_index[:, e].contiguous()) + start
-            for a, e, start in zip(atoms, edges, starts, strict=True)
-        ],
-        1,
-    )
-    by_atom, by_edge = torch.cat(atoms), torch.cat(edges)
-    by_frame = torch.tensor(frames, device=batch.frame.device)
-    index = {"positions": by_atom, "species": by_atom, "mask": by_atom, "forces": by_atom, "edge_shift": by_edge}
-    index |= {"cell": by_frame, "energy": by_frame, "stress": by_frame}
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return batch.replace(
-        **{name: fields[name][where] for name, where in index.items() if fields[name] is not None},
-        frame=torch.cat([torch.full_like(a, n) for n, a in enumerate(atoms)]),
-        edge_index=edge_index,
-        num_frames=len(frames),
-        neighbours=None,
-        incoming=None,
-    ).with_neighbours()

@@ -3,8 +3,10 @@
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
+from ddpkit.compile.objective import State
 from ddpkit.compile.snapshot import Snapshot
 
 _KEPT = 8  # states, so that what comes and goes is not compiled anew
@@ -12,11 +14,17 @@ _AT_ONCE = 3  # times that another value of an attribute is compiled for at once
 _STEADY = 50  # steps that a further one must have stood for
 
 
-class Situation(Protocol):
-    """What is made for a state."""
+@dataclass
+class Situation:
+    """What is made for a state.
 
-    steps_to_wait: int
-    """Before anything is compiled for it."""
+    Attributes:
+        state: the tensors of the objects.
+        steps_to_wait: before anything is compiled for it.
+    """
+
+    state: State
+    steps_to_wait: int = field(default=0, kw_only=True)
 
 
 S = TypeVar("S", bound=Situation)
@@ -57,10 +65,10 @@ class Situations(Generic[S]):
         snapshot = Snapshot(self._roots, self._ignored)
         key = (snapshot.key, other)
         if key not in self._made:
-            found = self._make(snapshot)
+            made = self._make(snapshot)
             if self._snapshot is not None:
-                found.steps_to_wait = self._note_changes(self._snapshot, snapshot)
-            self._made[key] = found
+                made.steps_to_wait = self._note_changes(self._snapshot, snapshot)
+            self._made[key] = made
         self._made.move_to_end(key)
         self._snapshot, self._other, self._current = snapshot, other, self._made[key]
         self._forget()

@@ -7,12 +7,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from torch.utils import _pytree as pytree
-
 from ddpkit.batch import Batch
 from ddpkit.compile import parity
 from ddpkit.compile.graph import Conditions
-from ddpkit.compile.layout import Layout, describe, sizes_of
+from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
 from ddpkit.errors import InputError
 from ddpkit.ranks.agree import agree, in_turn, most_on_ranks, share
 
@@ -35,22 +33,27 @@ class Code:
     is_checked: bool = field(default=False, kw_only=True)
     fixed_at: str | None = field(default=None, kw_only=True)
 
+    def sizes(self, batch: Flat) -> dict[str, int] | None:
+        """The sizes of a batch that the code holds for; None if it does not."""
+        sizes = self.layout.sizes(batch.leaves, batch.structure)
+        return sizes if sizes is not None and self.conditions.hold(sizes) else None
 
-@dataclass
-class Tally:
-    """What all code of a model has cost and shown.
+
+@dataclass(frozen=True)
+class Verdict:
+    """What comparing code with eager code has told.
 
     Attributes:
-        examples: batches of other shapes than the first, to tell what varies in them and to check with.
-        differences: what the checks have found so far, good or bad.
-        seconds: spent on tracing, compiling and checking.
-        eager: batches so far for which eager code had to do.
+        differences: of all tensors on all batches, good or bad.
+        ones: sizes for which 1 has been tried and is right.
+        is_checked: whether some batch has told anything.
+        fixed_at: the line of the model that fixed or compared a size, if the code does not hold for some batch.
     """
 
-    examples: list[Any]
-    differences: list[parity.Difference] = field(default_factory=list)
-    seconds: float = 0.0
-    eager: int = 0
+    differences: list[parity.Difference]
+    ones: set[str]
+    is_checked: bool
+    fixed_at: str | None
 
 
 C = TypeVar("C", bound=Code)
@@ -60,10 +63,12 @@ T = TypeVar("T")
 class Variants(Generic[C]):
     """What has been compiled of a function of batches.
 
+    A batch is taken apart (`Flat.of`), looked up, and run. Code is made and compared with eager code beside that.
+
     Args:
         trace: example batches and sizes to tune for -> a graph.
         lower: the graph -> code.
-        compare: code, batch, its leaves and sizes -> differences from eager code.
+        compare: code, batch, its sizes -> differences from eager code.
         tally: shared with what has been compiled for other states of the model.
         stand_in: where comparing communicates, does so in place of a comparison for which this rank has no batch. All code is
             then made and checked by all ranks together.
@@ -76,12 +81,36 @@ class Variants(Generic[C]):
         self,
         trace: Callable[[Sequence[Any], dict[str, int]], T],
         lower: Callable[[T], C],
-        compare: Callable[[C, Any, Sequence[Any], dict[str, int]], Sequence[parity.Difference]],
-        tally: Tally,
+        compare: Callable[[C, Flat, dict[str, int]], Sequence[parity.Difference]],
+        tally: parity.Tally,
         stand_in: Callable[[], None] | None = None,
     ) -> None:
         self._trace, self._lower, self._compare, self._tally, self._stand_in = trace, lower, compare, tally, stand_in
         self.codes: list[C] = []
+
+    # --- choosing -------------------------------------------------------------------------------------------------
+
+    def look_up(self, batch: Flat) -> tuple[C, dict[str, int]] | None:
+        """The checked code that holds for a batch, and the batch's sizes; None where there is none."""
+        for code in self.codes:
+            if code.is_checked and (sizes := code.sizes(batch)) is not None:
+                return code, sizes
+        return None
+
+    def find(self, batch: Flat) -> tuple[C, dict[str, int]] | None:
+        """The same; makes or checks code where that is still to do. None where eager code has to do."""
+        return self.look_up(batch) or self._get_ready(batch)
+
+    def cause(self, batch: Flat) -> str:
+        """Why no code holds for a batch, as the end of a sentence; empty where no line of the model is why."""
+        for code in self.codes:
+            sizes = code.layout.sizes(batch.leaves, batch.structure)
+            line = None if sizes is None else code.conditions.broken_at(sizes)
+            if line is not None:
+                return f", because {sizes_fixed(line)}"
+        return ""
+
+    # --- making ---------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: Any, *, together: bool = True, before_check: Callable[[C], None] | None = None) -> None:
         """Traces, compiles and checks the first code.
@@ -97,7 +126,7 @@ class Variants(Generic[C]):
             ParityError: it computes something else than eager code.
         """
         began = time.perf_counter()
-        examples = [batch, *self._tally.examples] if together else [batch, *self._kin(batch)]
+        examples = [batch, *self._tally.examples] if together else [batch, *self._kin(Layout.of([batch]))]
         sizes = _tuned_for(examples)
         if together:
             sizes = _as_on_first_rank(Layout.of(examples), sizes)
@@ -107,9 +136,10 @@ class Variants(Generic[C]):
         if before_check is not None:
             before_check(code)
         with agree("comparing compiled with eager code") if together else nullcontext():
-            found = self._check(code, examples)
+            verdict = self._check(code, examples)
+            self._settle(code, verdict)
             if together:
-                parity.require_finite(found)
+                parity.require_finite(verdict.differences)
             if not code.is_checked and code.fixed_at is not None:
                 raise InputError(
                     f"The model cannot be compiled for batches of other sizes than the first, because "
@@ -118,107 +148,91 @@ class Variants(Generic[C]):
         self.codes = [code]
         self._tally.seconds += time.perf_counter() - began
 
-    def _kin(self, batch: Any) -> list[Any]:
-        """The examples that a batch may share code with."""
-        layout = Layout.of([batch])
+    def _kin(self, layout: Layout) -> list[Any]:
+        """The examples that a batch of this form may share code with."""
         return [example for example in self._tally.examples if Layout.of([example]).same_form(layout)]
 
-    def find(self, batch: Any, leaves: Sequence[Any], structure: pytree.TreeSpec) -> tuple[C, dict[str, int]] | None:
-        """The code for a batch, and the batch's sizes; None where eager code has to do.
+    def _get_ready(self, batch: Flat) -> tuple[C, dict[str, int]] | None:
+        """Checks code that no batch was fit for before, or makes code where there is none yet; None where eager code has to do.
 
-        Makes code where there is none yet. A `Batch` has a known form, so that new code for one with sizes of 0 or 1 would be no
-        better.
-
-        Args:
-            batch: a batch.
-            leaves: the same, flattened.
-            structure: likewise.
+        A `Batch` has a known form, so that new code for one with sizes of 0 or 1 would be no better.
         """
         for code in self.codes:
-            sizes = code.layout.sizes(leaves, structure)
-            if sizes is not None and code.conditions.hold(sizes) and self._is_good(code, batch):
-                return code, sizes
-        layout = Layout.of([batch])
-        kin = [code for code in self.codes if code.layout.same_form(layout)]
-        shape, cause = describe(sizes_of(layout, batch)), self.cause(leaves, structure)
-        if self._stand_in is not None or len(self.codes) >= _MOST or (kin and isinstance(batch, Batch)):
+            sizes = None if code.is_checked or self._stand_in is not None else code.sizes(batch)
+            if sizes is not None:
+                self._settle(code, self._check(code, [batch.batch]))
+                if code.is_checked:
+                    return code, sizes
+        layout = Layout.of([batch.batch])
+        has_kin = any(code.layout.same_form(layout) for code in self.codes)
+        shape, cause = describe(sizes_of(layout, batch.batch)), self.cause(batch)
+        if self._stand_in is not None or len(self.codes) >= _MOST or (has_kin and isinstance(batch.batch, Batch)):
             self._tally.eager += 1
             warnings.warn(
-                f"A batch of {shape} runs eagerly: the compiled code does not hold for it{cause}.", stacklevel=4
+                f"A batch of {shape} runs eagerly: the compiled code does not hold for it{cause}.", stacklevel=5
             )
             return None
         if cause:
             warnings.warn(
                 f"The step is compiled anew for a batch of {shape}: the code so far does not hold for it{cause}. After {_MOST} "
                 "forms of batches others run eagerly.",
-                stacklevel=4,
+                stacklevel=5,
             )
         began = time.perf_counter()
-        examples = [*self._kin(batch)[-3:], batch]
+        examples = [*self._kin(layout)[-3:], batch.batch]
         self._tally.examples[:] = examples
         code = self._lower(self._trace(examples, _tuned_for(examples)))
-        self._check(code, examples)
+        self._settle(code, self._check(code, examples))
         self.codes.insert(0, code)
         self._tally.seconds += time.perf_counter() - began
-        sizes = sizes_of(code.layout, batch)
-        if code.conditions.hold(sizes) and code.is_checked:
+        if code.is_checked and (sizes := code.sizes(batch)) is not None:
             return code, sizes
         self._tally.eager += 1
         return None
 
-    def cause(self, leaves: Sequence[Any], structure: pytree.TreeSpec) -> str:
-        """Why no code holds for a batch, as the end of a sentence; empty where no line of the model is why.
+    # --- checking -------------------------------------------------------------------------------------------------
 
-        Args:
-            leaves: the batch, flattened.
-            structure: likewise.
-        """
-        for code in self.codes:
-            sizes = code.layout.sizes(leaves, structure)
-            line = None if sizes is None else code.conditions.broken_at(sizes)
-            if line is not None:
-                return f", because {sizes_fixed(line)}"
-        return ""
-
-    def _is_good(self, code: C, batch: Any) -> bool:
-        """Whether code has been checked; does so now if no batch was fit for that before."""
-        if not code.is_checked and self._stand_in is None:
-            self._check(code, [batch])
-        return code.is_checked
-
-    def _check(self, code: C, examples: Sequence[Any]) -> list[parity.Difference]:
+    def _check(self, code: C, examples: Sequence[Any]) -> Verdict:
         """Compares code with eager code; a size of 1 for which they differ is left to eager code.
 
         Batches on which neither has a finite loss or gradient tell nothing.
         """
+        fixed_at = code.fixed_at
         ready = []
-        for batch in [sample for example in examples for sample in parity.samples(example)]:
-            leaves, structure = pytree.tree_flatten(batch)
-            sizes = code.layout.sizes(leaves, structure)
+        for batch in [Flat.of(sample) for example in examples for sample in parity.samples(example)]:
+            sizes = code.layout.sizes(batch.leaves, batch.structure)
             ones = {name for name, size in (sizes or {}).items() if size == 1}
             if sizes is not None and code.conditions.hold(sizes, ones):
-                ready.append((batch, leaves, sizes, ones))
+                ready.append((batch, sizes, ones))
             elif sizes is not None:
-                code.fixed_at = code.fixed_at or code.conditions.broken_at(sizes)
+                fixed_at = fixed_at or code.conditions.broken_at(sizes)
         # What averages over ranks is run equally often by all.
         missing = 0 if self._stand_in is None else most_on_ranks(len(ready)) - len(ready)
-        found: list[parity.Difference] = []
-        for batch, leaves, sizes, ones in ready:
-            before = code.conditions.ones
-            code.conditions.ones = before | ones
-            differences = self._compare(code, batch, leaves, sizes)
-            if code.conditions.ones & code.conditions.not_one - before and not all(d.is_fine for d in differences):
-                code.conditions.ones = before
+        right = set(code.conditions.ones)
+        measured: list[parity.Difference] = []
+        for batch, sizes, ones in ready:
+            differences = self._compare(code, batch, sizes)
+            if ones & code.conditions.not_one - right and not all(d.is_fine for d in differences):
                 continue
-            found += differences
+            right |= ones
+            measured += differences
         for _ in range(missing):
             assert self._stand_in is not None
             self._stand_in()
-        self._tally.differences += found
-        parity.require(found)
-        told = {d.shape for d in found} - {d.shape for d in found if not d.is_finite}
-        code.is_checked = bool(told or missing)
-        return found
+        told = {d.shape for d in measured} - {d.shape for d in measured if not d.is_finite}
+        return Verdict(measured, right, bool(told or missing), fixed_at)
+
+    def _settle(self, code: C, verdict: Verdict) -> None:
+        """Lets code be used, as far as it was right.
+
+        Raises:
+            ParityError: it computes something else than eager code.
+        """
+        code.fixed_at = verdict.fixed_at
+        self._tally.differences += verdict.differences
+        parity.require(verdict.differences)
+        code.conditions.ones = verdict.ones
+        code.is_checked = verdict.is_checked
 
 
 def sizes_fixed(line: str) -> str:

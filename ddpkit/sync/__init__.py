@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 
 from ddpkit.errors import InputError
+from ddpkit.sync.after import AfterGradients as AfterGradients
+from ddpkit.sync.after import AverageInGraph as AverageInGraph
+from ddpkit.sync.base import Acts as Acts
 from ddpkit.sync.base import GradientSync as GradientSync
 from ddpkit.sync.base import SyncStats as SyncStats
 from ddpkit.sync.modules import Modules
@@ -35,7 +38,7 @@ def find_strategy(strategy: Strategy) -> Callable[..., GradientSync]:
         InputError: it cannot be found or is not a strategy.
     """
     if not isinstance(strategy, str):
-        found: Any = strategy
+        kind: Any = strategy
     else:
         path = STRATEGIES.get(strategy, strategy)
         home, _, name = path.rpartition(".")
@@ -44,14 +47,22 @@ def find_strategy(strategy: Strategy) -> Callable[..., GradientSync]:
                 f"Strategy {strategy!r} is unknown: use {', '.join(STRATEGIES)} or an import path such as mypackage.MySync."
             )
         try:
-            found = getattr(import_module(home), name)
+            kind = getattr(import_module(home), name)
         except (ImportError, AttributeError) as error:
             raise InputError(f"Strategy {strategy!r} cannot be imported ({error}): check the path.") from error
-    if isinstance(found, type) and not issubclass(found, GradientSync):
-        raise InputError(f"{found.__name__} is no strategy: derive it from ddpkit.GradientSync.")
-    if not callable(found):
+    if isinstance(kind, type) and not issubclass(kind, GradientSync):
+        raise InputError(f"{kind.__name__} is no strategy: derive it from ddpkit.GradientSync.")
+    if not callable(kind):
         raise InputError(f"Strategy {strategy!r} is neither a class nor a callable: give the class of the strategy.")
-    return found  # type: ignore[no-any-return]
+    return kind  # type: ignore[no-any-return]
+
+
+def acts_of(strategy: Strategy) -> Acts:
+    """When a strategy acts (see `GradientSync.acts`); of a callable that is no class, only what it makes could tell."""
+    make: Any = find_strategy(strategy)
+    while isinstance(make, partial):
+        make = make.func
+    return getattr(make, "acts", GradientSync.acts)  # type: ignore[no-any-return]
 
 
 def make_sync(strategy: Strategy, module: nn.Module, *others: nn.Module, **options: Any) -> GradientSync:
@@ -70,12 +81,18 @@ def make_sync(strategy: Strategy, module: nn.Module, *others: nn.Module, **optio
         InputError: an unknown strategy, or options it does not take.
         RankDisagreementError: on all ranks, where their models differ.
     """
+    if acts_of(strategy) == "in graph":
+        raise InputError(
+            f"strategy={name_of(strategy)} is part of the compiled step and has no synchronize() of its own: use "
+            "ddpkit.make_step(...)."
+        )
+    return attach(strategy, module, *others, **options)
+
+
+def attach(strategy: Strategy, module: nn.Module, *others: nn.Module, **options: Any) -> GradientSync:
+    """`make_sync`, also of strategies that act in the compiled step alone."""
     make = find_strategy(strategy)
     kind = make.func if isinstance(make, partial) else make
-    if isinstance(kind, type) and not getattr(kind, "plain_loop", True):
-        raise InputError(
-            f"strategy={strategy} is part of the compiled step and has no synchronize() of its own: use ddpkit.make_step(...)."
-        )
     _refuse_unknown(kind, options)
     if others:
         _refuse_others(make, len(others))
@@ -111,15 +128,17 @@ def _refuse_others(make: Any, count: int) -> None:
     needed = [p for p in accepted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if len(needed) != 1 + count and not any(p.kind is p.VAR_POSITIONAL for p in accepted):
         raise InputError(
-            f"{_name_of(make)} takes no further modules beside the model: let its constructor take them and hand them on, "
+            f"{name_of(make)} takes no further modules beside the model: let its constructor take them and hand them on, "
             "def __init__(self, module, *others, **options): super().__init__(module, *others, **options)."
         )
 
 
-def _name_of(make: Any) -> str:
+def name_of(strategy: Strategy) -> str:
+    """A strategy in messages: as it was given, or what its class is called."""
+    make: Any = strategy
     while isinstance(make, partial):
         make = make.func
-    return str(getattr(make, "__name__", None) or type(make).__name__)
+    return make if isinstance(make, str) else str(getattr(make, "__name__", None) or type(make).__name__)
 
 
 def _refuse_unknown(make: Any, options: dict[str, Any]) -> None:
@@ -130,4 +149,4 @@ def _refuse_unknown(make: Any, options: dict[str, Any]) -> None:
     names = [p.name for p in accepted if p.kind is not inspect.Parameter.VAR_POSITIONAL][1:]
     for option in options:
         if option not in names:
-            raise InputError(f"{_name_of(make)} has no option {option!r}: it takes {', '.join(names)}.")
+            raise InputError(f"{name_of(make)} has no option {option!r}: it takes {', '.join(names)}.")

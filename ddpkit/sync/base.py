@@ -1,23 +1,27 @@
 """What every strategy of gradient synchronisation has in common."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ddpkit.errors import InputError
 from ddpkit.ranks.launchers import place
 from ddpkit.ranks.watch import Watch
 from ddpkit.sync import agreement
+from ddpkit.sync.after import AfterGradients
 from ddpkit.sync.comm import make_comm
 from ddpkit.sync.guard import Guard
 from ddpkit.sync.modules import Modules
+
+Acts = Literal["after backward", "during backward", "in graph"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class GradientSync:
 
     Both may use `self.all_reduce(tensor)`, which averages a tensor in place and does the counting for `stats`.
 
+    One that acts while autograd runs, by hooks or a wrapper, or between micro-batches, says so: `acts = "during backward"`. One
+    that acts inside the compiled step (`acts = "in graph"`) overrides `after_gradients()` instead of both; see
+    `ddpkit.AverageInGraph`.
+
     ```python
     class Plain(ddpkit.GradientSync):
         def reduce(self):
@@ -63,15 +71,35 @@ class GradientSync:
         timeout: seconds after which a rank that waits inside `synchronize()` gives up and says who is missing.
         check_every: compare checksums of all parameters over the ranks every so many `synchronize()` (0: never).
 
+    Attributes:
+        used: where it acts in the graph, which parameters have a gradient on any rank, as last known.
+
     Raises:
         InputError: options that do not go together, or no process group under a launcher.
         RankDisagreementError: on all ranks, where their models differ.
     """
 
+    name: ClassVar[str]  # what messages call it; the class's name unless given
     comms: ClassVar[tuple[str, ...]] = ("torch",)
-    separable: ClassVar[bool] = True  # whether compute and communication can be told apart by a clock
-    plain_loop: ClassVar[bool] = True  # whether `synchronize()` averages; if not, the compiled step does
+    acts: ClassVar[Acts] = (
+        "after backward"  # on whole gradients in `synchronize()`, while autograd runs, or in the compiled step
+    )
     averages: ClassVar[bool] = True  # whether ranks are to stay alike
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Names the class.
+
+        Raises:
+            InputError: it has an attribute that `acts` replaces.
+        """
+        super().__init_subclass__(**options)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+        if old := [flag for flag in ("separable", "plain_loop") if flag in vars(cls)]:
+            raise InputError(
+                f"{cls.__name__} sets {old[0]}, which is no longer asked for: say when it acts instead, "
+                'acts = "during backward" for hooks and wrappers, acts = "in graph" for what is part of the compiled step.'
+            )
 
     def __init__(
         self,
@@ -94,6 +122,7 @@ class GradientSync:
         self._seconds = 0.0
         self._sent = 0, 0
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.used: dict[str, bool] = {}
         self.comm = make_comm(comm, timedelta(seconds=timeout))
         self.rank, self.world_size = self.comm.rank, self.comm.world_size
         self.timeout = timeout
@@ -119,6 +148,11 @@ class GradientSync:
         return {name: p for name, p in self._modules.named_parameters() if p.requires_grad}
 
     @property
+    def separable(self) -> bool:
+        """Whether a clock on the host or the device's stream can tell compute from communication."""
+        return self.acts == "after backward"
+
+    @property
     def agreed_options(self) -> dict[str, object]:
         """What ranks must have chosen alike; for a strategy to extend by its own."""
         return {"check_every": self._check_every}
@@ -138,6 +172,11 @@ class GradientSync:
 
     def reduce(self) -> None:
         """Averages the gradients over the ranks; for a strategy to override."""
+        if self.acts == "in graph":
+            raise InputError(
+                f"strategy={self.name} averages inside the compiled step: use ddpkit.make_step(..., strategy={self.name!r}, "
+                "compile=True)."
+            )
         raise NotImplementedError(f"{type(self).__name__} must override reduce().")
 
     @torch.no_grad()
@@ -149,9 +188,54 @@ class GradientSync:
         if work is not None:
             work.wait()
 
+    # --- compiled steps -------------------------------------------------------------------------------------------
+
+    def after_gradients(
+        self, trained: Mapping[str, nn.Parameter], *, optimizer: Optimizer, clip_norm: float | None
+    ) -> AfterGradients:
+        """What follows the gradients in a compiled step: where they are written, or what the graph does with them.
+
+        Called once for each set of trained parameters. By default each gradient is written to a tensor of its own, which becomes
+        `.grad`, and `synchronize()` averages.
+
+        Args:
+            trained: the parameters that are trained now, by name.
+            optimizer: will step them.
+            clip_norm: upper bound of the norm of the global gradient.
+
+        Raises:
+            InputError: this cannot be done for these parameters, or with this optimizer.
+        """
+        del optimizer, clip_norm
+        return AfterGradients(trained)
+
+    def graph_form(self, optimizer: Optimizer) -> Hashable:
+        """What `AfterGradients.trace` depends on beside the parameters: where it changes, a new graph is traced."""
+        del optimizer
+        return ()
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes and collectives of a step, for `stats`; for a strategy in the graph to override."""
+        parameters = self.parameters.values()
+        return sum(p.nbytes for p in parameters), len(parameters)
+
     def around_backward(self) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a step, for strategies that communicate meanwhile."""
-        return nullcontext()
+        return self._around_graph() if self.acts == "in graph" else nullcontext()
+
+    @contextmanager
+    def _around_graph(self) -> Iterator[None]:
+        """Around each compiled step: what `synchronize()` is for other strategies."""
+        self._calls += 1
+        with nullcontext() if self._watch is None else self._watch.waiting(self._calls, computes=True):
+            yield
+            if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
+                agreement.compare_parameters(self._modules, self._calls)
+        self.comm.reset()
+        if self.world_size > 1:
+            self._sent = self.traffic()
+
+    # --- a step ---------------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
         """Makes every `.grad` the mean over ranks; does nothing inside `no_sync()`.

@@ -39,23 +39,23 @@ class Bucket:
         scale: float = 1.0,
         check_finite: bool = False,
     ) -> None:
-        mine = [parameters[n] for n in numbers]
-        first = mine[0] if home is None else home
+        own = [parameters[n] for n in numbers]
+        first = own[0] if home is None else home
         dtype = first.dtype.to_real()
-        if wire_dtype is not None and any(p.is_complex() for p in mine):
+        if wire_dtype is not None and any(p.is_complex() for p in own):
             raise InputError("reduce_dtype does not serve complex parameters: leave it out.")
         step = max(1, ALIGNMENT // dtype.itemsize)
-        sizes = [-(-p.numel() * (2 if p.is_complex() else 1) // step) * step for p in mine]
+        sizes = [-(-p.numel() * (2 if p.is_complex() else 1) // step) * step for p in own]
         starts = [0, *accumulate(sizes)]
         self.numbers = list(numbers)
         flat = torch.zeros(starts[-1] + tail, dtype=dtype, device=first.device)
         self.body = flat[: starts[-1]]
         self.wire = flat
-        self.views = [_slice(flat, start, p) for start, p in zip(starts, mine, strict=False)]
+        self.views = [_slice(flat, start, p) for start, p in zip(starts, own, strict=False)]
         self.wire_views = self.views
         if wire_dtype not in (None, dtype):
             self.wire = torch.zeros_like(flat, dtype=wire_dtype)
-            self.wire_views = [_slice(self.wire, start, p) for start, p in zip(starts, mine, strict=False)]
+            self.wire_views = [_slice(self.wire, start, p) for start, p in zip(starts, own, strict=False)]
         self.wire_body = self.wire[: starts[-1]]
         self.tail = self.wire[starts[-1] :]
         self.compressed = self.wire is not flat
@@ -63,7 +63,7 @@ class Bucket:
         self._factor = torch.tensor(scale, dtype=torch.float64, device="cpu")
         self._check_finite = check_finite
         self._sum_dtype = torch.float32 if self.wire.element_size() < 4 else None
-        self.one_by_one = not self.wire.is_cuda and starts[-1] > LARGE * len(mine)
+        self.one_by_one = not self.wire.is_cuda and starts[-1] > LARGE * len(own)
         self.begin()
 
     def begin(self) -> None:
@@ -97,15 +97,15 @@ class Bucket:
                 self.place(slot, gradients[slot])
             return
         from_elsewhere: list[Tensor] = []
-        there: list[Tensor] = []
+        targets: list[Tensor] = []
         for gradient, wire in zip(gradients, self.wire_views, strict=True):
             if gradient is None:
                 wire.zero_()
             elif gradient is not wire:
                 from_elsewhere.append(gradient)
-                there.append(wire)
-        if there:
-            torch._foreach_copy_(there, from_elsewhere)
+                targets.append(wire)
+        if targets:
+            torch._foreach_copy_(targets, from_elsewhere)
         if self.scale != 1:
             self.wire_body.mul_(self.scale)
         if self._check_finite:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ class EmulatedSync(GradientSync):
         options: those of `GradientSync`.
     """
 
-    separable: ClassVar[bool] = False
+    name = "emulated"
+    acts = "during backward"
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class EmulatedSync(GradientSync):
             plan = by_size(self._trained, numbers[::-1], size, size)
         tail = len(numbers) + ROW * self.emulated
         self._buckets = [
-            Bucket(self._trained, mine, tail if n == len(plan) - 1 else 0, None) for n, mine in enumerate(plan)
+            Bucket(self._trained, part, tail if n == len(plan) - 1 else 0, None) for n, part in enumerate(plan)
         ]
         self._shards = [bucket.wire.new_zeros((self.emulated, len(bucket.wire))) for bucket in self._buckets]
         self._taken, self._present = 0, [False] * len(numbers)

@@ -3,15 +3,17 @@
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
 from ddpkit.ranks.agree import name_ranks
 from ddpkit.sync import agreement
+from ddpkit.sync.after import AfterGradients
 from ddpkit.sync.base import GradientSync, SyncStats
 from ddpkit.sync.buckets import Bucket, by_kind
 from ddpkit.sync.comm import Work
@@ -46,6 +48,7 @@ class FlatSync(GradientSync):
         check_finite: look for NaN and inf. Turn it off where they are expected, as under `torch.amp.GradScaler`.
     """
 
+    name = "custom"
     comms = ("torch", "mpi")
     # One kind for all launches, since MPI matches blocking collectives with blocking ones alone.
     overlapped: ClassVar[bool] = False
@@ -91,6 +94,13 @@ class FlatSync(GradientSync):
         """The slice of each trainable parameter, by name. A compiled step may write gradients there."""
         return {self._names[n]: view for n, view in self._slices.items()}
 
+    def after_gradients(
+        self, trained: Mapping[str, nn.Parameter], *, optimizer: Optimizer, clip_norm: float | None
+    ) -> AfterGradients:
+        """Gradients are written into the slices."""
+        del optimizer, clip_norm
+        return _InSlices(self, trained)
+
     # --- layout ---------------------------------------------------------------------------------------------------
 
     def _plan(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -104,19 +114,19 @@ class FlatSync(GradientSync):
         self._unseen: tuple[torch.cuda.Event | None, int] | None = None
         plan = self._plan(numbers) or ([[]] if self._all else [])  # an empty one carries the flags
         tail = len(numbers) + ROW * self.world_size
-        homes = [self._all[mine[0]] if mine else _home(self._all) for mine in plan]
+        homes = [self._all[part[0]] if part else _home(self._all) for part in plan]
         self._on_device = bool(plan) and homes[-1].is_cuda
         self._buckets = [
             Bucket(
                 self._all,
-                mine,
+                part,
                 tail if i == len(plan) - 1 else 0,
                 self._wire_dtype,
                 home=homes[i],
                 scale=1.0 if self.comm.averages(homes[i].device) else 1 / self.world_size,
                 check_finite=self._check_finite and not self._on_device,
             )
-            for i, mine in enumerate(plan)
+            for i, part in enumerate(plan)
         ]
         self._slices = {n: view for b in self._buckets for n, view in zip(b.numbers, b.views, strict=True)}
         self._works: list[Work | None] = []
@@ -379,6 +389,27 @@ class FlatSync(GradientSync):
         """What the last `synchronize()` did. On a GPU, reading waits for it, and raises what its flags say."""
         self._look_back()
         return super().stats
+
+
+class _InSlices(AfterGradients):
+    """Copies each gradient to its slice of the flat buffer, so that nothing is left to gather."""
+
+    def __init__(self, sync: FlatSync, trained: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(trained)
+        self._sync = sync
+        self._layout: object = None
+        self._places: list[Tensor] = []
+
+    @property
+    def places(self) -> list[Tensor]:  # type: ignore[override]
+        """The slices; tensors made for the purpose until the next `synchronize()` has laid them out for these parameters."""
+        layout = self._sync._slices  # noqa: SLF001  (one dict for each layout)
+        if self._layout is not layout:
+            views = self._sync.views
+            fit = set(self.trained) == set(views)
+            self._places = [views[name] if fit else torch.empty_like(p) for name, p in self.trained.items()]
+            self._layout = layout
+        return self._places
 
 
 def _home(parameters: Sequence[Tensor]) -> Tensor:

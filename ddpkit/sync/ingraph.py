@@ -1,18 +1,21 @@
 """All-reduces as nodes of the compiled step."""
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import ClassVar
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ddpkit.errors import InputError
-from ddpkit.sync import agreement
+from ddpkit.sync.after import AfterGradients, AverageInGraph
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.buckets import Bucket, by_kind
+
+if TYPE_CHECKING:
+    from ddpkit.compile.parity import Difference
+    from ddpkit.sync.update import GraphUpdate
 
 
 class InGraphSync(GradientSync):
@@ -24,17 +27,18 @@ class InGraphSync(GradientSync):
     Args:
         module: any module.
         others: further modules with trained parameters.
-        buckets: how many buckets, for each device and dtype.
+        buckets: how many buckets, for each device and dtype, of about the same number of bytes.
         optimizer_in_graph: trace the optimizer's update (Adam, AdamW or SGD) into the step as well. A batch that the compiled
             code does not hold for is then an error, since a rank that updated by other code would drift away from the others.
             `.grad` holds the average before clipping. Accumulated micro-batches are averaged and applied outside the graph.
+        comm: `"torch"`.
         timeout: of ddpkit's own collectives; those in the graph wait as long as the process group says
             (`ddpkit.init_process_group(timeout=...)`).
         check_every: as in `GradientSync`.
     """
 
-    plain_loop: ClassVar[bool] = False
-    separable: ClassVar[bool] = False
+    name = "ingraph"
+    acts = "in graph"
 
     def __init__(
         self,
@@ -66,13 +70,38 @@ class InGraphSync(GradientSync):
         last_first = range(len(parameters) - 1, -1, -1)
         plan = [part for kind in by_kind(parameters, last_first) for part in _cut(parameters, kind, self._count)]
         self._buckets = [Bucket(parameters, numbers, 0, None) for numbers in plan]
-        self._group = dist.group.WORLD.group_name if self.world_size > 1 else ""  # type: ignore[union-attr]
 
-    def reduce(self) -> None:
-        """Refuses the plain loop."""
-        raise InputError(
-            "strategy=ingraph averages inside the compiled step: use ddpkit.make_step(..., strategy='ingraph', compile=True)."
-        )
+    def after_gradients(
+        self, trained: Mapping[str, nn.Parameter], *, optimizer: Optimizer, clip_norm: float | None
+    ) -> AfterGradients:
+        """The all-reduces of the buckets, and the update where that is asked for.
+
+        Raises:
+            InputError: a parameter has no place in the buckets, or the optimizer's step cannot be part of a graph.
+        """
+        views = self.views
+        if unknown := [name for name in trained if name not in views]:
+            raise InputError(
+                f"Parameter {unknown[0]!r} was frozen when strategy=ingraph laid out its buckets: make the step again "
+                "(ddpkit.make_step) once it is to be trained."
+            )
+        if not self.optimizer_in_graph:
+            return _Buckets(self, trained)
+        from ddpkit.sync.update import GraphUpdate
+
+        return _BucketsAndUpdate(self, trained, GraphUpdate(optimizer, clip_norm, trained))
+
+    def graph_form(self, optimizer: Optimizer) -> Hashable:
+        """All that the update depends on, where that is part of the graph."""
+        if not self.optimizer_in_graph:
+            return ()
+        from ddpkit.sync.update import form_of
+
+        return form_of(optimizer)
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes and collectives of a step."""
+        return sum(body.nbytes for body in self.flat), len(self._buckets)
 
     @property
     def flat(self) -> list[Tensor]:
@@ -82,37 +111,28 @@ class InGraphSync(GradientSync):
     @property
     def views(self) -> dict[str, Tensor]:
         """The slice of each trained parameter, by name."""
-        found = {n: view for bucket in self._buckets for n, view in zip(bucket.numbers, bucket.views, strict=True)}
-        return {name: found[n] for n, (name, _) in enumerate(self._named)}
+        views = {n: view for bucket in self._buckets for n, view in zip(bucket.numbers, bucket.views, strict=True)}
+        return {name: views[n] for n, (name, _) in enumerate(self._named)}
 
     def slices(self, flat: Sequence[Tensor]) -> dict[str, Tensor]:
         """The slice of each trained parameter in tensors like the buckets, by operations that can be traced."""
-        found = {}
+        slices = {}
         for bucket, body in zip(self._buckets, flat, strict=True):
             for n, view in zip(bucket.numbers, bucket.views, strict=True):
                 start = int(view.storage_offset() - bucket.body.storage_offset())
                 order = _by_memory(view)
                 part = body[start : start + view.numel()].view([view.shape[d] for d in order])
-                found[self._named[n][0]] = part.permute([order.index(d) for d in range(view.dim())])
-        return found
+                slices[self._named[n][0]] = part.permute([order.index(d) for d in range(view.dim())])
+        return slices
 
-    def reduce_in_graph(self, gradients: Mapping[str, Tensor | None], flat: Sequence[Tensor]) -> None:
-        """Writes averaged gradients into the buckets, by operations that can be traced.
+    def packed(self, gradients: Mapping[str, Tensor | None], flat: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The gradients as the buckets hold them, bucket by bucket, by operations that can be traced.
 
         Args:
             gradients: by the parameters' names; none counts as zero.
-            flat: the buckets.
+            flat: tensors like the buckets.
         """
-        started = []
-        for bucket, body in zip(self._buckets, flat, strict=True):
-            packed = self._packed(bucket, gradients, body)
-            if self.world_size > 1:
-                averages = self.comm.averages(body.device)
-                packed = packed if averages else packed * (1 / self.world_size)
-                packed = torch.ops._c10d_functional.all_reduce(packed, "avg" if averages else "sum", self._group)  # noqa: SLF001
-            started.append(packed)
-        for packed, body in zip(started, flat, strict=True):
-            body.copy_(torch.ops._c10d_functional.wait_tensor(packed) if self.world_size > 1 else packed)  # noqa: SLF001
+        return (self._packed(bucket, gradients, body) for bucket, body in zip(self._buckets, flat, strict=True))
 
     def _packed(self, bucket: Bucket, gradients: Mapping[str, Tensor | None], body: Tensor) -> Tensor:
         """The gradients of a bucket one after another, in the order of memory, with zeros between the slices."""
@@ -131,52 +151,87 @@ class InGraphSync(GradientSync):
             parts.append(body.new_zeros(body.numel() - end))
         return torch.cat(parts)
 
+
+class _Buckets(AverageInGraph):
+    """Packs the gradients into the buckets and averages those."""
+
+    _sync: InGraphSync
+
+    @cached_property
+    def places(self) -> list[Tensor]:
+        """The slices of the buckets."""
+        views = self._sync.views
+        return [views[name] for name in self.trained]
+
+    def tensors(self) -> list[Tensor]:
+        """The buckets."""
+        return self._sync.flat
+
+    def trace(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Starts the average of each bucket as soon as that is packed, then brings it back."""
+        del parameters
+        buckets = self._sync.packed(dict(zip(self.trained, gradients, strict=True)), tensors)
+        started = [self.start_average(bucket) for bucket in buckets]
+        for body, average in zip(tensors, started, strict=True):
+            body.copy_(self.wait(average))
+        return None
+
     @torch.no_grad()
-    def used_anywhere(self, used: Mapping[str, bool]) -> dict[str, bool]:
-        """Which parameters have a gradient on any rank (one collective); warns of those that have none on this one.
+    def run(self, gradients: Sequence[Tensor | None]) -> None:
+        """The same collectives on the buckets where they are."""
+        by_name = dict(zip(self.trained, gradients, strict=True))
+        for name, view in self._sync.views.items():
+            gradient = by_name.get(name)
+            if gradient is None:
+                view.zero_()
+            elif gradient is not view:
+                view.copy_(gradient)
+        for body in self._sync.flat:
+            self._sync.all_reduce(body)
 
-        Args:
-            used: by name, which have one here; the same names on every rank.
-        """
-        if self.world_size == 1:
-            return dict(used)
-        flags = torch.tensor(list(used.values()), dtype=torch.int32, device=self.flat[0].device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        anywhere = dict(zip(used, map(bool, flags.tolist()), strict=True))
-        for name, elsewhere in anywhere.items():
-            if elsewhere and not used[name]:
-                warnings.warn(
-                    f"Parameter {name!r} has no gradient on rank {self.rank} but has one elsewhere: it counts as zero here.",
-                    stacklevel=4,
-                )
-        return anywhere
 
-    @torch.no_grad()
-    def average(self) -> None:
-        """Averages what lies in the buckets by the same collectives outside of a graph."""
-        for body in self.flat:
-            self.all_reduce(body)
+class _BucketsAndUpdate(_Buckets):
+    """The same, and then the optimizer's step."""
 
-    @torch.no_grad()
-    def averaged(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Averages of other gradients by name, zero where there is none."""
-        averages = {}
-        for name, parameter in self._named:
-            gradient = gradients.get(name)
-            averages[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
-            self.all_reduce(averages[name])
-        return averages
+    no_eager = "with optimizer_in_graph there is no eager code to fall back on: leave that option out."
 
-    @contextmanager
-    def around_backward(self) -> Iterator[None]:
-        """Around each compiled step: what `synchronize()` is for other strategies."""
-        self._calls += 1
-        with nullcontext() if self._watch is None else self._watch.waiting(self._calls, computes=True):
-            yield
-            if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
-                agreement.compare_parameters(self._modules, self._calls)
-        if self.world_size > 1:
-            self._sent = sum(body.nbytes for body in self.flat), len(self._buckets)
+    def __init__(self, sync: InGraphSync, trained: Mapping[str, nn.Parameter], update: "GraphUpdate") -> None:
+        super().__init__(sync, trained)
+        self._update = update
+        self.updates = list(trained.values())
+        self._present = torch.ones(len(trained), dtype=torch.bool, device=self.updates[0].device)
+
+    def tensors(self) -> list[Tensor]:
+        """The buckets, the numbers of the optimizer and its state."""
+        return [*super().tensors(), *self._update.tensors(self._present)]
+
+    def trace(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Averages, clips and updates."""
+        count = len(self._sync.flat)
+        flat = tensors[:count]
+        super().trace(parameters, gradients, flat)
+        slices = self._sync.slices(flat)
+        return self._update(parameters, [slices[name] for name in self.trained], flat, tensors[count:])
+
+    def finish(self, used: Sequence[bool]) -> None:
+        """Lets schedulers know."""
+        super().finish(used)
+        self._update.note()
+
+    def note_used(self, used: Sequence[bool]) -> None:
+        """Leaves alone what has a gradient on no rank."""
+        super().note_used(used)
+        self._present.copy_(torch.tensor(self.present(used)))
+
+    def differences(
+        self, updated: Sequence[Tensor], gradients: Sequence[Tensor], tolerance: float, shape: str
+    ) -> "list[Difference]":
+        """How far the update is from the optimizer's own."""
+        return self._update.differences(list(self.trained), updated, gradients, self._present, tolerance, shape)
 
 
 def _by_memory(view: Tensor) -> list[int]:

@@ -6,6 +6,7 @@ from ddpkit.sync.base import GradientSync
 class NoSync(GradientSync):
     """Leaves every rank its own gradients, so that ranks diverge: separates compute from communication in a study of speed."""
 
+    name = "none"
     comms = ("torch", "mpi")
     averages = False
 

@@ -38,7 +38,8 @@ class OverlapSync(FlatSync):
         check_finite: as in `FlatSync`.
     """
 
-    separable: ClassVar[bool] = False
+    name = "overlap"
+    acts = "during backward"
     overlapped: ClassVar[bool] = True
 
     def __init__(

@@ -31,7 +31,8 @@ class StandardSync(GradientSync):
             of `GradientSync`.
     """
 
-    separable = False
+    name = "standard"
+    acts = "during backward"
 
     def __init__(
         self,

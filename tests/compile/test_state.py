@@ -16,8 +16,8 @@ import ddpkit
 from ddpkit.compile import forces, gradients, situations
 from ddpkit.compile.graph import Interpreted
 from ddpkit.compile.snapshot import Snapshot
-from ddpkit.compile.update import GraphUpdate
 from ddpkit.errors import InputError, RankDisagreementError
+from ddpkit.sync.update import GraphUpdate
 from ddpkit.testing import run_ranks
 
 COMPILED = ["none", "custom", "standard", "overlap", "ingraph"]

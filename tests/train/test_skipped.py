@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ddpkit import checkpoint
-from ddpkit.compile.variants import Code, Tally, Variants
+from ddpkit.compile.layout import Flat
+from ddpkit.compile.parity import Tally
+from ddpkit.compile.variants import Code, Variants
 from ddpkit.experiments.cli import _dispatch
 from ddpkit.ledger import Ledger, name_bad
 from ddpkit.step import Step
@@ -99,7 +101,7 @@ def test_batches_without_code_are_counted():
     variants.codes = [Code(Never(), None)] * 8
     for _ in range(2):
         with pytest.warns(UserWarning, match="runs eagerly"):
-            assert variants.find(batch, [batch], None) is None
+            assert variants.find(Flat.of(batch)) is None
     assert tally.eager == 2
 
 

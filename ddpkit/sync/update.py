@@ -18,43 +18,23 @@ _FLAGS = ("nesterov", "decoupled_weight_decay", "fused", "capturable")
 _NUMBERS = {True: ("lr", "weight_decay", "beta1", "beta2", "eps"), False: ("lr", "weight_decay", "momentum")}
 
 
-class InGraph:
-    """An optimizer whose step becomes part of graphs.
-
-    Args:
-        optimizer: whose update is traced; its hooks are not called.
-        clip_norm: upper bound of the norm of the global gradient.
+def form_of(optimizer: Optimizer) -> Hashable:
+    """All that the graph of an update depends on: which parameters are in which group, and every setting that is no number.
 
     Raises:
         InputError: the optimizer is another one than Adam, AdamW and SGD, or has an option that is not served.
     """
-
-    def __init__(self, optimizer: Optimizer, clip_norm: float | None) -> None:
-        if type(optimizer) not in (Adam, AdamW, SGD):
-            raise InputError(
-                f"optimizer_in_graph serves Adam, AdamW and SGD, not {type(optimizer).__name__}: leave it out."
-            )
-        self._optimizer, self._clip_norm = optimizer, clip_norm
-        self.form()
-
-    def form(self) -> Hashable:
-        """All that graphs depend on: which parameters are in which group, and every setting that is no number.
-
-        Raises:
-            InputError: an option is set that is not served.
-        """
-        groups = self._optimizer.param_groups
-        for group in groups:
-            for option in _LEFT_OUT:
-                if group.get(option):
-                    raise InputError(
-                        f"optimizer_in_graph does not serve {option}={group[option]}: leave one of them out."
-                    )
-        return tuple((*map(group.get, _FLAGS), _has_momentum(group), *map(id, group["params"])) for group in groups)
-
-    def of(self, trained: Mapping[str, Tensor]) -> "GraphUpdate":
-        """The update of some parameters, by name."""
-        return GraphUpdate(self._optimizer, self._clip_norm, trained)
+    if type(optimizer) not in (Adam, AdamW, SGD):
+        raise InputError(
+            f"optimizer_in_graph serves Adam, AdamW and SGD, not {type(optimizer).__name__}: leave it out."
+        )
+    for group in optimizer.param_groups:
+        for option in _LEFT_OUT:
+            if group.get(option):
+                raise InputError(f"optimizer_in_graph does not serve {option}={group[option]}: leave one of them out.")
+    return tuple(
+        (*map(group.get, _FLAGS), _has_momentum(group), *map(id, group["params"])) for group in optimizer.param_groups
+    )
 
 
 def _has_momentum(group: Mapping[str, Any]) -> bool:
@@ -69,15 +49,16 @@ class GraphUpdate:
     Hutter, arXiv:1711.05101.
 
     Args:
-        optimizer: whose update is traced.
+        optimizer: whose update is traced; its hooks are not called.
         clip_norm: upper bound of the norm of the global gradient.
         trained: what is trained, by name.
 
     Raises:
-        InputError: the optimizer lacks a parameter, or has one that is not among them.
+        InputError: as `form_of`; or the optimizer lacks a parameter, or has one that is not among them.
     """
 
     def __init__(self, optimizer: Optimizer, clip_norm: float | None, trained: Mapping[str, Tensor]) -> None:
+        form_of(optimizer)
         self._optimizer, self._clip_norm = optimizer, clip_norm
         self._is_adam = not isinstance(optimizer, SGD)
         self._last: list[float] = []
@@ -197,33 +178,35 @@ class GraphUpdate:
             tolerance: allowed.
             shape: the sizes of the batch, in words.
         """
-        found = []
-        theirs = self._expected(gradients, present)
-        for name, before, one, two in zip(names, self._parameters, updated, theirs, strict=True):
+        measured = []
+        expected = self._expected(gradients, present)
+        for name, before, one, two in zip(names, self._parameters, updated, expected, strict=True):
             rounding = 8 * torch.finfo(before.dtype).eps * float(before.double().norm()) / tolerance
             scale = float((two.double() - before.double()).norm()) + rounding
             gap = float((one.double() - two.double()).norm())
-            found.append(Difference(f"{name} after the update", gap / scale if scale else gap, tolerance, shape))
-        return found
+            measured.append(Difference(f"{name} after the update", gap / scale if scale else gap, tolerance, shape))
+        return measured
 
     def _expected(self, gradients: Sequence[Tensor], present: Tensor) -> list[Tensor]:
         """What a copy of the optimizer makes of copies of the parameters."""
         twin = copy.deepcopy(self._optimizer)
         pairs = zip(self._optimizer.param_groups, twin.param_groups, strict=True)
         copies = {p: q for old, new in pairs for p, q in zip(old["params"], new["params"], strict=True)}
-        mine = [copies[p] for p in self._parameters]
-        for q, gradient, there in zip(mine, gradients, present.tolist(), strict=True):
-            q.grad = gradient.clone() if there else None
-        norm = torch.nn.utils.clip_grad_norm_(mine, math.inf if self._clip_norm is None else self._clip_norm)
+        parameters = [copies[p] for p in self._parameters]
+        for q, gradient, is_present in zip(parameters, gradients, present.tolist(), strict=True):
+            q.grad = gradient.clone() if is_present else None
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if self._clip_norm is None else self._clip_norm)
         if torch.isfinite(norm):
             twin.step()
-        return mine
+        return parameters
 
     def note(self) -> None:
         """Lets schedulers know that a step was taken."""
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001  (torch's own mark)
 
 
+# torch.optim's functional forms cannot be traced here (2.11 to 2.13): they branch in Python on weight_decay and momentum, which
+# are tensors read at every step, and `capturable` is refused on a CPU.
 def _adam(
     settings: Mapping[str, Any],
     lr: Tensor,
