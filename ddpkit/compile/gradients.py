@@ -153,15 +153,14 @@ class CompiledGradients:
             ParityError: compiled code computes something else than eager code.
         """
         now = self._now = self._situations.now()
-        after = now.after.for_each if accumulates else now.after
-        variants = now.variants[after]
+        variants = now.variants[now.after.for_each if accumulates else now.after]
         if variants.codes or now.steps_to_wait:
             return
-        after.before_compiling(first=not self._begun)
+        now.after.before_compiling(first=not self._begun, several=accumulates)
         variants.prepare(
             batch,
-            together=after.together or not self._begun,
-            before_check=lambda code: after.note_used(code.facts.used),
+            together=now.after.communicates or not self._begun,
+            before_check=lambda code: now.after.note_used(code.facts.used),
         )
         self._begun = True
         self._situations.ignore(now.state.rewritten)
@@ -183,8 +182,10 @@ class CompiledGradients:
             _add(places, earlier, outcome.used)
             used = [a or b for a, b in zip(used, outcome.used, strict=True)]
             outcomes.append(outcome)
-        after.finish(used)
-        for parameter, place, is_present in zip(after.trained.values(), places, after.present(used), strict=True):
+        if after is not now.after:
+            now.after.run([place if is_used else None for place, is_used in zip(places, used, strict=True)])
+        after.finish()
+        for parameter, place, is_present in zip(after.trained.values(), places, now.after.present(used), strict=True):
             parameter.grad = place if is_present else None
         now.steps_to_wait -= now.steps_to_wait > 0
         return total([outcome.result for outcome in outcomes]), outcomes[-1].norm

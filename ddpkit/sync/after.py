@@ -30,28 +30,27 @@ class AfterGradients:
 
     Args:
         trained: the trained parameters by name.
+        places: where the gradients go; without, tensors are made once.
 
     Attributes:
-        together: whether all ranks must trace, compile and check it at the same time.
-        communicates: whether ranks communicate in it, so that all of them run it equally often.
+        communicates: whether ranks communicate in it, so that all of them compile it together and run it equally often.
         no_eager: why a batch cannot be run without compiled code, as a part of a sentence; empty where it can.
         updates: parameters that it updates, so that the optimizer need not.
     """
 
-    together: ClassVar[bool] = False
     communicates: ClassVar[bool] = False
     no_eager: ClassVar[str] = ""
     updates: Sequence[nn.Parameter] = ()
 
-    def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
-        self.trained = dict(trained)
+    def __init__(self, trained: Mapping[str, nn.Parameter], places: Sequence[Tensor] | None = None) -> None:
+        self.trained, self._given = dict(trained), places
 
     # --- running --------------------------------------------------------------------------------------------------
 
     @cached_property
     def places(self) -> list[Tensor]:
         """Where each gradient is in the end: what becomes `.grad`."""
-        return [torch.empty_like(p) for p in self.trained.values()]
+        return [torch.empty_like(p) for p in self.trained.values()] if self._given is None else list(self._given)
 
     def tensors(self) -> list[Tensor]:
         """What `trace` is given to read and to write beside gradients; the same memory at every step."""
@@ -80,6 +79,8 @@ class AfterGradients:
     def run(self, gradients: Sequence[Tensor | None]) -> None:
         """The same without a graph, for batches that the compiled code does not hold for; updates nothing.
 
+        Also called with the sums over several micro-batches, where each was followed by `for_each` alone.
+
         Args:
             gradients: of this rank; one may be its own place.
         """
@@ -87,15 +88,11 @@ class AfterGradients:
 
     @property
     def for_each(self) -> "AfterGradients":
-        """What follows the gradients of each of several micro-batches, which are added up in `places`."""
+        """What follows the gradients of each of several micro-batches instead; they are added up in its `places`."""
         return self
 
-    def finish(self, used: Sequence[bool]) -> None:
-        """Called after the last micro-batch of a step.
-
-        Args:
-            used: which parameters have a gradient on this rank.
-        """
+    def finish(self) -> None:
+        """Called when all gradients of a step are in their places."""
 
     def present(self, used: Sequence[bool]) -> list[bool]:
         """Which parameters get a `.grad`.
@@ -107,11 +104,12 @@ class AfterGradients:
 
     # --- compiling and checking -----------------------------------------------------------------------------------
 
-    def before_compiling(self, *, first: bool) -> None:
+    def before_compiling(self, *, first: bool, several: bool) -> None:
         """Called before the first code for these parameters is traced.
 
         Args:
             first: whether it is the first code of the step at all.
+            several: whether it is for several micro-batches.
         """
 
     def note_used(self, used: Sequence[bool]) -> None:
@@ -176,7 +174,7 @@ class AverageInGraph(AfterGradients):
         trained: the trained parameters by name.
     """
 
-    together = communicates = True
+    communicates = True
 
     def __init__(self, sync: "GradientSync", trained: Mapping[str, nn.Parameter]) -> None:
         super().__init__(trained)
@@ -215,8 +213,8 @@ class AverageInGraph(AfterGradients):
 
     @cached_property
     def for_each(self) -> "AfterGradients":
-        """Nothing is averaged before the last micro-batch."""
-        return _Accumulated(self)
+        """Copies them to the same places; nothing is averaged before the last micro-batch."""
+        return AfterGradients(self.trained, self.places)
 
     def present(self, used: Sequence[bool]) -> list[bool]:
         """Alike on all ranks, lest their optimizers do different things."""
@@ -226,16 +224,8 @@ class AverageInGraph(AfterGradients):
 
     # --- compiling and checking -----------------------------------------------------------------------------------
 
-    def before_compiling(self, *, first: bool) -> None:
-        """Makes sure that all ranks compile, and the same."""
-        self.meet(first=first, several=False)
-
-    def meet(self, *, first: bool, several: bool) -> None:
-        """Waits for all ranks.
-
-        Args:
-            first: as in `before_compiling`.
-            several: whether it is for several micro-batches.
+    def before_compiling(self, *, first: bool, several: bool) -> None:
+        """Waits until all ranks have come to compile the same.
 
         Raises:
             InputError: some train other parameters, or have been given several micro-batches where others have not.
@@ -304,35 +294,3 @@ class AverageInGraph(AfterGradients):
         self.run(nothing)
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)
-
-
-class _Accumulated(AfterGradients):
-    """Copies gradients to the places of what averages them after the last micro-batch, outside of the graph."""
-
-    together = True
-
-    def __init__(self, whole: AverageInGraph) -> None:
-        super().__init__(whole.trained)
-        self._whole = whole
-
-    @property
-    def places(self) -> list[Tensor]:  # type: ignore[override]
-        """Where the average will be."""
-        return self._whole.places
-
-    def finish(self, used: Sequence[bool]) -> None:
-        """Averages."""
-        pairs = zip(self.places, used, strict=True)
-        self._whole.run([place if is_used else None for place, is_used in pairs])
-
-    def present(self, used: Sequence[bool]) -> list[bool]:
-        """As in the graph that averages."""
-        return self._whole.present(used)
-
-    def before_compiling(self, *, first: bool) -> None:
-        """Makes sure that all ranks compile, and the same."""
-        self._whole.meet(first=first, several=True)
-
-    def note_used(self, used: Sequence[bool]) -> None:
-        """As in the graph that averages."""
-        self._whole.note_used(used)

@@ -80,10 +80,8 @@ class GradientSync:
     """
 
     name: ClassVar[str]  # what messages call it; the class's name unless given
-    comms: ClassVar[tuple[str, ...]] = ("torch",)
-    acts: ClassVar[Acts] = (
-        "after backward"  # on whole gradients in `synchronize()`, while autograd runs, or in the compiled step
-    )
+    comms: ClassVar[tuple[str, ...]] = ("torch",)  # what it can communicate through
+    acts: ClassVar[Acts] = "after backward"  # in `synchronize()`, while autograd runs, or as part of the compiled step
     averages: ClassVar[bool] = True  # whether ranks are to stay alike
 
     def __init_subclass__(cls, **options: Any) -> None:

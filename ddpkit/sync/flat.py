@@ -4,11 +4,10 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
 from ddpkit.ranks.agree import name_ranks
@@ -94,11 +93,8 @@ class FlatSync(GradientSync):
         """The slice of each trainable parameter, by name. A compiled step may write gradients there."""
         return {self._names[n]: view for n, view in self._slices.items()}
 
-    def after_gradients(
-        self, trained: Mapping[str, nn.Parameter], *, optimizer: Optimizer, clip_norm: float | None
-    ) -> AfterGradients:
+    def after_gradients(self, trained: Mapping[str, nn.Parameter], **_: Any) -> AfterGradients:
         """Gradients are written into the slices."""
-        del optimizer, clip_norm
         return _InSlices(self, trained)
 
     # --- layout ---------------------------------------------------------------------------------------------------

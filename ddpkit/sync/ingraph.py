@@ -217,9 +217,8 @@ class _BucketsAndUpdate(_Buckets):
         slices = self._sync.slices(flat)
         return self._update(parameters, [slices[name] for name in self.trained], flat, tensors[count:])
 
-    def finish(self, used: Sequence[bool]) -> None:
-        """Lets schedulers know."""
-        super().finish(used)
+    def finish(self) -> None:
+        """Lets schedulers know of the step."""
         self._update.note()
 
     def note_used(self, used: Sequence[bool]) -> None:
