@@ -52,16 +52,16 @@ class GradientSync:
 
     Both may use `self.all_reduce(tensor)`, which averages a tensor in place and does the counting for `stats`.
 
-    One that acts while autograd runs, by hooks or a wrapper, or between micro-batches, says so: `acts = "during backward"`. One
-    that acts inside the compiled step (`acts = "in graph"`) overrides `after_gradients()` instead of both; see
-    `ddpkit.AverageInGraph`.
-
     ```python
     class Plain(ddpkit.GradientSync):
         def reduce(self):
             for parameter in self.parameters.values():
                 self.all_reduce(parameter.grad)
     ```
+
+    One that acts while autograd runs, by hooks or a wrapper, or between micro-batches, says so: `acts = "during backward"`. One
+    that acts inside the compiled step (`acts = "in graph"`) overrides `after_gradients()` instead of both; see
+    `ddpkit.AverageInGraph`.
 
     Args:
         module: any module; its parameters are what is synchronised.

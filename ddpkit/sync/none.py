@@ -4,7 +4,12 @@ from ddpkit.sync.base import GradientSync
 
 
 class NoSync(GradientSync):
-    """Leaves every rank its own gradients, so that ranks diverge: separates compute from communication in a study of speed."""
+    """Leaves every rank its own gradients, so that ranks diverge: separates compute from communication in a study of speed.
+
+    Args:
+        module: any module.
+        options: those of `GradientSync`.
+    """
 
     name = "none"
     comms = ("torch", "mpi")

@@ -24,11 +24,12 @@ class StandardSync(GradientSync):
     Args:
         module: any module with trainable parameters; the wrapper is around this one.
         others: further modules with trained parameters, whose gradients `synchronize()` averages.
+        comm: `"torch"`.
         timeout: how long the wrapper's collectives wait is the process group's affair (`ddpkit.init_process_group(timeout=...)`);
             this one is for ddpkit's own.
+        check_every: as in `GradientSync`.
         reduce_dtype: None, or `"bfloat16"` to halve what float32 gradients send.
-        options: those of `DistributedDataParallel` (`bucket_cap_mb`, `find_unused_parameters`, `static_graph` ...), and those
-            of `GradientSync`.
+        options: those of `DistributedDataParallel` (`bucket_cap_mb`, `find_unused_parameters`, `static_graph` ...).
     """
 
     name = "standard"
