@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -88,7 +88,7 @@ class GradientSync:
         """Names the class.
 
         Raises:
-            InputError: it has an attribute that `acts` replaces.
+            InputError: it does not say when it acts, or says it in another way.
         """
         super().__init_subclass__(**options)
         if "name" not in vars(cls):
@@ -97,6 +97,10 @@ class GradientSync:
             raise InputError(
                 f"{cls.__name__} sets {old[0]}, which is no longer asked for: say when it acts instead, "
                 'acts = "during backward" for hooks and wrappers, acts = "in graph" for what is part of the compiled step.'
+            )
+        if cls.acts not in get_args(Acts):
+            raise InputError(
+                f"{cls.__name__} sets acts = {cls.acts!r}: use one of {', '.join(map(repr, get_args(Acts)))}."
             )
 
     def __init__(
@@ -205,6 +209,8 @@ class GradientSync:
             InputError: this cannot be done for these parameters, or with this optimizer.
         """
         del optimizer, clip_norm
+        if self.acts == "in graph":
+            raise InputError(f"{type(self).__name__} acts in the graph, so it must override after_gradients().")
         return AfterGradients(trained)
 
     def graph_form(self, optimizer: Optimizer) -> Hashable:

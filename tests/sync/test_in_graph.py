@@ -168,6 +168,17 @@ def test_it_is_part_of_compiled_steps_alone():
         made(model).synchronize()
 
 
+def test_one_that_does_not_say_what_follows_is_refused():
+    silent = type("Silent", (ddpkit.GradientSync,), {"acts": "in graph"})
+    model = Net()
+    with pytest.raises(InputError, match=r"Silent acts in the graph, so it must override after_gradients"):
+        ddpkit.make_step(model, criterion, torch.optim.SGD(model.parameters()), strategy=silent, compile=True)
+    with pytest.raises(
+        InputError, match=r"Odd sets acts = 'inside': use one of 'after backward', 'during backward', 'in"
+    ):
+        type("Odd", (ddpkit.GradientSync,), {"acts": "inside"})
+
+
 @pytest.mark.parametrize("flag", ["separable", "plain_loop"])
 def test_flags_that_acts_replaces_are_refused(flag):
     with pytest.raises(InputError, match=f'Old sets {flag}.*acts = "during backward"'):
