@@ -110,14 +110,13 @@ def select_frames(batch: Batch, frames: Sequence[int]) -> Batch:
         ],
         1,
     )
-    rows = {
+    rows: dict[Dim, Tensor] = {
         "atoms": torch.cat(atoms),
         "edges": torch.cat(edges),
         "frames": torch.tensor(frames, device=batch.frame.device),
     }
-    selected = {
-        name: x[rows[DIMS[name][0]]] for name, x in batch.tensors().items() if DIMS[name][:1] and DIMS[name][0] in rows
-    }
+    tensors = batch.tensors().items()
+    selected = {name: x[rows[DIMS[name][0]]] for name, x in tensors if DIMS[name] and DIMS[name][0] in rows}
     numbers = {
         "frame": torch.cat([torch.full_like(a, n) for n, a in enumerate(atoms)]),
         "edge_index": edge_index,
