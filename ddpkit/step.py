@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from ddpkit.compile.objective import Criterion, apart, differentiable, total
 from ddpkit.compile.parity import Tally
 from ddpkit.errors import InputError
 from ddpkit.ranks.agree import on_the_way_to
 from ddpkit.sync import GradientSync, Strategy, acts_of, attach, name_of
+from ddpkit.torch_private import pytree
 from ddpkit.trained import Trained, beside
 
 if TYPE_CHECKING:

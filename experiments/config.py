@@ -120,7 +120,8 @@ class RunConfig:
         optimizer: a group: `adamw`, or `optimizer._target_` with an import path.
         seed: initialises the weights.
         compile: compile the step, with its double backward, before training.
-        compiler: `inductor`, or `interpreted`: run the traced graph as it is, which tells tracing from compiling.
+        compiler: `inductor`; `public`: by torch.compile (docs/torch.md); or `interpreted`: run the traced graph as it is, which
+            tells tracing from compiling.
         check_kernels: compare the model's kernels with its reference in plain PyTorch before training.
         precision: `mixed`, `float32` or `float64`.
         tf32: let float32 matrix products use TF32 on NVIDIA GPUs.
@@ -257,7 +258,7 @@ def _check(config: DictConfig) -> None:
         "precision": PRECISIONS,
         "device": ("auto", "cpu", "cuda"),
         "comm": ("torch", "mpi"),
-        "compiler": ("inductor", "interpreted"),
+        "compiler": ("inductor", "public", "interpreted"),
         "data.source": SOURCES,
         "data.split_by": ("frame", "group"),
         "data.shifts": ("isolated", "fitted"),

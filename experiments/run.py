@@ -6,7 +6,7 @@ Overrides set configuration keys, for example:
 
   model=allegro_small|allegro_medium|nequip_small|...      data=generated|generated_crystals|files   data.path=FILE
   strategy=standard|custom|none|overlap|ingraph|emulated   compile=true|false   comm=torch|mpi
-  compiler=inductor|interpreted  nccl_algo=Ring|Tree       strategy.ranks=64 strategy.order=ring (emulated)
+  compiler=inductor|public|interpreted nccl_algo=Ring|Tree      strategy.ranks=64 strategy.order=ring (emulated)
   seed=1  data.seed=1  precision=mixed|float32|float64     deterministic=true|false   device=auto|cpu|cuda
   train.max_epochs=10  train.max_steps=1000  train.batch_size=16  train.log_every=1
   run_dir=DIR  resume=DIR  experiment=spice_stage1|spice_stage2|mptrj

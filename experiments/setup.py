@@ -40,9 +40,9 @@ def set_numerics(config: DictConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     torch.backends.cudnn.allow_tf32 = config.tf32
     if config.compile:
-        from ddpkit.compile.graph import Interpreted
+        from ddpkit.compile.backend import use
 
-        Interpreted.enabled = config.compiler == "interpreted"
+        use(config.compiler)
     if config.nccl_algo is not None:
         os.environ["NCCL_ALGO"] = config.nccl_algo
     if config.deterministic:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpkit.batch import Batch
+from ddpkit.torch_private import dispatch_modes
 
 
 class Algorithms(NamedTuple):
@@ -222,7 +223,7 @@ def sum_rows(x: Tensor, table: Table) -> Tensor:
 def is_eager() -> bool:
     """Whether operations run one by one, and are not being traced."""
     # Tracing, with proxies or fake tensors, goes through a dispatch mode; eager code has none.
-    eager = torch._C._len_torch_dispatch_stack() == 0  # noqa: SLF001  (torch has no public word for it)
+    eager = dispatch_modes() == 0
     return eager and not torch.compiler.is_compiling()
 
 

@@ -16,12 +16,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import Timeout
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._inductor.utils import clear_caches
-from torch.utils._filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ddpkit.errors import InputError
+from ddpkit.torch_private import clear_caches, folder_of_cache
 
 _SEAL = ".seal"
 _looked_through: set[str] = set()
@@ -92,7 +90,7 @@ def afresh() -> Iterator[None]:
 
 def _folder() -> Path:
     try:
-        return Path(cache_dir())
+        return Path(folder_of_cache())
     except OSError as error:
         raise _unusable(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())), error) from error
 
@@ -106,15 +104,15 @@ def _unusable(folder: Path, error: OSError) -> InputError:
 
 def _files(folder: Path) -> list[Path]:
     """What has been compiled, without seals, locks and what is being written."""
-    found = []
+    paths = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "locks"]
-        found += [
+        paths += [
             Path(place) / name
             for name in names
             if not name.startswith(".") and not name.endswith((".lock", ".tmp", ".o"))
         ]
-    return found
+    return paths
 
 
 def _seal_of(path: Path) -> Path:

@@ -6,10 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import TracingContext, tracing
-from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.autograd.function import once_differentiable
 
 from ddpkit.compile import parity, situations
@@ -18,10 +14,9 @@ from ddpkit.compile.graph import (
     Kernel,
     Symbols,
     Traced,
+    halves,
     is_changed,
     lower,
-    output_of,
-    size_oblivious,
     strides_of,
     trace,
 )
@@ -249,7 +244,7 @@ class CompiledForces(nn.Module):
             return *Tree.of(result), trained, rest
 
         def tangents(symbols: Symbols) -> list[Tensor]:
-            with size_oblivious(), symbols.fake, enable_python_dispatcher():
+            with symbols.without_values():
                 _, outputs, _, _ = run(layout.fill(symbols.sizes, symbols.leaves), symbols.like(state.tensors()))
                 return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in outputs if x.requires_grad]
 
@@ -273,26 +268,17 @@ class CompiledForces(nn.Module):
         return traced, vars(function.facts)
 
     def _lower(self, traced: tuple[Traced, dict[str, Any]]) -> ForcesCode:
-        """Cuts the joint graph where little has to be kept, and compiles both halves."""
+        """Cuts the joint graph in two, and compiles both halves."""
         joint, found = traced
-        graph, symbols = joint.graph, joint.symbols
-        kept = len(found["differentiable"]) + len(found["updated"])
-        with size_oblivious(), tracing(TracingContext(symbols.fake)):
-            joint_graph_passes(graph)
-            first, second = min_cut_rematerialization_partition(graph, joint.inputs, num_fwd_outputs=kept)
-        saved = [node.name for node in output_of(first).args[0][kept:]]  # type: ignore[union-attr, index]
-        primals = sum(1 for x in graph.graph.nodes if x.op == "placeholder" and "tangents" not in x.name)
-        wanted = [node for node in second.graph.nodes if node.op == "placeholder"]
-        tangents = [node.name for node in graph.graph.nodes if node.op == "placeholder" and "tangents" in node.name]
-        arguments = [
-            ("tangent", tangents.index(node.name)) if node.name in tangents else ("saved", saved.index(node.name))
-            for node in wanted
-        ]
+        symbols = joint.symbols
         first_fixed = len(symbols.sizes) + len(symbols.leaves)
+        kept = len(found["differentiable"]) + len(found["updated"])
+        first, second, arguments = halves(joint, kept, [first_fixed + n for n in found["updated"]])
+        primals = len(joint.inputs) - sum(found["differentiable"])
         forward = lower(first, symbols, joint.inputs[:primals], range(first_fixed, primals), inference=False)
-        values = [node.meta["val"] for node in wanted]
+        values = [node.meta["val"] for node in second.graph.find_nodes(op="placeholder")]
         strides = strides_of(forward, symbols)[kept:]
-        with size_oblivious(), symbols.fake:  # what the first half keeps may lie otherwise in memory than it was traced
+        with symbols.without_values():  # what the first half keeps may lie otherwise in memory than it was traced
             for n, (kind, place) in enumerate(arguments):
                 if kind == "saved" and isinstance(values[n], Tensor) and strides[place] is not None:
                     values[n] = values[n].as_strided(values[n].shape, strides[place])

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from ddpkit.compile import parity, situations
 from ddpkit.compile.graph import Conditions, Kernel, Traced, lower, trace
@@ -20,6 +19,7 @@ from ddpkit.compile.variants import Code, Variants
 from ddpkit.errors import InputError
 from ddpkit.sync.after import AfterGradients
 from ddpkit.sync.base import GradientSync
+from ddpkit.torch_private import add_all, pytree
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def _add(places: Sequence[Tensor], earlier: dict[int, Tensor], used: Sequence[bo
     """Adds the gradients of earlier micro-batches to those of this one; puts them back where this one has none."""
     added = [n for n in earlier if used[n]]
     if added:
-        torch._foreach_add_([places[n] for n in added], [earlier[n] for n in added])
+        add_all([places[n] for n in added], [earlier[n] for n in added])
     for n, value in earlier.items():
         if not used[n]:
             places[n].copy_(value)

@@ -1,26 +1,11 @@
 """The C++ kernels of a graph, compiled a few files at a time.
 
 Inductor gives each kernel a file of its own. Its headers take a compiler longer than the kernel does, many times over, so the
-kernels of a graph are shared out to as many files as are compiled side by side.
+kernels of a graph are shared out to as many files as are compiled side by side. `ddpkit.compile.inductor.compiled_together` has
+Inductor do so.
 """
 
-import contextlib
 import re
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-import torch
-import torch._inductor.config as inductor_config
-from torch._inductor.async_compile import AsyncCompile, get_compile_threads
-from torch._inductor.codecache import CppPythonBindingsCodeCache
-from torch._inductor.cpu_vec_isa import VecISA, valid_vec_isa_list
-from torch._inductor.utils import clear_on_fresh_cache
-
-from ddpkit.ranks.cores import all_of_job
 
 _INCLUDE = re.compile(r"^#include .*$", re.MULTILINE)
 _OTHER_DIRECTIVE = re.compile(r"^\s*#\s*(?!include\b|pragma\b)\w+", re.MULTILINE)
@@ -94,84 +79,9 @@ PyMODINIT_FUNC PyInit_kernels() {
 _METHOD = '{"%s", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<%s>)), METH_FASTCALL, nullptr},\n'
 
 
-# Torch up to 2.12 imports torch, for seconds, in each of a dozen processes that try whether a library can be loaded.
-_TRY_LIBRARY = """
-import ctypes
-
-def load():
-    for library in {libraries}:
-        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-    ctypes.CDLL("__lib_path__")
-
-try:
-    load()
-except OSError:
-    import torch
-    ctypes.CDLL("__lib_path__")
-"""
-
-
-def look_at_the_processor() -> None:
-    """Finds out in the background which vector instructions there are: Inductor compiles a program for each and tries it."""
-    if VecISA._avx_py_load.lstrip().startswith("import torch"):  # noqa: SLF001
-        folder = Path(torch.__file__).parent / "lib"
-        libraries = [str(folder / name) for name in ("libc10.so", "libtorch_cpu.so")]
-        VecISA._avx_py_load = _TRY_LIBRARY.format(libraries=libraries)  # noqa: SLF001
-
-    def look() -> None:
-        with all_of_job():
-            valid_vec_isa_list()
-
-    threading.Thread(target=look, name="look at the processor", daemon=True).start()
-
-
-@clear_on_fresh_cache
-class _Files(CppPythonBindingsCodeCache):
-    """Inductor's cache of libraries, for our files: flags, locks and places are its own."""
-
-    cache: dict[str, Callable[[], ModuleType]] = {}  # type: ignore[assignment]  # noqa: RUF012  (Inductor's interface)
-    cache_clear = staticmethod(cache.clear)
-    entry_function = "kernels"
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    source: str
-
-
-@contextlib.contextmanager
-def compiled_together() -> Iterator[None]:
-    """While this is open, a graph is compiled on all cores of the job, and its C++ kernels share files."""
-    one_by_one, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
-
-    def keep(compiler: AsyncCompile, argument_types: list[str], source: str) -> Any:
-        if _OTHER_DIRECTIVE.search(source):  # macros would reach into other kernels
-            return one_by_one(compiler, argument_types, source)
-        return _Kernel(source)
-
-    def compile_kept(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
-        kernels = {name: value.source for name, value in scope.items() if isinstance(value, _Kernel)}
-        threads = get_compile_threads()
-        submit = compiler.submit if threads > 1 else None
-        # started all together, then waited for
-        shares = shared_out(kernels, threads)
-        loading = [
-            _Files.load_async(file_of({name: kernels[name] for name in share}), submit_fn=submit) for share in shares
-        ]
-        for share, load in zip(shares, loading, strict=True):
-            library = load()
-            scope.update({name: getattr(library, name) for name in share})
-        wait(compiler, scope)
-
-    AsyncCompile.cpp_pybinding, AsyncCompile.wait = keep, compile_kept  # type: ignore[assignment, method-assign]
-    try:
-        with all_of_job():
-            threads = inductor_config.decide_compile_threads()
-            # Compiling the headers ahead takes longer than a few files gain by it.
-            with inductor_config.patch(compile_threads=threads, cpp_cache_precompile_headers=False):
-                yield
-    finally:
-        AsyncCompile.cpp_pybinding, AsyncCompile.wait = one_by_one, wait  # type: ignore[method-assign]
+def has_directives(source: str) -> bool:
+    """Whether a kernel's source has directives of the preprocessor that would reach into others in its file."""
+    return _OTHER_DIRECTIVE.search(source) is not None
 
 
 def shared_out(sources: dict[str, str], count: int) -> list[list[str]]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ddpkit.batch import DIMS, SIZES, Batch, Dim
 from ddpkit.errors import InputError
+from ddpkit.torch_private import pytree
 
 _SMALLEST = 5  # what is smaller counts dimensions of space or ends of an edge, unless it is seen to vary
 

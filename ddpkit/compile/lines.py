@@ -11,7 +11,7 @@ import torch
 
 _OURS = tuple(str(Path(__file__).parents[1] / folder) + "/" for folder in ("compile", "sync"))
 _BETWEEN = tuple(
-    str(Path(__file__).with_name(name)) for name in ("graph.py", "script.py", "lines.py")
+    str(Path(__file__).with_name(name)) for name in ("graph.py", "inductor.py", "public.py", "script.py", "lines.py")
 )  # also inside a model's calls
 _TORCH = str(Path(torch.__file__).parent) + "/"
 _STANDARD = sysconfig.get_path("stdlib") + "/"
@@ -21,6 +21,11 @@ _PACKAGES = ("site-packages", "dist-packages")
 def calling_line() -> str | None:
     """The line that is being run, as `FILE, line N: CODE`; None where only torch is between it and ours."""
     return _innermost((frame.f_code.co_filename, frame.f_lineno) for frame in _frames())
+
+
+def model_line(file: str, number: int) -> str | None:
+    """A line of a file likewise; None for torch's, ours and Python's."""
+    return _innermost([(file, number)])
 
 
 def last_line() -> str | None:

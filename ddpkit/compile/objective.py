@@ -7,11 +7,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ddpkit.batch import Batch
 from ddpkit.compile.snapshot import Snapshot
 from ddpkit.errors import InputError
+from ddpkit.torch_private import pytree
 
 Criterion = Callable[[Any, Any], Any]
 F = TypeVar("F")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ddpkit.batch import Batch, select_frames
 from ddpkit.errors import InputError, ParityError
+from ddpkit.torch_private import pytree
 
 # A parameter's gradient is measured against its own norm, but no less than this part of what its size makes one expect: where
 # gradients cancel, rounding is all that is left.

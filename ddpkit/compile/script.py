@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ddpkit.torch_private import SCRIPTED, ScriptMethod, type_of_script
+
 
 def remedy(called: Collection[str]) -> str:
     """What TorchScript in a model is in the way, and what helps.
@@ -27,22 +29,27 @@ def as_python() -> Iterator[set[str]]:
         The names of TorchScript that is called and has no Python left: scripted modules, and what was loaded from a file.
     """
     called: set[str] = set()
-    function, method = torch._C.ScriptFunction, torch._C.ScriptMethod  # noqa: SLF001
-    call_function, call_method = function.__call__, method.__call__
+    function = torch.jit.ScriptFunction
+    call_function = function.__call__
+    call_method = None if ScriptMethod is None else ScriptMethod.__call__
 
     def python(self: Any, *arguments: Any, **options: Any) -> Any:
-        source = getattr(self, "_torchdynamo_inline", None)  # where torch.jit.script leaves it for torch.compile
+        source = getattr(self, SCRIPTED, None)
         if source is not None:
             return source(*arguments, **options)
         called.add(self.name)
         return call_function(self, *arguments, **options)
 
     def noted(self: Any, *arguments: Any, **options: Any) -> Any:
-        called.add(self.owner._type().name())  # noqa: SLF001
-        return call_method(self, *arguments, **options)
+        called.add(type_of_script(self.owner))
+        return call_method(self, *arguments, **options)  # type: ignore[misc]
 
-    function.__call__, method.__call__ = python, noted  # type: ignore[assignment, method-assign]
+    function.__call__ = python  # type: ignore[assignment, method-assign]
+    if ScriptMethod is not None:
+        ScriptMethod.__call__ = noted  # type: ignore[attr-defined]
     try:
         yield called
     finally:
-        function.__call__, method.__call__ = call_function, call_method  # type: ignore[method-assign]
+        function.__call__ = call_function  # type: ignore[method-assign]
+        if ScriptMethod is not None:
+            ScriptMethod.__call__ = call_method  # type: ignore[attr-defined]

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddpkit.torch_private import version_of
+
 _SCALARS = (
     bool, int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
@@ -26,7 +28,6 @@ _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CLOSED = frozenset({"torch", "numpy", *sys.stdlib_module_names}) - {"types", "__main__"}
 _STATE_OF = operator.attrgetter("requires_grad", "dtype", "is_cuda")
-_VERSION_OF = operator.attrgetter("_version")
 _END = (object(),)  # what grows or shrinks before it moves it
 
 
@@ -119,7 +120,7 @@ class Snapshot:
         return (
             [*map(len, self._sized)],
             tuple(map(_STATE_OF, self._parameters)),
-            tuple(map(_VERSION_OF, self._constants)),
+            tuple(map(version_of, self._constants)),
             tuple([a.tobytes() for a in self._arrays]),
         )
 

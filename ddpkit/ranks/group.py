@@ -21,6 +21,7 @@ from ddpkit.ranks import network, phase, rendezvous, wait
 from ddpkit.ranks.launchers import Place, place
 from ddpkit.ranks.peers import Peer, counted
 from ddpkit.ranks.switches import at_exit, threads, variables
+from ddpkit.torch_private import default_store
 
 _log = logging.getLogger(__name__)
 
@@ -221,8 +222,7 @@ def say_left(error: BaseException | None) -> None:
 
 def store() -> dist.Store:
     """The key-value store that the ranks share, for what must not be a collective (long waits, who is missing)."""
-    shared = dist.distributed_c10d._get_default_store() if _shared is None else _shared  # noqa: SLF001  (torch offers no public way)
-    return dist.PrefixStore("ddpkit", shared)
+    return dist.PrefixStore("ddpkit", default_store() if _shared is None else _shared)
 
 
 def is_of_communication(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ddpkit.errors import InputError
 from ddpkit.ranks.agree import PATIENT_TIMEOUT, exchange, name_ranks
+from ddpkit.torch_private import functional_collectives
 
 if TYPE_CHECKING:
     from ddpkit.compile.parity import Difference
@@ -193,11 +194,11 @@ class AverageInGraph(AfterGradients):
             tensor if averages else tensor * (1 / sync.world_size)
         )  # before adding, as `GradientSync.all_reduce` does
         group = dist.group.WORLD.group_name  # type: ignore[union-attr]
-        return torch.ops._c10d_functional.all_reduce(scaled, "avg" if averages else "sum", group)  # type: ignore[no-any-return]  # noqa: SLF001
+        return functional_collectives().all_reduce(scaled, "avg" if averages else "sum", group)  # type: ignore[no-any-return]
 
     def wait(self, started: Tensor) -> Tensor:
         """The average that `start_average` has begun."""
-        return started if self._sync.world_size == 1 else torch.ops._c10d_functional.wait_tensor(started)  # noqa: SLF001
+        return started if self._sync.world_size == 1 else functional_collectives().wait_tensor(started)
 
     def trace(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]

@@ -11,6 +11,7 @@ from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.ranks import phase
 from ddpkit.ranks.agree import name_ranks
 from ddpkit.sync.modules import Modules, Named
+from ddpkit.torch_private import backends
 
 PIECE = 2**20  # elements that are summed up at once
 MIXING = 0x9E3779B97F4A7C15 - 2**64  # odd, 2^64 by the golden ratio (Knuth)
@@ -38,7 +39,7 @@ def barrier(timeout: float) -> None:
     """Waits for the other ranks, no longer than `timeout` seconds; other collectives here wait as long as the group does."""
     options = dist.AllreduceOptions()
     options.timeout = timedelta(seconds=timeout)
-    on_host = torch.device("cpu") in dist.group.WORLD._device_types  # type: ignore[union-attr]  # noqa: SLF001
+    on_host = "cpu" in backends()
     knock = torch.zeros(1, device="cpu" if on_host else torch.device("cuda", torch.cuda.current_device()))
     dist.group.WORLD.allreduce([knock], options).wait()  # type: ignore[union-attr]
 

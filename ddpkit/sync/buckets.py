@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpkit.errors import InputError
+from ddpkit.torch_private import copy_all
 
 LARGE = 2**14  # elements of a tensor from which on memory counts more than calls, on a CPU
 ALIGNMENT = 64  # bytes; fused optimizers read aligned slices faster
@@ -105,7 +106,7 @@ class Bucket:
                 from_elsewhere.append(gradient)
                 targets.append(wire)
         if targets:
-            torch._foreach_copy_(targets, from_elsewhere)
+            copy_all(targets, from_elsewhere)
         if self.scale != 1:
             self.wire_body.mul_(self.scale)
         if self._check_finite:

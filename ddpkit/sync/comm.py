@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ddpkit.errors import InputError
+from ddpkit.torch_private import backends
 
 
 class Work(Protocol):
@@ -70,8 +71,7 @@ class TorchComm(Comm):
     def averages(self, device: torch.device) -> bool:
         """NCCL multiplies by 1 / ranks on its way; it does so before adding, as torch's DistributedDataParallel does."""
         if device not in self._averages:
-            backend = dist.group.WORLD._get_backend(device).name() if self.world_size > 1 else "gloo"  # type: ignore[union-attr]  # noqa: SLF001
-            self._averages[device] = backend == "nccl"
+            self._averages[device] = self.world_size > 1 and backends().get(device.type) == "nccl"
         return self._averages[device]
 
     def _start(self, tensor: Tensor, overlapped: bool) -> Work:

@@ -842,7 +842,7 @@ class _Weighted(Weights):
 
 def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  (as in make_step)
     """Takes steps between which parameters are frozen, unfrozen and given to the optimizer, and an attribute changes."""
-    from ddpkit.compile.graph import Interpreted
+    from ddpkit.compile.backend import using
     from ddpkit.step import make_step
 
     def optimizer_of(model: _OfDict, criterion: _Weighted) -> torch.optim.Optimizer:
@@ -853,8 +853,7 @@ def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  
     torch.manual_seed(setting.rank)
     model, criterion = _OfDict(Potential()), _Weighted()
     optimizer = optimizer_of(model, criterion)
-    before, Interpreted.enabled = Interpreted.enabled, True  # what is traced counts here, not what is made of it
-    try:
+    with using("interpreted"):  # what is traced counts here, not what is made of it
         step = make_step(
             model, criterion, optimizer, strategy=setting.strategy, compile=compile, comm=setting.comm,
             **({"timeout": 60.0} | (UNUSED if setting.strategy == "standard" else {}) | setting.options),
@@ -881,8 +880,6 @@ def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  
                 torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=_naming(f"{name} at step {number}"))
                 assert p.requires_grad or p.grad is None, f"{name} is frozen and has a gradient at step {number}"
         assert_equal_on_ranks(setting, list(mine.parameters()))
-    finally:
-        Interpreted.enabled = before
 
 
 @compiled

@@ -17,6 +17,7 @@ from ddpkit.sync.base import GradientSync, SyncStats
 from ddpkit.sync.buckets import Bucket, by_kind
 from ddpkit.sync.comm import Work
 from ddpkit.sync.guard import parse_dtype
+from ddpkit.torch_private import norms_of
 
 # What each rank says of itself in the tail, after one number per parameter.
 STEPS, STALE, REPLACED, BAD, ADDED, FRESH = range(6)
@@ -208,7 +209,7 @@ class FlatSync(GradientSync):
         On the CPU the host looks right after the collective and finds the parameter in the average, so any sums do, such as the
         buckets' own. On a GPU it looks when the average may be gone.
         """
-        norms = torch._foreach_norm(bucket.wire_views, 1) if bucket.numbers else []  # noqa: SLF001  (as torch's own clipping does)
+        norms = norms_of(bucket.wire_views, 1) if bucket.numbers else []
         self._norms[number] = torch.stack(list(norms)) if norms else bucket.tail[:0]
 
     def _fill_tail(self, gradients: dict[int, Tensor | None], *, stale: bool) -> None:

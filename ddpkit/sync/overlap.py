@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.sync.buckets import Bucket, by_size
 from ddpkit.sync.flat import FlatSync
+from ddpkit.torch_private import version_of
 
 MIB = 2**20
 
@@ -136,7 +137,7 @@ class OverlapSync(FlatSync):
     def _state(self, n: int) -> tuple[Tensor | None, int]:
         """Changes when a parameter receives a gradient."""
         gradient = self._all[n].grad
-        return gradient, 0 if gradient is None else gradient._version  # noqa: SLF001  (counts changes in place)
+        return gradient, 0 if gradient is None else version_of(gradient)
 
     def _hook(self, n: int, bucket: Bucket, slot: int) -> Callable[[Tensor], None]:
         closes = slot == len(bucket.numbers) - 1 and not bucket.one_by_one

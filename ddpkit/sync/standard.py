@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpkit.errors import InputError
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.flat import FlatSync
+from ddpkit.torch_private import count_buckets
 
 
 class StandardSync(GradientSync):
@@ -130,9 +131,7 @@ class StandardSync(GradientSync):
 
     def _buckets(self) -> int:
         assert self._wrapper is not None
-        logged = self._wrapper._get_ddp_logging_data()  # type: ignore[no-untyped-call]  # noqa: SLF001  (DDP tells of its buckets nowhere else)
-        sizes = logged.get("rebuilt_bucket_sizes") or logged.get("bucket_sizes") or ""
-        return len([size for size in str(sizes).split(",") if size.strip()])
+        return count_buckets(self._wrapper)
 
     @contextmanager
     def around_backward(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ddpkit.compile.parity import Difference
 from ddpkit.errors import InputError
+from ddpkit.torch_private import note_step
 
 _ADAM, _SGD = ("exp_avg", "exp_avg_sq", "step"), ("momentum_buffer",)
 _LEFT_OUT = ("amsgrad", "maximize", "differentiable", "dampening")
@@ -202,7 +203,7 @@ class GraphUpdate:
 
     def note(self) -> None:
         """Lets schedulers know that a step was taken."""
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001  (torch's own mark)
+        note_step(self._optimizer)
 
 
 # torch.optim's functional forms cannot be traced here (2.11 to 2.13): they branch in Python on weight_decay and momentum, which

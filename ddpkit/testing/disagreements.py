@@ -402,12 +402,12 @@ def work(trials: Sequence[Trial], folder: str) -> None:
     """Plays the trials on this rank; writes each one's outcome as it ends."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     base = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    from ddpkit.compile.graph import Interpreted
+    from ddpkit.compile.backend import use
     from ddpkit.ranks import agree
 
     # What ranks count alike, which they no longer do after trials in which one of them did something alone.
     counters = ((Watch, "_made"), (agree, "_agreements"), (agree, "_exchanges"))
-    Interpreted.enabled = True
+    use("interpreted")
     warnings.simplefilter("ignore")
     for trial in trials:
         faulthandler.dump_traceback_later(DEADLINE, exit=True)

@@ -8,7 +8,7 @@ from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.compile import digest
-from ddpkit.compile.graph import Interpreted
+from ddpkit.compile.backend import using
 
 
 def criterion(output, batch):
@@ -17,8 +17,9 @@ def criterion(output, batch):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(Interpreted, "enabled", True)
     monkeypatch.setattr(digest, "_kernels", [])
+    with using("interpreted"):
+        yield
 
 
 @pytest.mark.usefixtures("interpreted")

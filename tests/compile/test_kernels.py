@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 
-from ddpkit.compile.kernels import compiled_together, shared_out
+from ddpkit.compile.inductor import compiled_together
+from ddpkit.compile.kernels import shared_out
 
 _SCALE = """
 #include <torch/csrc/inductor/cpp_prefix.h>

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import random
 import warnings
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ddpkit
-from ddpkit.compile.graph import Interpreted
+from ddpkit.compile.backend import using
 from ddpkit.testing import run_ranks
 
 ARMS = {
@@ -72,7 +71,7 @@ class Criterion(nn.Module):
 
 def interpreted():
     """Inside, graphs are not compiled."""
-    return mock.patch.object(Interpreted, "enabled", True)
+    return using("interpreted")
 
 
 OPTIMIZERS = {

@@ -14,7 +14,7 @@ from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.compile import forces, gradients, situations
-from ddpkit.compile.graph import Interpreted
+from ddpkit.compile.backend import using
 from ddpkit.compile.snapshot import Snapshot
 from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.sync.update import GraphUpdate
@@ -24,8 +24,9 @@ COMPILED = ["none", "custom", "standard", "overlap", "ingraph"]
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch):
-    monkeypatch.setattr(Interpreted, "enabled", True)
+def _interpreted():
+    with using("interpreted"):
+        yield
 
 
 class Pair(nn.Module):
@@ -509,7 +510,7 @@ def change_alone_in_the_graph():
 
 
 def unlike_ranks():
-    with mock.patch.object(Interpreted, "enabled", True), warnings.catch_warnings():
+    with using("interpreted"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lonely = {
             (strategy, several): train_where_a_rank_is_unlike(strategy, True, several=several)

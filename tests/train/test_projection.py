@@ -113,5 +113,5 @@ def test_an_algorithm_of_nccl_can_be_forced(monkeypatch):
     monkeypatch.setenv("NCCL_ALGO", "NVLS")
     run.setup.set_numerics(run.read(["nccl_algo=Tree"]))
     assert os.environ["NCCL_ALGO"] == "Tree"
-    with pytest.raises(InputError, match="compiler=gcc is unknown: use one of inductor, interpreted"):
+    with pytest.raises(InputError, match="compiler=gcc is unknown: use one of inductor, public, interpreted"):
         run.read(["compiler=gcc"])

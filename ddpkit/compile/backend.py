@@ -1,0 +1,238 @@
+"""Which compiler makes the code of traced graphs, and what each of them has to offer."""
+
+import contextlib
+import functools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from ddpkit.compile.layout import Layout
+from ddpkit.torch_private import TESTED, is_tested
+
+COMPILERS = ("inductor", "public", "interpreted")
+"""`inductor`: the trace is handed to Inductor itself, by private names of torch; where they are untried, `public` serves.
+`public`: traced by `make_fx`, compiled by `torch.compile`. `interpreted`: what is traced runs operation by operation."""
+
+Function = Callable[..., Sequence[Tensor | None]]
+"""Takes a batch and tensors that are not part of it, such as parameters; may write into the latter."""
+
+Kernel = Callable[[list[Any]], Sequence[Any]]
+"""Code of a graph; empties the list of inputs."""
+
+Tangents = Callable[["Symbols"], Sequence[Tensor]]
+"""Makes tensors without values that a function takes as a third argument."""
+
+Source = tuple[str, int]
+"""Where an input of a second half comes from: `("saved", n)` by the first one, or `("tangent", n)`."""
+
+CHANGES_BATCH = "The model changes its batch in place: let it work on copies."
+DRAWN = "ddpkit_drawn"
+"""In a node's meta: what draws random numbers, and which line calls it."""
+
+
+class Symbols(ABC):
+    """Symbolic sizes, and tensors without values that have them.
+
+    Attributes:
+        sizes: symbolic, by name.
+        leaves: the tensors of a batch.
+        symbols: the symbol of each size.
+    """
+
+    sizes: dict[str, Any]
+    leaves: list[Tensor]
+    symbols: dict[str, sympy.Symbol]
+
+    @abstractmethod
+    def like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors without values, of the same fixed shapes, strides, dtypes and devices."""
+
+    @abstractmethod
+    def without_values(self) -> AbstractContextManager[Any]:
+        """Inside, functions can be called with such tensors."""
+
+    @abstractmethod
+    def conditions(self) -> list[tuple[sympy.Basic, str | None]]:
+        """Which sizes what was made with these symbols holds for, each with the line of the model that asked if there is one."""
+
+    @abstractmethod
+    def are_fixed(self) -> bool:
+        """Whether a size was taken to be one number."""
+
+
+@dataclass
+class Traced:
+    """A graph of `sizes, leaves of the batch, fixed tensors` (and `tangents`) -> outputs.
+
+    Attributes:
+        graph: the graph.
+        symbols: what its sizes are.
+        inputs: the tensors without values and symbolic sizes it was traced with.
+        outputs: those that came out, None where the function returned None.
+    """
+
+    graph: fx.GraphModule
+    symbols: Symbols
+    inputs: list[Any]
+    outputs: list[Tensor | None]
+
+
+class Backend(ABC):
+    """Traces functions, and makes code of the graphs."""
+
+    @abstractmethod
+    def symbols(self, layout: Layout, sizes: Mapping[str, int], fixed: Sequence[Tensor]) -> Symbols:
+        """Symbolic sizes.
+
+        Args:
+            layout: names the sizes.
+            sizes: of the batch at hand; generated code is tuned for them.
+            fixed: tensors of fixed shape.
+        """
+
+    @abstractmethod
+    def trace(
+        self, function: Function, layout: Layout, symbols: Symbols, fixed: Sequence[Tensor], tangents: Tangents | None
+    ) -> Traced:
+        """The graph of `function(batch, fixed)`, or with tangents of `function(batch, fixed, tangents)`."""
+
+    @abstractmethod
+    def is_changed(self, x: Tensor) -> bool:
+        """Whether a tensor that a traced function was given, or made by copying, has been changed in place."""
+
+    @abstractmethod
+    def prepare(self, graph: fx.GraphModule, symbols: Symbols, *, inference: bool) -> None:
+        """Rewrites a graph before it is compiled or interpreted."""
+
+    @abstractmethod
+    def compile(
+        self,
+        graph: fx.GraphModule,
+        symbols: Symbols,
+        inputs: Sequence[Any],
+        fixed: Sequence[int],
+        *,
+        backward: bool,
+        inference: bool,
+    ) -> Kernel:
+        """Makes code of a graph, which may be rewritten: see `ddpkit.compile.graph.lower`."""
+
+    @abstractmethod
+    def strides(self, kernel: Kernel, symbols: Symbols) -> list[tuple[Any, ...] | None]:
+        """The strides of each output of code, as symbolic sizes; None where they are those of the trace or there are none."""
+
+    @abstractmethod
+    def halves(
+        self, joint: Traced, kept: int, changed: Collection[int]
+    ) -> tuple[fx.GraphModule, fx.GraphModule, list[Source]]:
+        """Cuts a graph that was traced with tangents in two.
+
+        Args:
+            joint: the graph.
+            kept: how many of its outputs the first half returns, before what it saves; the second returns the others.
+            changed: places among the inputs of what is overwritten before the second half runs.
+
+        Returns:
+            Both, and where the inputs of the second come from.
+        """
+
+
+_compiler = "inductor"
+
+
+def use(compiler: str) -> None:
+    """Chooses the compiler for graphs that this process traces from now on: one of `COMPILERS`."""
+    global _compiler  # noqa: PLW0603
+    assert compiler in COMPILERS
+    _compiler = compiler
+
+
+@contextlib.contextmanager
+def using(compiler: str) -> Iterator[None]:
+    """Chooses the compiler while this is open."""
+    before = _compiler
+    use(compiler)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def interprets() -> bool:
+    """Whether graphs are not compiled."""
+    return _compiler == "interpreted"
+
+
+def backend() -> Backend:
+    """What traces and compiles."""
+    if _compiler != "public" and (inductor := _inductor()) is not None:
+        return inductor
+    from ddpkit.compile.public import Public
+
+    return Public()
+
+
+@functools.cache
+def _inductor() -> Backend | None:
+    """The one that needs torch's private names; None and a warning where they are untried, missing or other ones."""
+    first, last = (".".join(map(str, version)) for version in TESTED)
+    if not is_tested():
+        why = f"torch {torch.__version__} is not among the releases that this was tested with ({first} to {last})"
+    else:
+        try:
+            from ddpkit.compile.inductor import Inductor, unlike
+
+            differences = unlike()
+        except (ImportError, AttributeError) as error:
+            differences = [str(error)]
+        else:
+            if not differences:
+                return Inductor()
+        why = f"torch {torch.__version__} lacks what this needs of its compiler ({differences[0]})"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(
+            f"{why}: graphs are traced by make_fx and compiled by torch.compile, which is slower; see docs/torch.md.",
+            stacklevel=3,
+        )
+    return None
+
+
+def distinct(sizes: Mapping[str, int], fixed: Collection[int]) -> dict[str, int]:
+    """Sizes near the given ones, none the same as another, or as one that is fixed, or smaller than 5."""
+    hints: dict[str, int] = {}
+    for name, size in sizes.items():
+        hint = max(size, 5)
+        while hint in fixed or hint in hints.values():
+            hint += 1
+        hints[name] = hint
+    return hints
+
+
+def output_of(graph: fx.GraphModule) -> fx.Node:
+    """The node that lists a graph's outputs."""
+    return graph.graph.output_node()
+
+
+def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy to compile, which rewrites what it is given."""
+    nodes = fx.Graph()
+    output = nodes.output(nodes.graph_copy(graph.graph, {}))
+    output.meta = dict(output_of(graph).meta)
+    return fx.GraphModule(graph, nodes)
+
+
+def copied(node: fx.Node) -> fx.Node:
+    """A copy of an input of a graph, made before anything is computed."""
+    first = next(x for x in node.graph.nodes if x.op != "placeholder")
+    with node.graph.inserting_before(first):
+        copy = node.graph.call_function(torch.ops.aten.clone.default, (node,))
+    copy.meta = dict(node.meta)
+    return copy

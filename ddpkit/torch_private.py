@@ -1,0 +1,180 @@
+"""What ddpkit uses of torch's private names, but for its compiler (`ddpkit.compile.inductor`). No other module names any.
+
+Each has a reason and a public way that serves where a release of torch lacks it. A name that is missing is told once, when
+this is loaded.
+"""
+
+import getpass
+import operator
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# The same since 2.0. The library for trees that torch's public functions take (torch.export, torch.func) has no public name.
+from torch.utils import _pytree as pytree
+
+__all__ = ["pytree"]
+
+TESTED = (2, 11), (2, 14)
+"""The first and the last release whose private names have been tried: see docs/torch.md."""
+
+T = TypeVar("T")
+
+
+def release(version: str = torch.__version__) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    assert numbers is not None, version
+    return int(numbers[1]), int(numbers[2])
+
+
+def is_tested(version: str = torch.__version__) -> bool:
+    """Whether a release of torch lies in the tested range."""
+    return TESTED[0] <= release(version) <= TESTED[1]
+
+
+def _private(home: Any, path: str, public: T, loses: str) -> Any:
+    """What a path of names leads to; `public` and a warning of what that loses where there is no such thing."""
+    try:
+        for name in path.split("."):
+            home = getattr(home, name)
+    except AttributeError:
+        warnings.warn(f"torch {torch.__version__} has no {path} ({loses}): see docs/torch.md.", stacklevel=3)
+        return public
+    return home
+
+
+# --- operations on lists of tensors: torch's own optimizers and clipping use them; a loop takes one kernel a tensor ------------
+
+
+def _copy_one_by_one(to: Sequence[Tensor], what: Sequence[Tensor]) -> None:
+    for x, y in zip(to, what, strict=True):
+        x.copy_(y)
+
+
+def _add_one_by_one(to: Sequence[Tensor], what: Sequence[Tensor]) -> None:
+    for x, y in zip(to, what, strict=True):
+        x.add_(y)
+
+
+def _norm_one_by_one(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
+    return [torch.linalg.vector_norm(x, order) for x in tensors]
+
+
+copy_all: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = _private(
+    torch, "_foreach_copy_", _copy_one_by_one, "slower copies of gradients"
+)
+add_all: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = _private(
+    torch, "_foreach_add_", _add_one_by_one, "slower sums of gradients"
+)
+norms_of: Callable[[Sequence[Tensor], float], Sequence[Tensor]] = _private(
+    torch, "_foreach_norm", _norm_one_by_one, "slower norms of gradients"
+)
+
+# --- tensors, modules, optimizers ---------------------------------------------------------------------------------------------
+
+# How often a tensor has been changed in place: autograd's own count, which it shows nowhere else.
+_COUNTS = _private(torch.zeros(0), "_version", None, "changes of tensors in place are not noticed") is not None
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version") if _COUNTS else lambda _: 0
+
+
+def members(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's parameters and modules, without those of its modules: public ways take 50 times as long, at every step."""
+    return module._parameters, module._modules
+
+
+def note_step(optimizer: Optimizer) -> None:
+    """Marks a step as taken that was not made by `step()`: torch's schedulers look for this and warn where it is missing."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+# Tracing, with proxies or fake tensors, goes through dispatch modes; eager code has none. `torch.compiler.is_compiling()` tells
+# of `torch.compile` and `torch.export` alone.
+dispatch_modes: Callable[[], int] = _private(
+    torch, "_C._len_torch_dispatch_stack", lambda: 0, "models are traced as they run eagerly"
+)
+
+# --- torch.distributed --------------------------------------------------------------------------------------------------------
+
+
+def default_store() -> dist.Store:
+    """The store that the default group was made with; a connection of its own where torch does not hand it over."""
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    if get is not None:
+        return get()
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+
+
+def backends() -> dict[str, str]:
+    """The backend of the default group for each type of device."""
+    return dict(part.split(":") for part in dist.get_backend_config().split(","))
+
+
+def count_buckets(wrapper: nn.parallel.DistributedDataParallel) -> int:
+    """How many buckets DistributedDataParallel has: it tells nowhere else; 0 where it does not."""
+    logged = getattr(wrapper, "_get_ddp_logging_data", dict)()
+    sizes = logged.get("rebuilt_bucket_sizes") or logged.get("bucket_sizes") or ""
+    return len([size for size in str(sizes).split(",") if size.strip()])
+
+
+def functional_collectives() -> Any:
+    """Collectives that can be nodes of a graph, `all_reduce` and `wait_tensor`: torch.compile's own, with no public name.
+
+    Raises:
+        AttributeError: this torch has none.
+    """
+    ops = torch.ops._c10d_functional
+    _ = ops.all_reduce, ops.wait_tensor
+    return ops
+
+
+# --- the compiler's cache ---------------------------------------------------------------------------------------------------
+
+
+def folder_of_cache() -> str:
+    """Where compiled code lies on disk, made if there is none; the place is torch's own choice unless the environment names one.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+    except ImportError:
+        user = getpass.getuser()
+        folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{user}")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return folder
+    return cache_dir()
+
+
+def clear_caches() -> None:
+    """Has the compiler forget what this process has loaded from its cache; publicly, all that it has compiled."""
+    try:
+        from torch._inductor.utils import clear_caches as clear
+    except ImportError:
+        clear = torch.compiler.reset
+    clear()
+
+
+# --- TorchScript --------------------------------------------------------------------------------------------------------------
+
+# torch.jit.script leaves the function here for torch.compile.
+SCRIPTED = "_torchdynamo_inline"
+
+# The class of methods of scripted modules; that of scripted functions is public.
+ScriptMethod: type | None = _private(torch, "_C.ScriptMethod", None, "TorchScript in models is not named")
+
+
+def type_of_script(owner: Any) -> str:
+    """The name of the class that a scripted module was made of."""
+    named = getattr(owner, "_type", None)
+    return "a scripted module" if named is None else str(named().name())
