@@ -22,6 +22,8 @@ from torch.optim import Optimizer
 # The same since 2.0. The library for trees that torch's public functions take (torch.export, torch.func) has no public name.
 from torch.utils import _pytree as pytree
 
+from ddpkit.errors import InputError
+
 __all__ = ["pytree"]
 
 TESTED = (2, 11), (2, 14)
@@ -121,7 +123,7 @@ def backends() -> dict[str, str]:
 
 def count_buckets(wrapper: nn.parallel.DistributedDataParallel) -> int:
     """How many buckets DistributedDataParallel has: it tells nowhere else; 0 where it does not."""
-    logged = getattr(wrapper, "_get_ddp_logging_data", dict)()
+    logged: dict[str, Any] = getattr(wrapper, "_get_ddp_logging_data", dict)()
     sizes = logged.get("rebuilt_bucket_sizes") or logged.get("bucket_sizes") or ""
     return len([size for size in str(sizes).split(",") if size.strip()])
 
@@ -130,10 +132,13 @@ def functional_collectives() -> Any:
     """Collectives that can be nodes of a graph, `all_reduce` and `wait_tensor`: torch.compile's own, with no public name.
 
     Raises:
-        AttributeError: this torch has none.
+        InputError: this torch has none.
     """
     ops = torch.ops._c10d_functional
-    _ = ops.all_reduce, ops.wait_tensor
+    if not (hasattr(ops, "all_reduce") and hasattr(ops, "wait_tensor")):
+        raise InputError(
+            f"strategy=ingraph needs collectives inside graphs, which torch {torch.__version__} lacks: choose strategy=custom."
+        )
     return ops
 
 
@@ -171,7 +176,7 @@ def clear_caches() -> None:
 SCRIPTED = "_torchdynamo_inline"
 
 # The class of methods of scripted modules; that of scripted functions is public.
-ScriptMethod: type | None = _private(torch, "_C.ScriptMethod", None, "TorchScript in models is not named")
+ScriptMethod: Any = _private(torch, "_C.ScriptMethod", None, "TorchScript in models is not named")
 
 
 def type_of_script(owner: Any) -> str:

@@ -79,7 +79,11 @@ try:
 except ImportError:
     SHARES_FILES = False
 else:
-    SHARES_FILES = True
+    _REPLACED = (
+        (AsyncCompile.cpp_pybinding, ["self", "argtypes", "source_code"]),
+        (AsyncCompile.wait, ["self", "scope"]),
+    )
+    SHARES_FILES = all(list(inspect.signature(method).parameters) == names for method, names in _REPLACED)
 
 # On a CPU, Inductor would compute what is gathered anew at every place it is gathered to, one number at a time: NequIP's
 # compiled step was slower than the eager one. Stored first, it is a fast loop of its own, and there is less code to compile.
@@ -87,7 +91,7 @@ _ON_CPU = {"realize_opcount_threshold": 1, "realize_reads_threshold": 1}
 # With symbolic sizes, Triton kernels whose loops were reordered may fail to split (CantSplit, pytorch issue 183696).
 _ON_GPU = {"loop_ordering_after_fusion": False}
 
-# What is called by keyword, or defined anew.
+# What is called, with the arguments that are given by keyword or by place.
 _TAKES: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
     (make_fx, ("decomposition_table", "tracing_mode")),
     (ShapeEnv.evaluate_expr, ("orig_expr",)),

@@ -88,7 +88,7 @@ class TracedSymbols(Symbols):
 
 def _line(guard: Any) -> str | None:
     """The line of the model that asked for a condition, if torch tells."""
-    frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+    frame: Any = getattr(getattr(guard, "sloc", None), "framework_loc", None)
     return model_line(frame.filename, frame.lineno) if hasattr(frame, "filename") else None
 
 
@@ -174,7 +174,7 @@ class Public(Backend):
             graph.register_buffer(f"constant_{n}", real.detach())
             with graph.graph.inserting_before(node):
                 _replace(node, graph.graph.get_attr(f"constant_{n}"))
-        output_of(graph).args = (list(output_of(graph).args[0][:first_given]),)  # type: ignore[index]
+        output_of(graph).args = (list(output_of(graph).args[0][:first_given]),)  # type: ignore[index, arg-type]
         graph.graph.eliminate_dead_code()
         graph.recompile()
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]

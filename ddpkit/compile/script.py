@@ -31,7 +31,7 @@ def as_python() -> Iterator[set[str]]:
     called: set[str] = set()
     function = torch.jit.ScriptFunction
     call_function = function.__call__
-    call_method = None if ScriptMethod is None else ScriptMethod.__call__
+    call_method: Any = None if ScriptMethod is None else ScriptMethod.__call__
 
     def python(self: Any, *arguments: Any, **options: Any) -> Any:
         source = getattr(self, SCRIPTED, None)
@@ -42,14 +42,14 @@ def as_python() -> Iterator[set[str]]:
 
     def noted(self: Any, *arguments: Any, **options: Any) -> Any:
         called.add(type_of_script(self.owner))
-        return call_method(self, *arguments, **options)  # type: ignore[misc]
+        return call_method(self, *arguments, **options)
 
     function.__call__ = python  # type: ignore[assignment, method-assign]
     if ScriptMethod is not None:
-        ScriptMethod.__call__ = noted  # type: ignore[attr-defined]
+        ScriptMethod.__call__ = noted
     try:
         yield called
     finally:
         function.__call__ = call_function  # type: ignore[method-assign]
         if ScriptMethod is not None:
-            ScriptMethod.__call__ = call_method  # type: ignore[attr-defined]
+            ScriptMethod.__call__ = call_method

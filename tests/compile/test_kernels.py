@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 
+from ddpkit.compile import inductor
 from ddpkit.compile.inductor import compiled_together
 from ddpkit.compile.kernels import shared_out
 
@@ -58,6 +59,26 @@ def test_kernels_of_one_name_and_one_with_a_macro_are_kept_apart(
         scope["plus_0"](values, out, 4)
     with pytest.raises(TypeError):
         scope["plus_0"](values, out, "four", 2.5)
+
+
+@pytest.mark.parametrize("fails", ["no such names", "a file"])
+def test_without_shared_files_each_kernel_is_compiled_on_its_own(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if fails == "a file":
+        monkeypatch.setattr(inductor, "file_of", lambda _: "#error")
+    else:
+        monkeypatch.setattr(inductor, "SHARES_FILES", False)
+    types = ["const double*", "double*", "const int64_t", "const float"]
+    with compiled_together():
+        compiler = AsyncCompile()
+        scope = {"scale": compiler.cpp_pybinding(types, _SCALE % "")}
+        compiler.wait(scope)
+    values, out = torch.arange(4, dtype=torch.float64), torch.empty(4, dtype=torch.float64)
+    scope["scale"](values, out, 4, 2.5)
+    torch.testing.assert_close(out, values * 2.5, rtol=0, atol=0)
+    assert not recwarn.list
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such call on this system")

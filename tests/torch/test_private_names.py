@@ -25,6 +25,7 @@ from ddpkit import torch_private
 from ddpkit.compile import backend, inductor
 from ddpkit.compile.graph import _function
 from ddpkit.compile.public import Public
+from ddpkit.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 HOMES = {"ddpkit/torch_private.py", "ddpkit/compile/inductor.py"}
@@ -166,6 +167,14 @@ print([str(w.message).split(":")[0] for w in told])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.count("has no _foreach_copy_") == done.stdout.count("has no _foreach_norm") == 1
+
+
+def test_without_collectives_inside_graphs_another_strategy_is_named():
+    with (
+        mock.patch.object(torch.ops, "_c10d_functional", types.SimpleNamespace()),
+        pytest.raises(InputError, match="choose strategy=custom"),
+    ):
+        torch_private.functional_collectives()
 
 
 m, n = sympy.symbols("m n", integer=True, positive=True)
