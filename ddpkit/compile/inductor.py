@@ -451,8 +451,8 @@ def _loaded(compiler: "AsyncCompile", sources: dict[str, str]) -> dict[str, Any]
     loading = [
         _Files.load_async(file_of({name: sources[name] for name in share}), submit_fn=submit) for share in shares
     ]
-    found = {}
+    kernels = {}
     for share, load in zip(shares, loading, strict=True):
         library = load()
-        found.update({name: getattr(library, name) for name in share})
-    return found
+        kernels.update({name: getattr(library, name) for name in share})
+    return kernels

@@ -1,5 +1,6 @@
 """The way without private names of torch: traced by make_fx, compiled by torch.compile."""
 
+import contextlib
 import copy
 from unittest import mock
 
@@ -19,7 +20,7 @@ FAR = torch.tensor([0.5, 1.5], dtype=torch.float64)
 
 
 class Pairs(nn.Module):
-    """Energies of pairs, with a tensor that is no part of its state, and a buffer that counts."""
+    """Energies of pairs, with a tensor that is no part of its state, and a buffer that counts after it is used."""
 
     def __init__(self, counts=False):
         super().__init__()
@@ -73,24 +74,29 @@ def train(strategy, model, steps=SHAPES, **options):
     return two[0]
 
 
-@pytest.fixture
-def traced_publicly():
-    """Graphs are interpreted, after the public trace."""
-    with mock.patch.object(backend, "_inductor", return_value=None), backend.using("interpreted"):
-        yield
+def interpreted_after(way):
+    """Graphs are interpreted, after the private or the public trace."""
+    without = (
+        contextlib.nullcontext() if way == "private" else mock.patch.object(backend, "_inductor", return_value=None)
+    )
+    together = contextlib.ExitStack()
+    together.enter_context(without)
+    together.enter_context(backend.using("interpreted"))
+    return together
 
 
-@pytest.mark.usefixtures("traced_publicly")
+@pytest.mark.parametrize("way", ["private", "public"])
 @pytest.mark.parametrize("counts", [False, True])
 @pytest.mark.parametrize("strategy", ["custom", "standard", "ingraph"])
-def test_what_is_traced_computes_what_eager_code_does(strategy, counts):
-    step = train(strategy, Pairs(counts), examples=[batch_of(*SHAPES[1])])
+def test_what_is_traced_computes_what_eager_code_does(strategy, counts, way):
+    with interpreted_after(way):
+        step = train(strategy, Pairs(counts), examples=[batch_of(*SHAPES[1])])
     assert step.differences
     assert all(d.is_fine for d in step.differences)
 
 
 def with_an_optimizer_in_the_graph():
-    with mock.patch.object(backend, "_inductor", return_value=None), backend.using("interpreted"):
+    with interpreted_after("public"):
         train("ingraph", Pairs(), examples=[batch_of(*SHAPES[1])], optimizer_in_graph=True)
 
 
