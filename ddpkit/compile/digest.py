@@ -14,15 +14,14 @@ def note(kernel: Any) -> None:
 
 
 def digest() -> str | None:
-    """Twelve hexadecimal digits over the generated code and the variants that were timed and chosen; None without any.
+    """Twelve hexadecimal digits over the generated code and the variants that were timed and chosen.
 
-    A variant is chosen when a kernel runs for the first time, so ask when steps have been made.
+    None without any, and with `compiler=public`, where torch keeps the code to itself. A variant is chosen when a kernel runs for
+    the first time, so ask when steps have been made.
     """
-    if not _kernels:
-        return None
     # In the order of the text: shapes may be compiled in another order.
     texts = sorted(text for kernel in _kernels for text in _texts(kernel))
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12] if texts else None
 
 
 def _texts(kernel: Any) -> Iterator[str]:

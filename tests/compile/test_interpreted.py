@@ -54,6 +54,7 @@ def test_a_digest_is_of_the_code_alone(monkeypatch):
     assert first == of("y = 2\n", "# kernel path: /tmp/other/b.py\nx = 1\n")
     assert first != of("x = 1\n", "y = 3\n")
     assert of() is None
+    assert of(None) is None
 
 
 def test_compiled_code_has_a_digest(monkeypatch):
