@@ -53,6 +53,25 @@ def compile_forces(
     return compiled
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What tracing a model tells beside the graph.
+
+    Attributes:
+        layout: the form of the batches.
+        result: the model's output without its tensors.
+        differentiable: which of the tensors have a derivative.
+        updated: places in the state of buffers that the model changes.
+        used: which trained parameters have a gradient.
+    """
+
+    layout: Layout
+    result: Tree
+    differentiable: list[bool]
+    updated: list[int]
+    used: list[bool]
+
+
 @dataclass
 class ForcesCode(Code):
     """A compiled model.
@@ -60,19 +79,13 @@ class ForcesCode(Code):
     Attributes:
         forward: `sizes, leaves, state -> outputs, changed buffers, saved`.
         backward: from what `arguments` lists to gradients.
-        result: the model's output without its tensors.
-        differentiable: which of the tensors have a derivative.
-        updated: places in the state of buffers that the model changes.
-        used: which trained parameters have a gradient.
+        facts: how to read what they return.
         arguments: where the backward code's inputs come from: `("saved", n)` or `("tangent", n)`.
     """
 
     forward: Kernel
     backward: Kernel
-    result: Tree
-    differentiable: list[bool]
-    updated: list[int]
-    used: list[bool]
+    facts: Facts
     arguments: list[tuple[str, int]]
 
 
@@ -82,8 +95,8 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: ForcesCode, sizes: dict[str, int], leaves: list[Tensor], *state: Tensor) -> Any:  # type: ignore[override]
         outputs = list(code.forward([*(sizes[name] for name in code.layout.names), *leaves, *state]))
-        count, updates = len(code.differentiable), len(code.updated)
-        for n, value in zip(code.updated, outputs[count : count + updates], strict=True):
+        count, updates = len(code.facts.differentiable), len(code.facts.updated)
+        for n, value in zip(code.facts.updated, outputs[count : count + updates], strict=True):
             state[n].copy_(value)
         saved = outputs[count + updates :]
         ctx.code, ctx.states = code, len(state)
@@ -91,7 +104,7 @@ class _Apply(torch.autograd.Function):
         ctx.save_for_backward(*(x for x in saved if isinstance(x, Tensor)))
         results = [x.view_as(x) if any(x is leaf for leaf in leaves) else x for x in outputs[:count]]
         ctx.mark_non_differentiable(
-            *(x for x, has_one in zip(results, code.differentiable, strict=True) if not has_one)
+            *(x for x, has_one in zip(results, code.facts.differentiable, strict=True) if not has_one)
         )
         return tuple(results)
 
@@ -102,22 +115,13 @@ class _Apply(torch.autograd.Function):
         tensors = iter(ctx.saved_tensors)
         sources = {
             "saved": [next(tensors) if x is None else x for x in ctx.plain],
-            "tangent": [g.contiguous() for g, has_one in zip(gradients, code.differentiable, strict=True) if has_one],
+            "tangent": [
+                g.contiguous() for g, has_one in zip(gradients, code.facts.differentiable, strict=True) if has_one
+            ],
         }
         results = iter(code.backward([sources[kind][n] for kind, n in code.arguments]))
-        by_parameter = [next(results) if is_used else None for is_used in code.used]
+        by_parameter = [next(results) if is_used else None for is_used in code.facts.used]
         return None, None, None, *by_parameter, *([None] * (ctx.states - len(by_parameter)))
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What tracing a model tells beside the graph: see `ForcesCode`."""
-
-    layout: Layout
-    result: Tree
-    differentiable: list[bool]
-    updated: list[int]
-    used: list[bool]
 
 
 @dataclass
@@ -230,9 +234,9 @@ class CompiledForces(nn.Module):
 
     def _call(self, state: State, code: ForcesCode, sizes: dict[str, int], batch: Flat) -> Any:
         leaves = [leaf.detach() for leaf in batch.tensors()]
-        return code.result.fill(iter(_Apply.apply(code, sizes, leaves, *state.tensors())))  # type: ignore[no-untyped-call]
+        return code.facts.result.fill(iter(_Apply.apply(code, sizes, leaves, *state.tensors())))  # type: ignore[no-untyped-call]
 
-    def _trace(self, state: State, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, dict[str, Any]]:
+    def _trace(self, state: State, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, Facts]:
         """The joint graph of outputs and gradients, and what else there is to a code."""
         layout = Layout.of(examples)
 
@@ -265,16 +269,16 @@ class CompiledForces(nn.Module):
 
         function = WithFacts(joint)
         traced = trace(function, layout, sizes, state.tensors(), tangents)
-        return traced, vars(function.facts)
+        return traced, function.facts
 
-    def _lower(self, traced: tuple[Traced, dict[str, Any]]) -> ForcesCode:
+    def _lower(self, traced: tuple[Traced, Facts]) -> ForcesCode:
         """Cuts the joint graph in two, and compiles both halves."""
-        joint, found = traced
+        joint, facts = traced
         symbols = joint.symbols
         first_fixed = len(symbols.sizes) + len(symbols.leaves)
-        kept = len(found["differentiable"]) + len(found["updated"])
-        first, second, arguments = halves(joint, kept, [first_fixed + n for n in found["updated"]])
-        primals = len(joint.inputs) - sum(found["differentiable"])
+        kept = len(facts.differentiable) + len(facts.updated)
+        first, second, arguments = halves(joint, kept, [first_fixed + n for n in facts.updated])
+        primals = len(joint.inputs) - sum(facts.differentiable)
         forward = lower(first, symbols, joint.inputs[:primals], range(first_fixed, primals), inference=False)
         values = [node.meta["val"] for node in second.graph.find_nodes(op="placeholder")]
         strides = strides_of(forward, symbols)[kept:]
@@ -283,9 +287,7 @@ class CompiledForces(nn.Module):
                 if kind == "saved" and isinstance(values[n], Tensor) and strides[place] is not None:
                     values[n] = values[n].as_strided(values[n].shape, strides[place])
         backward = lower(second, symbols, values, (), backward=True, inference=False)
-        return ForcesCode(
-            forward=forward, backward=backward, conditions=Conditions(symbols), arguments=arguments, **found
-        )
+        return ForcesCode(facts.layout, Conditions(symbols), forward, backward, facts, arguments)
 
     def _compare(self, state: State, code: ForcesCode, batch: Flat, sizes: dict[str, int]) -> list[parity.Difference]:
         """Differences from eager code of the outputs, and of the gradient of a loss on them; leaves everything as it was."""
