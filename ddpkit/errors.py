@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+_NOT_THE_PATH = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # memory or descriptors of the process have run out
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
 
@@ -22,7 +23,7 @@ class InputError(ValueError):
 
 def unusable_path(error: BaseException) -> InputError | None:
     """What to tell of a file or folder that cannot be read or written; None for other errors."""
-    if not isinstance(error, OSError) or error.filename is None:
+    if not isinstance(error, OSError) or error.filename is None or error.errno in _NOT_THE_PATH:
         return None
     return InputError(
         f"{error.filename} cannot be used ({error.strerror}): check the path, its permissions and the disk."
@@ -35,6 +36,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in _NOT_THE_PATH:
+            raise
         if error.errno in _FULL:
             remedy = "free some space or choose another run_dir"
         elif error.errno in _FILE_IN_THE_WAY and _is_below_a_file(path):

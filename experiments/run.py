@@ -37,7 +37,7 @@ from ddpkit.errors import InputError, RankLostError, writing
 from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.config import flat, keys_of, read, read_saved
 from ddpkit.lock import FolderLock
-from ddpkit.ranks import group, phase
+from ddpkit.ranks import group, phase, watchdog
 from ddpkit.ranks.agree import agree, share
 from ddpkit.ranks.group import Environment
 from ddpkit.ranks.lifeline import Lifeline, alive
@@ -151,6 +151,7 @@ class Job:
     def record_failure(self, sentence: str) -> None:
         """Has the run's summary tell why it cannot go on, and what is known by then; from any rank and thread."""
         if self.run_dir is not None:
+            watchdog.leave_word(sentence)
             record_failure(self.run_dir, sentence, **self._facts())
 
     def _facts(self) -> dict[str, int]:
@@ -167,6 +168,7 @@ class Job:
             if self.folder is not None:
                 self.folder.summarize(status="failed", error=why, error_kind=kind, **self._facts())
         if self.run_dir is not None:
+            watchdog.leave_word(why)
             record_failure(self.run_dir, why, error_kind=kind, **self._facts())
         with suppress(InputError):
             self.close()

@@ -68,7 +68,10 @@ def alive(here: Environment, keep: Callable[[str], None] = lambda _: None, *, do
         with lifeline.listening():
             yield lifeline
     except BaseException as error:
-        failure = lifeline.explain(error)
+        try:
+            failure = lifeline.explain(error)
+        except (MemoryError, RuntimeError, OSError):  # what ended this rank may not let it ask the others
+            failure = own(RankLostError(lifeline.failed(error)))
         if failure is error:
             raise
         raise failure from error
@@ -179,8 +182,12 @@ class Lifeline:
             return cause
         if isinstance(error, RankDisagreementError | RankLostError):
             return error
-        text = f"Rank {self._here.rank} failed {self._when()}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        return self._tell("failure", RankLostError(text))
+        return self._tell("failure", RankLostError(self.failed(error)))
+
+    def failed(self, error: BaseException) -> str:
+        """That this rank failed, as a sentence."""
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".removesuffix(": ")
+        return f"Rank {self._here.rank} failed {self._when()}: {what}"
 
     def _tell(self, kind: str, error: Exception) -> Exception:
         """Leaves word of this rank's error, and lets the others notice. Whoever is first has to print it."""

@@ -143,6 +143,9 @@ def within(seconds: float, ask: Callable[[], T]) -> T | None:
             answers.append(ask())
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except (RuntimeError, MemoryError):  # there is no memory for one
+        return None
     thread.join(seconds)
     return answers[0] if answers else None

@@ -32,6 +32,7 @@ from ddpkit.summary import record_failure
 DEFAULT_TIMEOUT = 600.0  # seconds, of train.timeout
 GRACE = 6.0  # seconds that the other ranks get to say who is missing
 _PATH = 1024
+_WORDS = 2048
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Seen:
         limit: the timeout, seconds.
         run_dir: its run folder, empty before it has one.
         beats: how often its threads have told that they run.
+        words: why the run ended, as far as it knows.
     """
 
     changes: int
@@ -55,6 +57,7 @@ class Seen:
     limit: float
     run_dir: str
     beats: int = 0
+    words: str = ""
 
 
 class Board:
@@ -66,7 +69,7 @@ class Board:
     _at = _idle.size + _beats.size  # where the head begins
 
     def __init__(self, limit: float) -> None:
-        self._memory = mmap.mmap(-1, self._at + self._head.size + _PATH)
+        self._memory = mmap.mmap(-1, self._at + self._head.size + _PATH + _WORDS)
         self._changes, self._together, self._limit = 0, False, limit
         self.tell()
 
@@ -89,6 +92,13 @@ class Board:
             start = self._at + self._head.size
             self._memory[start : start + len(path)] = path
 
+    def leave_word(self, sentence: str) -> None:
+        """Has the watchdog tell why the run ended, where that cannot be written by the rank itself. The first one counts."""
+        start = self._at + self._head.size + _PATH
+        if not self._memory[start]:
+            words = sentence.encode()[:_WORDS]
+            self._memory[start : start + len(words)] = words
+
     def beat(self) -> None:
         """Tells that threads of this rank still run; called again and again while the ranks watch over each other."""
         (beats,) = self._beats.unpack_from(self._memory, self._idle.size)
@@ -106,13 +116,21 @@ class Board:
     def read(self) -> Seen:
         """How the rank stands."""
         changes, number, waits, together, limit = self._head.unpack_from(self._memory, self._at)
-        path = self._memory[self._at + self._head.size :].rstrip(b"\0")
+        start = self._at + self._head.size
+        path = self._memory[start : start + _PATH].rstrip(b"\0")
+        words = self._memory[start + _PATH :].rstrip(b"\0").decode(errors="replace")
         (beats,) = self._beats.unpack_from(self._memory, self._idle.size)
-        return Seen(changes, phase.PHASES[number], waits, bool(together), limit, os.fsdecode(path), beats)
+        return Seen(changes, phase.PHASES[number], waits, bool(together), limit, os.fsdecode(path), beats, words)
 
 
 board: Board | None = None
 """Of this process, where it has a watchdog."""
+
+
+def leave_word(sentence: str) -> None:
+    """Tells the watchdog of this process, where it has one, why the run ended."""
+    if board is not None:
+        board.leave_word(sentence)
 
 
 def start(overrides: Sequence[str]) -> None:
@@ -218,6 +236,8 @@ def _watch(ward: int, here: Place, board: Board) -> None:
             _kill(ward)
             return
     seen = board.read()
+    if seen.run_dir and seen.words:  # all ranks may have been unable to write that
+        record_failure(Path(seen.run_dir), seen.words)
     if seen.phase != "end":
         _end_orphans(started)
     _tell_of_launcher(seen, here.launcher, launcher)

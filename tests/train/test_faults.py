@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from ddpkit import checkpoint
+from ddpkit.errors import RankLostError
 from ddpkit.experiments import run
 from ddpkit.experiments.config import read
 from ddpkit.ranks.group import Environment
-from ddpkit.ranks.lifeline import Lifeline
+from ddpkit.ranks.lifeline import Lifeline, alive
 from ddpkit.ranks.mpirun import mpirun
 from ddpkit.record import RunFolder, record_failure
 from ddpkit.train import random_state, set_random_state
@@ -150,6 +151,18 @@ def test_a_rank_whose_launcher_is_gone_says_so(monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: 1)
     said = str(lifeline.explain(OSError(5, "Input/output error")))
     assert said == f"At step 5 mpirun (process {here}) was gone; resume goes on from the last checkpoint."
+
+
+def test_a_rank_that_can_ask_nobody_names_itself(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Lifeline, "explain", no_memory)
+    with (
+        pytest.raises(RankLostError, match=r"^Rank 3 failed before the first step: MemoryError$"),
+        alive(Environment(launcher="srun", rank=3), print),
+    ):
+        raise MemoryError
 
 
 PROGRAM = """

@@ -1,10 +1,14 @@
+import errno
 import json
+import os
 import random
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from ddpkit.errors import InputError
+from ddpkit.errors import InputError, unusable_path, writing
 from ddpkit.record import CsvLog, RunFolder, drop_rows_after
 
 
@@ -202,3 +206,12 @@ def test_a_run_that_does_not_come_to_go_on_leaves_the_folder_as_it_was(tmp_path)
         "status": "running", "error": None, "parameters": 3,
     }  # fmt: skip
     assert pd.read_csv(tmp_path / "run" / "steps.csv").step.tolist() == [1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.ENFILE])
+def test_what_a_process_has_run_out_of_is_not_the_fault_of_a_path(number):
+    error = OSError(number, os.strerror(number), "some/file")
+    assert unusable_path(error) is None
+    assert unusable_path(OSError(errno.EACCES, "Permission denied", "some/file")) is not None
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))), writing(Path("run")):
+        raise error

@@ -71,12 +71,15 @@ def test_a_rank_tells_its_watchdog_how_it_stands(tmp_path):
         board.watch_together(together=True, limit=7.0)
         board.belongs_to(tmp_path / "ein Lauf ü")
         board.idle = 3.5
+        for sentence in ("Rank 1 fand kein Gefäß.", "SIGTERM came."):  # what comes later follows from the first
+            board.leave_word(sentence)
     finally:
         phase.listeners.remove(board.tell)
     last = board.read()
     assert [seen.waits for seen in (first, waits, patient, last)] == [0, 1, 2, 0]
     assert first.changes < waits.changes < patient.changes < last.changes
     assert (last.together, last.limit, last.run_dir, board.idle) == (True, 7.0, str(tmp_path / "ein Lauf ü"), 3.5)
+    assert (first.words, last.words) == ("", "Rank 1 fand kein Gefäß.")
 
 
 PROGRAMS = {
