@@ -22,7 +22,8 @@ class Settings:
         options: its options that are set, such as the size of buckets.
         comm: what carries the all-reduce.
         nccl_algo: the algorithm that NCCL was held to.
-        mode: `eager`, `interpreted` (traced, not compiled), `compiled`, or `partly compiled`.
+        mode: `eager`, `interpreted` (traced, not compiled), `compiled`, `torch.compile` (the same graph, compiled by
+            `torch.compile`), or `partly compiled`.
         graphs: whether steps are replayed as captured.
         tf32: whether products may be taken in TF32.
         deterministic: whether kernels had to be deterministic.
@@ -65,7 +66,9 @@ def mode(run: Run) -> str:
         return "eager"
     if run.config.get("compiler") == "interpreted":
         return "interpreted"
-    return "compiled" if run.eager_share <= MOST_EAGER else "partly compiled"
+    if run.eager_share > MOST_EAGER:
+        return "partly compiled"
+    return "torch.compile" if run.config.get("compiler") == "public" else "compiled"
 
 
 def name(run: Settings, baseline: Settings) -> str:

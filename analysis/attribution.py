@@ -34,9 +34,12 @@ _SOURCES = {
 _MODES = {
     frozenset({"eager", "interpreted"}): "traced algorithms",
     frozenset({"interpreted", "compiled"}): "compiler",
+    frozenset({"interpreted", "torch.compile"}): "compiler",
+    frozenset({"compiled", "torch.compile"}): ANEW,
     frozenset({"eager", "compiled"}): "tracing and compiler",
+    frozenset({"eager", "torch.compile"}): "tracing and compiler",
 }
-_MODE_ORDER = ("eager", "interpreted", "compiled")
+_MODE_ORDER = ("eager", "interpreted", "compiled", "torch.compile")
 _NEW_SEED, _NEW_ORDER = "new seed", "order of data"
 _ROWS = (
     NOTHING, SCATTER, _ORDER_OF_SUMS, "traced algorithms", "compiler", ANEW, "tracing and compiler", _OTHER_GRAPH, "capture",

@@ -223,7 +223,7 @@ def attribution(values: pd.DataFrame, scope: str) -> Table:
         "Pairs: of so many seeds. MAE: of losses, mean over the pairs. Distance: of the projected parameters, relative. Det.: "
         "under deterministic=true, which must make reruns agree to the last bit, and lossless strategies too on at most two "
         "ranks, where a sum of gradients has one order. Traced algorithms: eager code against the traced graph, interpreted; "
-        "compiler: that graph, compiled."
+        "compiler: that graph, compiled; code generated anew: by other tuning, on another machine or by torch.compile."
     )
     return Table(
         f"Attribution: pairs of runs that differ in one thing alone ({scope})",

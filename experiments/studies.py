@@ -121,6 +121,7 @@ CAUSES = (
     Arm("small_buckets", ("strategy=overlap", "+strategy.bucket_mb=0.1", "compile=false")),
     Arm("interpreted", ("strategy=custom", "compile=true", "compiler=interpreted")),
     Arm("compiled", ("strategy=custom", "compile=true")),
+    Arm("other_code", ("strategy=custom", "compile=true", "compiler=public")),
     Arm("tf32", (*BASELINE.overrides, "tf32=true")),
 )
 

@@ -298,6 +298,7 @@ def test_causes_are_told_apart(tmp_path):
         ("compiled", 3e-3, {"compile": True, **code("a1")}),
         ("compiled_2", 3e-3, {"compile": True, **code("a1")}),
         ("compiled_3", 7e-3, {"compile": True, **code("b2")}),
+        ("other_code", 4e-3, {"compile": True, "compiler": "public"}),
         ("fast", 2e-2, {"tf32": True}),
         ("tree", 1e-4, {"nccl_algo": "Tree"}),
         ("ring", 0.0, {"nccl_algo": "Ring"}),
@@ -310,6 +311,8 @@ def test_causes_are_told_apart(tmp_path):
     assert rows["compiler", "interpreted, compiled", "custom"] == pytest.approx((2e-3 + 2e-3 + 6e-3) / 3)
     assert rows["scatter order", "reruns", "custom compiled"] == 0  # the same code
     assert rows["code generated anew", "two codes", "custom compiled"] == pytest.approx(4e-3)
+    assert rows["code generated anew", "compiled, torch.compile", "custom"] == pytest.approx((1e-3 + 1e-3 + 3e-3) / 3)
+    assert rows["compiler", "interpreted, torch.compile", "custom"] == pytest.approx(3e-3)
     assert rows["TF32", "off, on", "custom eager"] == pytest.approx(2e-2)
     assert rows["reduction order", "Ring, Tree", "custom eager"] == pytest.approx(1e-4)
     assert rows["capture", "any, yes", "custom compiled"] == pytest.approx((2e-3 + 2e-3 + 2e-3) / 3)

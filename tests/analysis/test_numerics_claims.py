@@ -287,6 +287,7 @@ def test_blocks_are_read_from_the_configurations():
         run_of("buckets", BASE, strategy={"name": "overlap", "bucket_mb": 1.0, "timeout": 9.0}),
         run_of("mostly", BASE, compile=True, summary={"eager_steps": 5, "steps": 60}),
         run_of("traced", BASE, compile=True, compiler="interpreted"),
+        run_of("other_code", BASE, compile=True, compiler="public"),
     ]
     study = blocks.study(runs, DEFAULT)
     found = [{name: [run.label for run in rs] for name, rs in block.arms.items()} for block in study.blocks]
@@ -294,6 +295,7 @@ def test_blocks_are_read_from_the_configurations():
         {
             "new order": ["ordered"], "rerun": ["again"], "custom, Ring": ["ring"], "overlap, bucket_mb=1.0": ["buckets"],
             "partly compiled": ["mostly"], "interpreted": ["traced"],
+            "torch.compile": ["other_code"],
         },
         {"standard": ["anything"], "new seed": ["other"]},
     ]  # fmt: skip
