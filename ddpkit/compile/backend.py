@@ -188,7 +188,9 @@ def _inductor() -> Backend | None:
         why = f"torch {torch.__version__} is not among the releases that this was tested with ({first} to {last})"
     else:
         try:
-            from ddpkit.compile.inductor import Inductor, unlike
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.11 uses what it deprecates itself
+                from ddpkit.compile.inductor import Inductor, unlike
 
             differences = unlike()
         except (ImportError, AttributeError) as error:

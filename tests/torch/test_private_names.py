@@ -153,6 +153,13 @@ def test_another_signature_is_noticed(monkeypatch):
     assert inductor.unlike() == ["test_another_signature_is_noticed.<locals>.<lambda>(x, of_tomorrow)"]
 
 
+def test_the_compiler_is_loaded_where_warnings_are_errors():
+    program = "from ddpkit.compile.backend import backend; print(type(backend()).__name__)"
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "Inductor\n", done.stderr
+
+
 def test_missing_names_are_told_when_loaded_and_done_without():
     program = """
 import warnings, torch, torch.distributed
