@@ -49,7 +49,10 @@ def agree(what: str = "this") -> Iterator[None]:
     if error is not None:
         kind = "input" if isinstance(error, InputError) else "failure"
         text = str(error) if kind == "input" else f"Rank {rank} failed in {what}: {type(error).__name__}: {error}"
+        text = text.removesuffix(": ")
         shared.set(f"{key}/error", f"{kind}\n{text}")
+        if isinstance(error, MemoryError | OSError):  # these name no rank themselves
+            error = RankLostError(text)
     if shared.add(f"{key}/arrived", 1) == size:
         shared.set(f"{key}/done", "1")
     with phase.waiting(f"the other ranks in {what}"):

@@ -208,6 +208,12 @@ PROGRAM = """
                 1 / 0
     except (RuntimeError, ZeroDivisionError) as error:
         failed = str(error)
+    try:
+        with agree("the test"):
+            if here.rank == 0:
+                raise MemoryError
+    except RuntimeError as error:
+        assert str(error) == "Rank 0 failed in the test: MemoryError"
     with agree():
         pass
     print(f"{here.launcher} {here.rank}/{here.world_size} {x.item():g} {told} | {failed}\\n", end="")
