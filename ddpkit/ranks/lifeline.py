@@ -205,6 +205,8 @@ class Lifeline:
             kind, rank, text = told
             if kind == "lost" and self._speaks([int(rank)]):
                 self._say(text)
+            self._keep(text)
+            self._stay()
             return _said(InputError(text) if kind == "input" else RankLostError(text))
         if told is not None and isinstance(error, RankLostError) and getattr(error, "own", False):
             return error  # the other rank has told why it has left
@@ -455,10 +457,16 @@ class Lifeline:
             self._say(sentence)
         else:
             time.sleep(1.0)  # whoever ends first has the launcher end the others
+        self._stay()
         for process in processes.below(os.getpid()):
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         os._exit(code)
+
+    def _stay(self) -> None:
+        """Keeps the store, which may live in rank 0, until the others have read in it what happened."""
+        if self._here.is_first:
+            time.sleep(self._tick + 2 * _LOOK)
 
     def _when(self) -> str:
         if self._doing:

@@ -257,13 +257,15 @@ def _end_orphans(started: Mapping[int, str]) -> None:
 
 def _tell_of_launcher(seen: Seen, name: str, process: str) -> None:
     """Has the run's summary tell of a launcher that was killed: its ranks may end with it, before they can say anything."""
+    with suppress(OSError, IndexError):
+        if not seen.run_dir or state(int(process)) not in "ZX":
+            return
     time.sleep(1.0)  # one of them may be about to tell more
-    if seen.run_dir and not Path(f"/proc/{process}").exists():
-        record_failure(
-            Path(seen.run_dir),
-            f"In phase {seen.phase} {name} (process {process}) was gone, and its ranks ended with it; resume goes on from the "
-            "last checkpoint.",
-        )
+    record_failure(
+        Path(seen.run_dir),
+        f"In phase {seen.phase} {name} (process {process}) was gone, and its ranks ended with it; resume goes on from the "
+        "last checkpoint.",
+    )
 
 
 def _ended(process: int, seconds: float) -> bool:
