@@ -2,7 +2,6 @@
 
 import contextlib
 import warnings
-from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from in_graph import Compressing, OneByOne, SumAndScale, Wrong
 from torch import nn
 
 import ddpkit
-from ddpkit.compile.graph import Interpreted
+from ddpkit.compile.backend import using
 from ddpkit.errors import InputError, ParityError
 from ddpkit.testing import run_ranks
 
@@ -42,7 +41,7 @@ class Net(nn.Module):
 
 def interpreted():
     """Inside, graphs are not compiled."""
-    return mock.patch.object(Interpreted, "enabled", True)
+    return using("interpreted")
 
 
 def criterion(output, batch):

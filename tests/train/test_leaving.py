@@ -19,9 +19,9 @@ PROGRAM = """
     here = ddpkit.init_process_group(device="cpu")
     failing = here.rank == culprit
     if what in ("uncaught", "caught"):
-        from ddpkit.compile.graph import Interpreted
+        from ddpkit.compile.backend import use
 
-        Interpreted.enabled = True
+        use("interpreted")
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 3)
         parameters = model.parameters()
