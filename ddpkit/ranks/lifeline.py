@@ -203,10 +203,11 @@ class Lifeline:
         told = self._told(_ANSWER)
         if told:
             kind, rank, text = told
-            if kind == "lost" and self._speaks([int(rank)]):
-                self._say(text)
-            self._keep(text)
-            self._stay()
+            if kind == "lost":
+                self._keep(text)
+                if self._speaks([int(rank)]):
+                    self._say(text)
+                self._stay()
             return _said(InputError(text) if kind == "input" else RankLostError(text))
         if told is not None and isinstance(error, RankLostError) and getattr(error, "own", False):
             return error  # the other rank has told why it has left
