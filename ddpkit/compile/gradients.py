@@ -17,6 +17,7 @@ from ddpkit.compile.situations import Situations
 from ddpkit.compile.snapshot import Snapshot
 from ddpkit.compile.variants import Code, Variants
 from ddpkit.errors import InputError
+from ddpkit.ranks.agree import on_the_way_to
 from ddpkit.sync.after import AfterGradients
 from ddpkit.sync.base import GradientSync
 from ddpkit.torch_private import add_all, pytree
@@ -152,7 +153,8 @@ class CompiledGradients:
         Raises:
             ParityError: compiled code computes something else than eager code.
         """
-        now = self._now = self._situations.now()
+        with on_the_way_to("compile the step"):
+            now = self._now = self._situations.now()
         variants = now.variants[now.after.for_each if accumulates else now.after]
         if variants.codes or now.steps_to_wait:
             return
