@@ -94,7 +94,7 @@ def test_switches_are_set_before_a_communicator_is_made(monkeypatch, tmp_path, r
         raise Reached
 
     monkeypatch.delenv("NCCL_ALGO", raising=False)
-    monkeypatch.setattr(run.launch, "init_process_group", init)
+    monkeypatch.setattr(run.group, "init_process_group", init)
     words = ["deterministic=true", "device=cpu", "train.timeout=7"]
     if resumes:
         config = run.read([*words, f"run_dir={tmp_path}"])
