@@ -40,6 +40,7 @@ VERBS = {
 SEVERAL_RANKS = ("run", "check", "eval", "bench sync", "bench comm")
 
 _HELP = ("-h", "--help")
+_START = 8.0  # seconds that ranks may need longer than others to start
 
 
 def main() -> None:
@@ -168,19 +169,21 @@ def _leave(work: Callable[[], None]) -> None:
 def _abandon(code: int, sentence: str, error: BaseException) -> None:
     """Says why and leaves at once: an orderly end would wait in MPI for ranks that may wait for this one.
 
-    What every rank knows is said by rank 0 alone; the others give it the time to. `said` marks what has been said already, `own`
-    what this rank alone knows.
+    What every rank knows is said by rank 0 alone; the others give it the time to, since a launcher ends all once one has left.
+    Before the ranks have met it may still have to start; what it has not said by then, they say. `said` marks what has been said
+    already, `own` what this rank alone knows.
     """
     rank = _rank()
     if getattr(error, "said", False):
         sentence = ""
     is_own = getattr(error, "own", False)
-    if rank == 0 or is_own or (_is_running_with_others() and not getattr(error, "everywhere", False)):
-        if sentence:
-            with suppress(OSError):  # whoever read it is gone
-                print(f"ddpkit: {sentence}", file=sys.stderr)
-    else:
-        time.sleep(1.0)
+    have_met = _is_running_with_others()
+    speaks = rank == 0 or is_own or (have_met and not getattr(error, "everywhere", False))
+    if not speaks:
+        time.sleep(_START if sentence and not have_met else 1.0)
+    if sentence and (speaks or not have_met):
+        with suppress(OSError):  # whoever read it is gone
+            print(f"ddpkit: {sentence}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
