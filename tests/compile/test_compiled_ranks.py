@@ -143,7 +143,7 @@ def compile_and_count(own_form):
     return {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
 
 
-@pytest.mark.parametrize("own_form", [False, True])
+@pytest.mark.parametrize("own_form", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_one_rank_compiles_and_the_others_read_its_cache(tmp_path, own_form):
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     first, second = run_ranks(compile_and_count, 2, own_form, timeout=300, environment=cache)

@@ -22,8 +22,15 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-10), ("mixed", 1e-4)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "precision", "tolerance"),
+    [
+        ("allegro", "mixed", 1e-4),
+        ("nequip", "float64", 1e-10),
+        pytest.param("allegro", "float64", 1e-10, marks=pytest.mark.long),
+        pytest.param("nequip", "mixed", 1e-4, marks=pytest.mark.long),
+    ],
+)
 def test_compiled_gradients(name, precision, tolerance):
     torch.manual_seed(0)
     model = MODELS[name](precision)

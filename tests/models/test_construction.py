@@ -165,7 +165,7 @@ def test_calculator_says_what_it_cannot_do():
         Calculator(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["allegro_tiny", "nequip_tiny"])
+@pytest.mark.parametrize("name", ["allegro_tiny", pytest.param("nequip_tiny", marks=pytest.mark.long)])
 def test_bench_step(name, tmp_path, capsys):
     path = tmp_path / "step.csv"
     options = ["--frames", "1", "--repeats", "1", "--kind", "crystals", "--peer", "nequip", "--device", "cpu"]

@@ -205,7 +205,7 @@ def campaign(tmp_path_factory):
     [
         ("kill", "step", 1),
         ("nan", "step", 1),
-        ("disk", "step", 0),
+        pytest.param("disk", "step", 0, marks=pytest.mark.long),
         pytest.param("kill", "model", 1, marks=pytest.mark.long),
         pytest.param("slow", "validation", 1, marks=pytest.mark.long),
     ],
