@@ -30,6 +30,19 @@ def unusable_path(error: BaseException) -> InputError | None:
     )
 
 
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The lack of memory that an error stems from, which no other input mends; None where it has another cause."""
+    while error is not None:
+        if (
+            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        ):  # torch's, which need not be loaded
+            return error
+        if isinstance(error, OSError) and error.errno in _NOT_THE_PATH:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Has a file or folder of a run that cannot be written be an input error that names it and the remedy."""

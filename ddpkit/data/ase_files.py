@@ -15,7 +15,7 @@ from ddpkit.data.frame import Frame
 from ddpkit.data.labels import FAR, Advice, Choice, Labels, in_python, is_isolated
 from ddpkit.data.neighbours import count_edges
 from ddpkit.data.prepared import Block, Filters
-from ddpkit.errors import InputError
+from ddpkit.errors import InputError, out_of_memory
 
 GROUP_KEYS = ("group", "mp_id", "material_id", "molecule", "mol_id", "smiles")
 SUBSET_KEYS = ("subset", "config_type")
@@ -79,6 +79,8 @@ def images(path: Path) -> Iterator[Any]:
         except StopIteration:
             break
         except Exception as error:
+            if out_of_memory(error):
+                raise
             what = str(error).strip().split("\n")[0] or type(error).__name__
             raise InputError(
                 f"{path} cannot be read after {number + 1} frames ({what}): is it a file that ASE knows?"

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from ddpkit.errors import InputError, unusable_path, writing
+import ddpkit
+from ddpkit.compile.backend import using
+from ddpkit.errors import InputError, out_of_memory, unusable_path, writing
+from ddpkit.experiments.setup import build_model
 from ddpkit.record import CsvLog, RunFolder, drop_rows_after
 
 
@@ -215,3 +219,22 @@ def test_what_a_process_has_run_out_of_is_not_the_fault_of_a_path(number):
     assert unusable_path(OSError(errno.EACCES, "Permission denied", "some/file")) is not None
     with pytest.raises(OSError, match=re.escape(os.strerror(number))), writing(Path("run")):
         raise error
+
+
+class Greedy(torch.nn.Module):
+    def __init__(self, **_):
+        raise MemoryError("no room")
+
+
+def test_lack_of_memory_is_not_told_as_a_fault_of_the_input():
+    with pytest.raises(MemoryError, match="no room"):
+        build_model({"_target_": f"{__name__}.Greedy"}, 1)
+    model = torch.nn.Linear(2, 2)
+    step = ddpkit.make_step(model, greedy, torch.optim.SGD(model.parameters()), strategy="none", compile=True)
+    with using("interpreted"), pytest.raises(MemoryError, match="no room"):
+        step(torch.ones(3, 2))
+    assert out_of_memory(ValueError("no room")) is None
+
+
+def greedy(*_):
+    raise MemoryError("no room")
