@@ -159,7 +159,7 @@ def _leave(work: Callable[[], None]) -> None:
             _abandon(2, str(refused), error)
         if os.environ.get("DDPKIT_TRACEBACK") or not isinstance(error, RuntimeError):
             traceback.print_exc()
-        sentence = f"{type(error).__name__}: {error}"
+        sentence = getattr(error, "told", f"{type(error).__name__}: {error}")
         if not _is_running_with_others() and _is_one_of_several():  # before the ranks had met, so nobody else can tell
             sentence = f"Rank {_rank()} failed in phase {phase.current()[0] or 'import'}: {sentence}"
             own(error)

@@ -160,7 +160,8 @@ class Job:
 
     def close_failed(self, failure: BaseException) -> None:
         """Records the failure, with how far training has come, and lets go of the folder."""
-        why, kind = str(failure) or type(failure).__name__, type(failure).__name__
+        why = getattr(failure, "told", None) or str(failure) or type(failure).__name__
+        kind = type(failure).__name__
         # A launcher ends all ranks once one has failed: what that one or a thread has recorded is the cause of the signal.
         if isinstance(failure, KeyboardInterrupt) and self.run_dir and (told := recorded_failure(self.run_dir)):
             why, kind = told, RankLostError.__name__

@@ -201,13 +201,15 @@ PROGRAM = """
             if here.rank == here.world_size - 1:
                 raise ddpkit.InputError("the last rank dislikes this")
     except ddpkit.InputError as error:
-        told = str(error)
+        disliked = str(error)
     try:
         with agree("the test"):
             if here.rank == 0:
                 1 / 0
     except (RuntimeError, ZeroDivisionError) as error:
         failed = str(error)
+        told = "Rank 0 failed in the test: ZeroDivisionError: division by zero"
+        assert getattr(error, "told", failed) == told or here.world_size == 1
     try:
         with agree("the test"):
             if here.rank == 0:
@@ -216,7 +218,7 @@ PROGRAM = """
         assert str(error) == "Rank 0 failed in the test: MemoryError" or here.world_size == 1
     with agree():
         pass
-    print(f"{here.launcher} {here.rank}/{here.world_size} {x.item():g} {told} | {failed}\\n", end="")
+    print(f"{here.launcher} {here.rank}/{here.world_size} {x.item():g} {disliked} | {failed}\\n", end="")
     group.shutdown()
     assert (torch.get_num_threads(), dict(os.environ)) == before
 """
