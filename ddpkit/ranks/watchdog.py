@@ -76,8 +76,9 @@ class Board:
     def tell(self) -> None:
         """Tells how this rank stands now."""
         self._changes += 1
-        self._head.pack_into(
-            self._memory, self._at, self._changes, phase.number(), phase.patience(), self._together, self._limit
+        self._write(
+            self._at,
+            self._head.pack(self._changes, phase.number(), phase.patience(), self._together, self._limit),
         )
 
     def watch_together(self, together: bool, limit: float | None = None) -> None:
@@ -102,7 +103,7 @@ class Board:
     def beat(self) -> None:
         """Tells that threads of this rank still run; called again and again while the ranks watch over each other."""
         (beats,) = self._beats.unpack_from(self._memory, self._idle.size)
-        self._beats.pack_into(self._memory, self._idle.size, beats + 1)
+        self._write(self._idle.size, self._beats.pack(beats + 1))
 
     @property
     def idle(self) -> float:
@@ -111,7 +112,11 @@ class Board:
 
     @idle.setter
     def idle(self, seconds: float) -> None:
-        self._idle.pack_into(self._memory, 0, seconds)
+        self._write(0, self._idle.pack(seconds))
+
+    def _write(self, start: int, words: bytes) -> None:
+        """Replaces bytes by others at once; `pack_into` would fill them with zeros first, which the other process may read."""
+        self._memory[start : start + len(words)] = words
 
     def read(self) -> Seen:
         """How the rank stands."""

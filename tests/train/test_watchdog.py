@@ -82,6 +82,22 @@ def test_a_rank_tells_its_watchdog_how_it_stands(tmp_path):
     assert (first.words, last.words) == ("", "Rank 1 fand kein Gefäß.")
 
 
+def test_a_board_is_never_read_half_written():
+    board = Board(12.0)
+    writer = os.fork()
+    if writer == 0:
+        while True:
+            board.tell()
+    try:
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            seen = board.read()
+            assert (seen.limit, seen.changes > 0) == (12.0, True)
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+
+
 PROGRAMS = {
     "computes": "while True: pass",
     "reads": "import time\nwhile True: open('/dev/zero', 'rb').read(1 << 17); time.sleep(0.5)",
