@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-_NOT_THE_PATH = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # memory or descriptors of the process have run out
+_EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # memory, or descriptors of files
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
 
@@ -23,21 +23,20 @@ class InputError(ValueError):
 
 def unusable_path(error: BaseException) -> InputError | None:
     """What to tell of a file or folder that cannot be read or written; None for other errors."""
-    if not isinstance(error, OSError) or error.filename is None or error.errno in _NOT_THE_PATH:
+    if not isinstance(error, OSError) or error.filename is None or error.errno in _EXHAUSTED:
         return None
     return InputError(
         f"{error.filename} cannot be used ({error.strerror}): check the path, its permissions and the disk."
     )
 
 
-def out_of_memory(error: BaseException | None) -> BaseException | None:
-    """The lack of memory that an error stems from, which no other input mends; None where it has another cause."""
+def exhausted(error: BaseException | None) -> BaseException | None:
+    """The lack of memory or descriptors that an error stems from, which no other input mends; None for other errors."""
     while error is not None:
-        if (
-            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        ):  # torch's, which need not be loaded
+        # The second is torch's, which need not be loaded.
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return error
-        if isinstance(error, OSError) and error.errno in _NOT_THE_PATH:
+        if isinstance(error, OSError) and error.errno in _EXHAUSTED:
             return error
         error = error.__cause__ or error.__context__
     return None
@@ -49,7 +48,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NOT_THE_PATH:
+        if error.errno in _EXHAUSTED:
             raise
         if error.errno in _FULL:
             remedy = "free some space or choose another run_dir"

@@ -45,7 +45,7 @@ def check_kernels(model: nn.Module, batch: Any, tolerance: float | None = None) 
     if make_reference is None:
         return []
     reference = make_reference()
-    found: list[Difference] = []
+    compared: list[Difference] = []
     chosen = samples(batch)
     with _full_precision(), _buffers_kept(model):
         for small in [chosen[0], chosen[-1]] if len(chosen) > 1 else chosen:
@@ -63,27 +63,27 @@ def check_kernels(model: nn.Module, batch: Any, tolerance: float | None = None) 
             alone = _apart(reference, small)
             for name in set(alone) & set(theirs):
                 ours[name], theirs[name] = ours[name] - alone[name], theirs[name] - alone[name]
-            found += differences(_detached(ours), _detached(theirs), [], allowed, shape)
+            compared += differences(_detached(ours), _detached(theirs), [], allowed, shape)
             for name, by in expected.items():
                 label = f"{name}, its gradient by "
-                mine = {label + k: g for k, g in gradients.get(name, {}).items()}
-                found += differences(
-                    mine, {label + k: g for k, g in by.items()}, [label + k for k in by], allowed, shape
+                fast = {label + k: g for k, g in gradients.get(name, {}).items()}
+                compared += differences(
+                    fast, {label + k: g for k, g in by.items()}, [label + k for k in by], allowed, shape
                 )
-    return found
+    return compared
 
 
-def require_kernels(model: nn.Module, found: Sequence[Difference]) -> None:
+def require_kernels(model: nn.Module, compared: Sequence[Difference]) -> None:
     """Raises where kernels differ from the reference.
 
     Args:
         model: whose they are.
-        found: what `check_kernels` returned.
+        compared: what `check_kernels` returned.
 
     Raises:
         ParityError: names the kernels, the worst tensor, and by how much it differs.
     """
-    bad = [d for d in found if not d.is_fine]
+    bad = [d for d in compared if not d.is_fine]
     if not bad:
         return
     outputs = [d for d in bad if ", its gradient by " not in d.name]

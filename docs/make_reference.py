@@ -1,8 +1,10 @@
 """Writes docs/reference.md from the docstrings: `python docs/make_reference.py`."""
 
+import ast
 import dataclasses
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +12,14 @@ from typing import Any
 
 import ddpkit
 from ddpkit.experiments.config import RunConfig
+from ddpkit.models import Allegro, NequIP
+from ddpkit.models.config import PotentialConfig
 from ddpkit.sync import STRATEGIES, find_strategy
 
+MODELS = (
+    "Keys below `model`, and keywords of `ddpkit.models.Allegro` and `ddpkit.models.NequIP`. In a run, `species`, "
+    "`avg_num_neighbors`, `shifts` and `scales` are those of the data, and `precision` is the run's."
+)
 PAGE = Path(__file__).with_name("reference.md")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
 _ITEM = re.compile(r"^(\*{0,2}\w[\w, .]*): (.*)$")
@@ -49,6 +57,24 @@ def keys(kind: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         yield f"`{prefix}{field.name}`", shown, told[field.name]
 
 
+def shared_by_models() -> Iterator[tuple[str, str, str]]:
+    """Key, default and meaning of each field of `PotentialConfig`, whose meaning stands below it."""
+    (declared,) = ast.parse(textwrap.dedent(inspect.getsource(PotentialConfig))).body
+    assert isinstance(declared, ast.ClassDef)
+    for field, text in zip(declared.body, declared.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            default = "" if field.value is None else f"`{_yaml(ast.literal_eval(field.value))}`"
+            yield f"`{ast.unparse(field.target)}`", default, " ".join(str(text.value.value).split())
+
+
+def own_of(model: Any) -> Iterator[tuple[str, str, str]]:
+    """The same of the keys that one model alone has."""
+    defaults = inspect.signature(model).parameters
+    for name, text in sections(model.__doc__)["Args"].items():
+        if name not in ("species", "shared"):
+            yield f"`{name}`", f"`{_yaml(defaults[name].default)}`", text
+
+
 def _yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -82,6 +108,15 @@ def page() -> str:
         "## Configuration",
         "Keys of `ddpkit-run`, `ddpkit check` and `ddpkit experiment`, with their defaults. `ddpkit-run --cfg` prints a run's.",
         "\n".join(table(keys(RunConfig), ("key", "default", "meaning"))),
+        "## Models",
+        MODELS,
+        re.sub(r"(?m)^    (?=\[)", "- ", sections(PotentialConfig.__doc__)[""][""].strip()),
+        "\n".join(table(shared_by_models(), ("key", "default", "meaning"))),
+        *(
+            text
+            for model in (Allegro, NequIP)
+            for text in (f"### {model.__name__}", "\n".join(table(own_of(model), ("key", "default", "meaning"))))
+        ),
         "## Strategies",
         "Options are keys below `strategy` (`+strategy.check_every=100`), and keywords of `make_sync` and `make_step`.",
     ]

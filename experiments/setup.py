@@ -17,7 +17,7 @@ from torch import nn
 from ddpkit import checkpoint
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Loader, Sampler, Sweep, statistics
-from ddpkit.errors import InputError, out_of_memory
+from ddpkit.errors import InputError, exhausted
 from ddpkit.experiments.run_data import Data, changed, fingerprint, kept
 from ddpkit.experiments.turns import wait_for
 from ddpkit.kernels import check_kernels, require_kernels
@@ -78,7 +78,7 @@ def build_model(spec: dict[str, Any], seed: int) -> nn.Module:
     try:
         model = instantiate(spec, _convert_="all")
     except (InstantiationException, TypeError) as error:
-        if lack := out_of_memory(error):
+        if lack := exhausted(error):
             raise lack from error
         cause = error.__cause__ or error
         if isinstance(cause, InputError):

@@ -35,7 +35,7 @@ from ddpkit.compile.backend import (
 from ddpkit.compile.layout import Layout
 from ddpkit.compile.lines import failing_line
 from ddpkit.compile.script import as_python, remedy
-from ddpkit.errors import InputError, out_of_memory
+from ddpkit.errors import InputError, exhausted
 
 __all__ = ["Conditions", "Kernel", "Symbols", "Traced", "halves", "is_changed", "lower", "strides_of", "trace"]
 
@@ -80,7 +80,7 @@ def _saying_what_cannot_be_traced(symbols: Symbols) -> Iterator[None]:
         except InputError:
             raise
         except Exception as error:
-            if out_of_memory(error):
+            if exhausted(error):
                 raise
             line = failing_line(error)
             if isinstance(error, torch.jit.Error) or type(error).__name__ in _ASKS_FOR_VALUES:

@@ -15,7 +15,7 @@ from ddpkit.data.frame import Frame
 from ddpkit.data.labels import FAR, Advice, Choice, Labels, in_python, is_isolated
 from ddpkit.data.neighbours import count_edges
 from ddpkit.data.prepared import Block, Filters
-from ddpkit.errors import InputError, out_of_memory
+from ddpkit.errors import InputError, exhausted
 
 GROUP_KEYS = ("group", "mp_id", "material_id", "molecule", "mol_id", "smiles")
 SUBSET_KEYS = ("subset", "config_type")
@@ -79,7 +79,7 @@ def images(path: Path) -> Iterator[Any]:
         except StopIteration:
             break
         except Exception as error:
-            if out_of_memory(error):
+            if exhausted(error):
                 raise
             what = str(error).strip().split("\n")[0] or type(error).__name__
             raise InputError(

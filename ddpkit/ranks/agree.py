@@ -51,10 +51,8 @@ def agree(what: str = "this") -> Iterator[None]:
         text = str(error) if kind == "input" else f"Rank {rank} failed in {what}: {type(error).__name__}: {error}"
         text = text.removesuffix(": ")
         shared.set(f"{key}/error", f"{kind}\n{text}")
-        if isinstance(error, MemoryError | OSError):  # these name no rank themselves
-            error = RankLostError(text)
-        elif kind == "failure" and not type(error).__module__.startswith("ddpkit"):
-            error.told = text  # type: ignore[attr-defined]
+        if kind == "failure" and not type(error).__module__.startswith("ddpkit"):
+            error.told = text  # type: ignore[attr-defined]  # with the rank, for the summary and the terminal
     if shared.add(f"{key}/arrived", 1) == size:
         shared.set(f"{key}/done", "1")
     with phase.waiting(f"the other ranks in {what}"):

@@ -158,11 +158,6 @@ def peers() -> list[Peer]:
     return _peers
 
 
-def _agents_store() -> bool:
-    """Whether the store lives in torchrun's agent rather than in rank 0."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def known_peers() -> list[Peer]:
     """The same, without waiting: empty where they have not been asked for."""
     return _peers
@@ -223,6 +218,11 @@ def say_left(error: BaseException | None) -> None:
 def store() -> dist.Store:
     """The key-value store that the ranks share, for what must not be a collective (long waits, who is missing)."""
     return dist.PrefixStore("ddpkit", default_store() if _shared is None else _shared)
+
+
+def _agents_store() -> bool:
+    """Whether the store lives in torchrun's agent rather than in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def is_of_communication(error: BaseException) -> bool:

@@ -235,14 +235,14 @@ class Lifeline:
 
     def _gone(self) -> str:
         """The ranks of this host whose processes have ended or are stopped; empty where all are well."""
-        found = []
+        gone = []
         for rank in self._beside():
             state = self._peers[rank].state()
             if state in "ZX":
-                found.append(f"{self._name(rank)} ended without a word (killed, or out of memory)")
+                gone.append(f"{self._name(rank)} ended without a word (killed, or out of memory)")
             elif state in "Tt":
-                found.append(f"{self._name(rank)} is stopped{self._in_phase(rank)}")
-        return " and ".join(found)
+                gone.append(f"{self._name(rank)} is stopped{self._in_phase(rank)}")
+        return " and ".join(gone)
 
     def _beside(self) -> list[int]:
         """The other ranks of this host."""

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,10 +14,15 @@ _HERTZ = os.sysconf("SC_CLK_TCK")
 
 
 class Meter:
-    """Tells whether a process, or one that it started, makes progress: uses the processor, reads or writes."""
+    """Tells whether a process, or one that it started, makes progress: uses the processor, reads or writes.
+
+    Attributes:
+        below: the processes that it has started and when each was, as last looked.
+    """
 
     def __init__(self, process: int) -> None:
         self._process = process
+        self.below: dict[int, str] = {}
         self._seconds, self._bytes, self._since = 0.0, 0, 0.0
 
     def progressed(self, passed: float) -> bool:
@@ -27,22 +32,31 @@ class Meter:
             passed: seconds since the last call.
         """
         self._since += passed
-        seconds, size = used(self._process)
+        self.below = {}
+        for process in below(self._process):
+            with suppress(OSError, IndexError):  # it has ended
+                self.below[process] = born(process)
+        seconds, size = used(self._process, self.below)
         if seconds - self._seconds < max(0.02, BUSY * self._since) and abs(size - self._bytes) < BYTES:
             return False
         self._seconds, self._bytes, self._since = seconds, size, 0.0
         return True
 
 
-def used(process: int) -> tuple[float, int]:
-    """Processor time [s] and bytes read and written by a process and all below it, but for the threads that watch."""
+def used(process: int, started: Iterable[int] | None = None) -> tuple[float, int]:
+    """Processor time [s] and bytes read and written by a process and all below it, but for the threads that watch.
+
+    Args:
+        process: its number.
+        started: those below it, where they are known.
+    """
     seconds, size = _used(Path(f"/proc/{process}"), children=True)
     for thread in Path(f"/proc/{process}/task").iterdir():
         with suppress(OSError):
             if (thread / "comm").read_text().startswith(_WATCHERS):
                 theirs = _used(thread, children=False)
                 seconds, size = seconds - theirs[0], size - theirs[1]
-    for other in below(process):
+    for other in below(process) if started is None else started:
         with suppress(OSError):
             theirs = _used(Path(f"/proc/{other}"), children=True)
             seconds, size = seconds + theirs[0], size + theirs[1]

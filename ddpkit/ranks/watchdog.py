@@ -215,7 +215,7 @@ def _watch(ward: int, here: Place, board: Board) -> None:
         try:
             stopped = state(ward) in "tT"
             progressed = meter.progressed(passed)
-            started = {process: born(process) for process in below(ward)}
+            started = meter.below
         except (OSError, IndexError):
             continue  # it is ending
         ages.stopped = ages.stopped + passed if stopped else 0.0

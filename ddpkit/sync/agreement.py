@@ -62,17 +62,17 @@ def verify(described: Description) -> None:
 
 def _difference(rank: int, theirs: Description, first: Description) -> str:
     """The first difference between two ranks, in words."""
-    mine = {(kind, name): form for kind, name, form in first}
+    of_first = {(kind, name): form for kind, name, form in first}
     others = {(kind, name): form for kind, name, form in theirs}
-    for kind, name in mine:
+    for kind, name in of_first:
         if (kind, name) not in others:
             return f"Rank {rank} has no {kind} {name!r}, which rank 0 has"
     for (kind, name), form in others.items():
-        if (kind, name) not in mine:
+        if (kind, name) not in of_first:
             return f"Rank {rank} has a {kind} {name!r}, which rank 0 lacks"
         for what, value in form.items():
-            if value != mine[kind, name][what]:
-                return f"The {what} of {kind} {name!r} is {value} on rank {rank} but {mine[kind, name][what]} on rank 0"
+            if value != of_first[kind, name][what]:
+                return f"The {what} of {kind} {name!r} is {value} on rank {rank} but {of_first[kind, name][what]} on rank 0"
     at = next(i for i, (a, b) in enumerate(zip(theirs, first, strict=True)) if a != b)
     return (
         f"{theirs[at][0].capitalize()} number {at} is {theirs[at][1]!r} on rank {rank} but {first[at][1]!r} on rank 0"
@@ -125,9 +125,9 @@ def compare_parameters(modules: Modules, calls: int) -> None:
     """
     names = [name for name, _ in modules.given]
     changes = modules.changes()
-    mine = checksums([parameter for _, parameter in modules.given], len(changes))
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
+    own = checksums([parameter for _, parameter in modules.given], len(changes))
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own)
     table = torch.stack(everyone).cpu()
     if table[:, -1].any():
         raise of_replaced(calls, table[:, -1].nonzero().flatten().tolist(), changes)

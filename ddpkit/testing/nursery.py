@@ -1,7 +1,8 @@
 """Ranks that need not import torch: they are forked from a process that has done so and nothing else.
 
 A start takes a few hundredths of a second instead of several seconds of processor time. What libraries read from the environment
-when they are loaded is that of the nursery; everything else is set anew in each rank.
+when they are loaded is that of the nursery; everything else is set anew in each rank. (`multiprocessing`'s fork server would run
+the caller's main module again in every rank, and gives all of them the environment that it was started with.)
 """
 
 import atexit
@@ -19,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _READ_AT_LOADING = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "PYTHON", "CUDA_", "TORCH")
-_READ_LATER = ("TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_USE_AGENT_STORE", "PYTEST_CURRENT_TEST")
+_READ_LATER = ("TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_USE_AGENT_STORE")
 _SCRIPT = """
 import ddpkit.compile.forces, ddpkit.compile.gradients, ddpkit.loss, ddpkit.ranks.group, ddpkit.step, ddpkit.sync
 from ddpkit.testing.nursery import leave, serve

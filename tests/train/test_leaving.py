@@ -18,26 +18,30 @@ PROGRAM = """
     what, culprit = sys.argv[1], int(sys.argv[2])
     here = ddpkit.init_process_group(device="cpu")
     failing = here.rank == culprit
-    if what in ("uncaught", "caught"):
+    if what in ("uncaught", "caught", "unfrozen"):
         from ddpkit.compile.backend import use
 
         use("interpreted")
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 3)
         parameters = model.parameters()
+        model.bias.requires_grad_(what != "unfrozen")
         step = ddpkit.make_step(
             model, lambda y, _: y.square().mean(), torch.optim.SGD(parameters, 0.1), strategy="ingraph", compile=True
         )
         original = model.weight
-        if failing:
+        if failing and what == "unfrozen":
+            model.bias.requires_grad_()
+        elif failing:
             model.weight = torch.nn.Parameter(torch.zeros(3, 3))
         began = time.monotonic()
-        if what == "caught":
+        if what != "uncaught":
             try:
                 step(torch.ones(2, 3))
             except (ddpkit.InputError, RankDisagreementError) as error:
                 print(f"told {here.rank} {time.monotonic() - began:.0f} {type(error).__name__}: {error}", flush=True)
             model.weight = original
+            model.bias.requires_grad_(what != "unfrozen")
             with agree("trying again"):
                 pass
             step(torch.ones(2, 3))
@@ -100,20 +104,27 @@ def start(tmp_path, *words):
 def test_a_rank_that_ends_is_named_by_those_that_wait(what, culprit, sentence, tmp_path):
     said, codes, took = start(tmp_path, what, str(culprit))
     # the rank may wait before the other has come to its end
-    other = "rank 1 has failed on the way to it (InputError: Parameter 'weight'"
-    assert sentence in said[1 - culprit] or (what == "uncaught" and other in said[0])
+    other = sentence.replace("Rank 1 has ended (", "rank 1 has failed on the way to it (")
+    assert sentence in said[1 - culprit] or other in said[0]
     assert all(code != 0 for code in codes)
     assert took < 60
 
 
-def test_a_rank_that_lives_on_after_its_error_is_named_and_all_may_try_again(tmp_path):
-    said, codes, _ = start(tmp_path, "caught", "1")
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("caught", "Parameter 'weight' has been replaced since"),
+        ("unfrozen", "Parameter 'bias' was frozen when strategy=ingraph"),
+    ],
+)
+def test_a_rank_that_lives_on_after_its_error_is_named_and_all_may_try_again(what, error, tmp_path):
+    said, codes, _ = start(tmp_path, what, "1")
     told = [next(line for line in text.splitlines() if line.startswith("told")) for text in said]
-    assert "told 1 0 InputError: Parameter 'weight' has been replaced since" in told[1]
+    assert f"told 1 0 InputError: {error}" in told[1]
     assert (
         "RankDisagreementError: Rank 0 waits for rank 1 in order to compile the step, but rank 1 has failed" in told[0]
     )
-    assert "'weight' has been replaced" in told[0]
+    assert error in told[0]
     assert int(told[0].split()[2]) < 20
     went_on = [next(line for line in text.splitlines() if line.startswith("went on")).split()[-1] for text in said]
     assert went_on[0] == went_on[1]

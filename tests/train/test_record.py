@@ -11,7 +11,7 @@ import torch
 
 import ddpkit
 from ddpkit.compile.backend import using
-from ddpkit.errors import InputError, out_of_memory, unusable_path, writing
+from ddpkit.errors import InputError, exhausted, unusable_path, writing
 from ddpkit.experiments.setup import build_model
 from ddpkit.record import CsvLog, RunFolder, drop_rows_after
 
@@ -233,7 +233,7 @@ def test_lack_of_memory_is_not_told_as_a_fault_of_the_input():
     step = ddpkit.make_step(model, greedy, torch.optim.SGD(model.parameters()), strategy="none", compile=True)
     with using("interpreted"), pytest.raises(MemoryError, match="no room"):
         step(torch.ones(3, 2))
-    assert out_of_memory(ValueError("no room")) is None
+    assert exhausted(ValueError("no room")) is None
 
 
 def greedy(*_):

@@ -20,7 +20,7 @@ from typing import Any
 import ddpkit
 from ddpkit.errors import InputError
 from ddpkit.testing.faults import inside, judge, strikes
-from ddpkit.testing.faults.job import Job
+from ddpkit.testing.faults.job import Job, pause_in
 from ddpkit.testing.faults.judge import End
 from ddpkit.testing.faults.material import write_clusters
 from ddpkit.testing.faults.plan import FAULTS, Plan, Run, Trial
@@ -315,7 +315,7 @@ def _await(job: Job, trial: Trial, reference: Reference, earlier: float, deadlin
                 now = job.phase(trial.rank)
                 return "" if now == "gone" else now
         before = now
-        job.await_change(now)
+        time.sleep(pause_in(now))
     return ""
 
 
@@ -329,7 +329,7 @@ def _phases(job: Job, deadline: float) -> list[tuple[str, float]]:
             if now:
                 found.append((now, time.monotonic() - began))
             now, began = then, time.monotonic()
-        job.await_change(now)
+        time.sleep(pause_in(now))
     return found
 
 

@@ -87,10 +87,6 @@ class Job:
             return "gone"
         return "gone" if _facts(number)[0] in "ZX" else now
 
-    def await_change(self, now: str) -> None:
-        """Sleeps until the next look at a rank that is in the phase `now` is due."""
-        time.sleep(LOOK_AT_START if now in ("", "import", "rendezvous") else LOOK)
-
     def left(self) -> dict[int, str]:
         """Number and command line of each process of the job that is still there."""
         found = {}
@@ -117,6 +113,11 @@ class Job:
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
+
+
+def pause_in(phase: str) -> float:
+    """Seconds until the next look at a rank that is in a phase."""
+    return LOOK_AT_START if phase in ("", "import", "rendezvous") else LOOK
 
 
 def _processes() -> list[int]:
