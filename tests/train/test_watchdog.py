@@ -102,33 +102,46 @@ PROGRAMS = {
     "computes": "while True: pass",
     "reads": "import time\nwhile True: open('/dev/zero', 'rb').read(1 << 17); time.sleep(0.5)",
     "lets another compute": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])",
-    "sleeps": "import time; time.sleep(99)",
+    "sleeps": "import time; time.sleep(999)",
     "looks for something that does not come": "import time\nwhile True: time.sleep(0.2)",
-    "is stopped": "import time; time.sleep(99)",
+    "is stopped": "import time; time.sleep(999)",
 }
 
 
 def test_what_counts_as_progress():
     processes = {
-        what: subprocess.Popen([sys.executable, "-c", text], start_new_session=True) for what, text in PROGRAMS.items()
+        what: subprocess.Popen(
+            [sys.executable, "-c", f"print('ready', flush=True)\n{text}"],
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for what, text in PROGRAMS.items()
     }
     try:
-        time.sleep(3.0)  # they start
+        for process in processes.values():
+            assert process.stdout.readline() == b"ready\n"  # what starting takes is progress too
+        other = processes["lets another compute"].pid
+        while not list(below(other)):
+            time.sleep(0.01)
         os.kill(processes["is stopped"].pid, signal.SIGSTOP)
+        time.sleep(0.5)  # imports of what follows the word
         meters = {what: Meter(process.pid) for what, process in processes.items()}
         for meter in meters.values():
             meter.progressed(0.0)
         moved = dict.fromkeys(PROGRAMS, False)
+        looked = time.monotonic()
         for _ in range(20):
             time.sleep(0.25)
-            moved = {what: meter.progressed(0.25) or moved[what] for what, meter in meters.items()}
+            passed, looked = time.monotonic() - looked, time.monotonic()
+            moved = {what: meter.progressed(passed) or moved[what] for what, meter in meters.items()}
         assert [what for what in PROGRAMS if moved[what]] == ["computes", "reads", "lets another compute"]
         assert state(processes["is stopped"].pid) in "tT"
-        assert len(list(below(processes["lets another compute"].pid))) == 1
+        assert len(list(below(other))) == 1
     finally:
         for process in processes.values():
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            process.stdout.close()
 
 
 def test_a_watchdog_sees_its_rank_end():
