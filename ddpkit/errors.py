@@ -92,5 +92,9 @@ class ParityError(RuntimeError):
     """Compiled code computes something else than eager code. The message names the parameter."""
 
 
+class RecordingError(RuntimeError):
+    """A step does what cannot be recorded and replayed."""
+
+
 class RankLostError(RuntimeError):
     """A rank failed, died or hangs, so that the others cannot go on. The message names rank, step and cause."""

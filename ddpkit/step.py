@@ -5,7 +5,6 @@
 
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,8 +19,10 @@ from ddpkit.ranks.agree import on_the_way_to
 from ddpkit.sync import GradientSync, Strategy, acts_of, attach, name_of
 from ddpkit.torch_private import pytree
 from ddpkit.trained import Trained, beside
+from ddpkit.update import Update
 
 if TYPE_CHECKING:
+    from ddpkit.capture.steps import RecordedSteps
     from ddpkit.compile.forces import CompiledForces
     from ddpkit.compile.parity import Difference
 
@@ -37,6 +38,7 @@ def make_step(
     clip_norm: float | None = None,
     tolerance: float | None = None,
     examples: Sequence[Any] = (),
+    cuda_graphs: bool = False,
     **options: Any,
 ) -> "Step":
     """Builds the whole training step.
@@ -65,6 +67,9 @@ def make_step(
         tolerance: by how much compiled and eager code may differ, relative; by default 1e-10 in float64 and 1e-4 in float32.
         examples: with `compile`, batches of other shapes than the first. In a `Batch` it is known what may vary; for other
             batches they tell, and what they do not tell costs another compilation later.
+        cuda_graphs: with `compile`, record steps in CUDA graphs and replay them, so that the device does not wait for the host: a
+            step whose batch has the sizes of an earlier one is recorded (`ddpkit.pad` brings batches to few sizes). On a CPU
+            recordings are kept operation by operation, which shows whether a step can be recorded and wins nothing.
         options: passed on to the strategy.
 
     Raises:
@@ -87,14 +92,23 @@ def make_step(
     )
     if sync is None or (sync.acts == "in graph" and not compile):
         raise InputError(f"strategy={name_of(strategy)} is part of the compiled step: use compile=True.")
-    gradients: Gradients
+    update = Update(trained, optimizer, clip_norm)
     if core is None and compile:
         from ddpkit.compile.gradients import CompiledGradients
 
-        gradients = CompiledGradients(model, criterion, sync, optimizer, clip_norm, tolerance, examples)
-    else:
-        gradients = EagerGradients(sync, criterion, trained, core)
-    return Step(trained, optimizer, sync, gradients, clip_norm)
+        compiled = CompiledGradients(model, criterion, sync, optimizer, clip_norm, tolerance, examples)
+        recorded = None
+        if cuda_graphs:
+            from ddpkit.capture.steps import RecordedSteps
+
+            recorded = RecordedSteps(trained, compiled, sync, update, optimizer)
+        return Step(trained, sync, compiled, update, recorded)
+    if cuda_graphs:
+        raise InputError(
+            "cuda_graphs=True records compiled steps of strategies that do not act during the backward pass: use compile=True "
+            f"and strategy=custom, ingraph or none (here compile={compile} and strategy={sync.name}), or leave cuda_graphs out."
+        )
+    return Step(trained, sync, EagerGradients(sync, criterion, trained, core), update)
 
 
 class Step:
@@ -103,41 +117,51 @@ class Step:
     Attributes:
         sync: the gradient synchronisation.
         module: what computes the forward pass (the strategy's wrapper where it has one).
-        grad_norm: `[]`, norm of the global gradient of the last step, before clipping, on the model's device.
-        skipped: `[]` int64, how many updates were not applied because the gradient was not finite, on the model's device. On a
-            CPU each is a warning too; on a GPU the host would have to wait for that: look at this number now and then.
     """
 
     def __init__(
         self,
         trained: Trained,
-        optimizer: Optimizer,
         sync: GradientSync,
         gradients: "Gradients",
-        clip_norm: float | None,
+        update: Update,
+        recorded: "RecordedSteps | None" = None,
     ) -> None:
         self.sync = sync
         self.module = sync.module
         self._trained = trained
-        self._optimizer = optimizer
         self._gradients = gradients
-        self._clip_norm = clip_norm
-        device = trained.parameters[0].device
-        self._clock = Clock(device)
-        self.grad_norm = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._update = update
+        self._clock = Clock(trained.parameters[0].device)
+        self._recorded = recorded
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, batch: Any, *, planned: bool = False) -> Any:
         """Trains on a batch, or on a list of micro-batches with one communication.
 
         Args:
             batch: what the model takes, or a list of such.
+            planned: whether every rank gives batches of the same sizes at this step. With `cuda_graphs`, the communication is
+                recorded together with the rest then; ranks that say this must all say it.
 
         Returns:
             What the criterion returned, detached; summed over micro-batches. It is this rank's share.
         """
         batches = batch if isinstance(batch, list) else [batch]
         self.prepare(batches)
+        if self._recorded is None:
+            return self._run(batches)
+        self._clock.start()
+        output = self._recorded.run(batches, planned=planned)
+        if output is None:
+            output = self._run(batches)
+            self._recorded.note_plain()
+        else:
+            self._update.warn_if_skipped()
+            self._clock.mark("whole")
+        return output
+
+    def _run(self, batches: list[Any]) -> Any:
+        """Runs a step operation by operation."""
         for parameter in self._trained.parameters:
             parameter.grad = None
         self._clock.start()
@@ -150,7 +174,8 @@ class Step:
         if norm is None:
             self._update()
         else:  # the graph has updated the parameters
-            self._note(norm)
+            self._update.note(norm)
+        self._update.warn_if_skipped()
         self._clock.mark("optimizer")
         return output
 
@@ -170,6 +195,24 @@ class Step:
             self._trained.require_same()
         batches = batch if isinstance(batch, list) else [batch]
         self._gradients.prepare(batches[0], accumulates=len(batches) > 1)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """`[]`, norm of the global gradient of the last step, before clipping, on the model's device."""
+        return self._update.grad_norm
+
+    @property
+    def skipped(self) -> Tensor:
+        """`[]` int64, how many updates were not applied because the gradient was not finite, on the model's device.
+
+        On a CPU each is a warning too; on a GPU the host would have to wait for that: look at this number now and then.
+        """
+        return self._update.skipped
+
+    @property
+    def captured_steps(self) -> int:
+        """How many steps were replayed, in full or in part; 0 without `cuda_graphs`."""
+        return 0 if self._recorded is None else self._recorded.count
 
     @property
     def seconds_compile(self) -> float:
@@ -199,54 +242,11 @@ class Step:
         marks, separable = self._clock.marks, self.sync.separable
 
         def seconds() -> dict[str, float | None]:
-            parts: dict[str, float | None] = dict(self._clock.seconds(marks))
+            parts: dict[str, float | None] = {"compute": None, "sync": None, "optimizer": None}
+            parts |= {name: value for name, value in self._clock.seconds(marks).items() if name in parts}
             return parts if separable else parts | {"compute": None, "sync": None}
 
         return seconds
-
-    def _update(self) -> None:
-        """Clips and applies the gradient, unless it is not finite."""
-        trained = [p for p in self._trained.parameters if p.requires_grad and p.grad is not None]
-        gradients = [p.grad for p in trained if p.grad is not None]
-        not_finite = self._note(torch.nn.utils.get_total_norm(gradients))
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(trained, self._clip_norm, self.grad_norm)
-        step_unless(self._optimizer, not_finite)
-
-    def _note(self, norm: Tensor) -> Tensor:
-        """Takes down the norm of the gradient; returns whether it is not finite."""
-        self.grad_norm = norm
-        not_finite = ~torch.isfinite(norm)
-        self.skipped += not_finite
-        if not_finite.device.type == "cpu" and not_finite:
-            self._warn_of_skipped()
-        return not_finite
-
-    def _warn_of_skipped(self) -> None:
-        bad = [
-            name
-            for name, p in zip(self._trained.names, self._trained.parameters, strict=True)
-            if p.requires_grad and p.grad is not None and not torch.isfinite(p.grad).all()
-        ]
-        others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-        what = f"The gradient of {bad[0]!r}{others}" if bad else "The norm of the gradient"
-        warnings.warn(f"{what} is NaN or infinite: the update was not applied.", stacklevel=5)
-
-
-def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
-    """Calls `optimizer.step()` unless `skip` (a 0-d bool) holds.
-
-    Fused optimizers decide on the device (the contract of `torch.amp.GradScaler`); for others, and on the CPU, the host looks.
-    """
-    if skip.device.type == "cpu" or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        if not skip:
-            optimizer.step()
-        return
-    optimizer.grad_scale, optimizer.found_inf = None, skip.to(torch.float32)  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 class Gradients(Protocol):

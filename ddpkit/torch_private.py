@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ddpkit.errors import InputError
 
-__all__ = ["pytree"]
+__all__ = ["DispatchMode", "pytree"]
 
 TESTED = (2, 11), (2, 14)
 """The first and the last release whose private names have been tried: see docs/torch.md."""
@@ -104,6 +104,17 @@ def note_step(optimizer: Optimizer) -> None:
 dispatch_modes: Callable[[], int] = _private(
     torch, "_C._len_torch_dispatch_stack", lambda: 0, "models are traced as they run eagerly"
 )
+
+# What sees every operation as it runs; torch documents it, in a module with a private name.
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode  # noqa: E402
+
+_LOOKS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+
+
+def looks_at_number(operation: Any) -> bool:
+    """Whether an operation that a `DispatchMode` sees makes the host wait for what the device computes."""
+    return str(operation.name()).partition(".")[0] in _LOOKS
+
 
 # --- torch.distributed --------------------------------------------------------------------------------------------------------
 

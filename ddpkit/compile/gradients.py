@@ -1,6 +1,6 @@
 """The whole step as one graph: the objective, its gradients, and what follows them."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddpkit.capture.recording import as_one
 from ddpkit.compile import parity, situations
 from ddpkit.compile.graph import Conditions, Kernel, Traced, lower, trace
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
@@ -192,6 +193,34 @@ class CompiledGradients:
         now.steps_to_wait -= now.steps_to_wait > 0
         return total([outcome.result for outcome in outcomes]), outcomes[-1].norm
 
+    # --- for recordings of a step ---------------------------------------------------------------------------------
+
+    @property
+    def situation(self) -> Hashable:
+        """Differs for all that code is made anew for, batches apart; as of the last `prepare`."""
+        return self._now.state
+
+    @property
+    def trained_now(self) -> Hashable:
+        """The names of the parameters that are trained, as of the last `prepare`."""
+        return tuple(self._now.after.trained)
+
+    def holds_for(self, batches: Sequence[Any]) -> bool:
+        """Whether there is compiled code for all of these micro-batches, checked."""
+        now = self._now
+        variants = now.variants[now.after if len(batches) == 1 else now.after.for_each]
+        return not now.steps_to_wait and all(variants.look_up(Flat.of(batch)) is not None for batch in batches)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that a step reads and writes, beside the batch; brings settings that are read on the device there."""
+        return [*self._now.state.tensors(), *self._now.after.places, *self._now.after.tensors()]
+
+    def finish(self) -> None:
+        """Called where a recording has brought the gradients."""
+        self._now.after.finish()
+
+    # --- a micro-batch --------------------------------------------------------------------------------------------
+
     def _run(self, now: Situation, after: AfterGradients, batch: Any) -> Outcome:
         """One micro-batch, compiled if there is code for it."""
         flat, variants = Flat.of(batch), now.variants[after]
@@ -221,7 +250,7 @@ class CompiledGradients:
             *after.tensors(),
         ]
         with torch.no_grad():
-            outputs = iter(code.kernel(inputs))
+            outputs = iter(as_one(code.kernel, inputs))
         facts = code.facts
         result = facts.result.fill(outputs)
         shown = {name: next(outputs) for name in facts.shown}

@@ -200,6 +200,8 @@ def shutdown() -> None:
     global _current, _peers, _shared
     if dist.is_initialized():
         say_left(None)
+        if "ddpkit.capture.steps" in sys.modules:
+            sys.modules["ddpkit.capture.steps"].close_all()
         dist.destroy_process_group()
     _current, _peers, _shared = None, [], None
     _switches.close()

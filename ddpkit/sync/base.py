@@ -1,7 +1,7 @@
 """What every strategy of gradient synchronisation has in common."""
 
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -218,6 +218,28 @@ class GradientSync:
         del optimizer
         return ()
 
+    # --- recorded steps -------------------------------------------------------------------------------------------
+
+    def recordable_average(self) -> Callable[[], None] | None:
+        """What `synchronize()` does with gradients where `after_gradients` puts them, as device work alone: it neither waits for
+        the device nor depends on what the host knows, so that it can be recorded and replayed; None where there is no such thing.
+        """
+        return _nothing if self.acts == "in graph" else None
+
+    @contextmanager
+    def around_recorded(self) -> Iterator[None]:
+        """Around each replay of a step that holds `recordable_average()`: what the host does in `synchronize()`."""
+        if self.acts == "in graph":
+            with self._around_graph():
+                yield
+            return
+        self._calls += 1
+        with nullcontext() if self._watch is None else self._watch.waiting(self._calls, computes=True):
+            yield
+            if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
+                agreement.compare_parameters(self._modules, self._calls)
+        self.comm.reset()
+
     def traffic(self) -> tuple[int, int]:
         """Bytes and collectives of a step, for `stats`; for a strategy in the graph to override."""
         parameters = self.parameters.values()
@@ -330,6 +352,10 @@ class GradientSync:
             self._seconds = end - start
         elif isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             self._events = start, end
+
+
+def _nothing() -> None:
+    """What is left to average after a graph that has."""
 
 
 def _require_process_group() -> None:

@@ -3,25 +3,29 @@
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ddpkit.capture.recording import as_one
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
 from ddpkit.ranks.agree import name_ranks
 from ddpkit.sync import agreement
 from ddpkit.sync.after import AfterGradients
 from ddpkit.sync.base import GradientSync, SyncStats
 from ddpkit.sync.buckets import Bucket, by_kind
-from ddpkit.sync.comm import Work
+from ddpkit.sync.comm import TorchComm, Work
 from ddpkit.sync.guard import parse_dtype
 from ddpkit.torch_private import norms_of
 
 # What each rank says of itself in the tail, after one number per parameter.
 STEPS, STALE, REPLACED, BAD, ADDED, FRESH = range(6)
 ROW = 6
+LATE = 8  # steps after which the host looks at what a GPU has told, so that it need not wait for the device
 
 
 class FlatSync(GradientSync):
@@ -36,7 +40,7 @@ class FlatSync(GradientSync):
     that train other parameters, show up in the same place.
 
     On the CPU a bad gradient is an error at once. On a GPU the host would have to wait for that; with fused optimizers the device
-    itself skips the update, and the error comes from the next `synchronize()` or `stats`.
+    itself skips the update, and the error comes a few steps later, at the same one on all ranks, or from `stats`.
 
     Args:
         module: any module.
@@ -78,6 +82,7 @@ class FlatSync(GradientSync):
         self._names = [name for name, _ in named]
         self._all = [parameter for _, parameter in named]
         self._warned: set[str] = set()
+        self._is_recorded = False
         self._lay_out()
 
     def _chosen(self) -> list[tuple[str, nn.Parameter]]:
@@ -100,6 +105,11 @@ class FlatSync(GradientSync):
 
     # --- layout ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _is_late(self) -> bool:
+        """Whether flags are looked at later than in the step itself."""
+        return self._on_device or self._is_recorded
+
     def _plan(self, numbers: Sequence[int]) -> list[list[int]]:
         """Which parameters share a bucket."""
         return by_kind(self._all, numbers)
@@ -108,11 +118,12 @@ class FlatSync(GradientSync):
         """Makes the buffers for the parameters that are trained now."""
         self._trained = [p.requires_grad for p in self._all]
         numbers = [n for n, trained in enumerate(self._trained) if trained]
-        self._unseen: tuple[torch.cuda.Event | None, int] | None = None
+        self._unseen: deque[tuple[torch.cuda.Event | None, int, Tensor]] = deque()
         plan = self._plan(numbers) or ([[]] if self._all else [])  # an empty one carries the flags
         tail = len(numbers) + ROW * self.world_size
         homes = [self._all[part[0]] if part else _home(self._all) for part in plan]
         self._on_device = bool(plan) and homes[-1].is_cuda
+        self._keep = LATE if self._on_device else 0
         self._buckets = [
             Bucket(
                 self._all,
@@ -132,10 +143,12 @@ class FlatSync(GradientSync):
         if not self._buckets:
             return
         last = self._buckets[-1].wire
-        self._host = torch.empty(tail, dtype=last.dtype, device="cpu", pin_memory=last.is_cuda)
+        self._told = torch.empty((LATE + 1, tail), dtype=last.dtype, device="cpu", pin_memory=last.is_cuda)
+        self._steps = torch.zeros((), dtype=last.dtype, device=last.device)
         self._template = torch.ones(tail, dtype=last.dtype, device=last.device)
         self._template[len(numbers) :] = 0
-        self._missing: list[int] = []
+        self._missing: list[int] = []  # places in `_order` of those without a gradient on this rank
+        self._absent: list[int] = []  # on every rank, as last known
         self._replaced: list[str] = []
         self._bad = torch.zeros((), device=last.device)
         self._norms: dict[int, Tensor] = {}  # of each bucket
@@ -146,7 +159,7 @@ class FlatSync(GradientSync):
     @torch.no_grad()
     def reduce(self) -> None:
         """Gathers, all-reduces, and puts the slices in place."""
-        self._look_back()
+        self._look_back(self._keep)
         if not self._buckets:
             return None
         stale = self._stale()
@@ -176,6 +189,7 @@ class FlatSync(GradientSync):
 
     def _lay_out_anew(self) -> None:
         """Makes new buffers, once all ranks have said that they will."""
+        self._look_back()
         if self.world_size > 1:
             agreement.verify(agreement.describe(self._modules))
         self._lay_out()
@@ -194,14 +208,25 @@ class FlatSync(GradientSync):
 
     def _launch(self, number: int, gradients: dict[int, Tensor | None], *, stale: bool = False) -> None:
         """Fills a bucket and starts its all-reduce."""
+        if number == len(self._buckets) - 1:
+            self._count_steps()
+        bucket = self._buckets[number]
+        self._fill(number, gradients, stale=stale)
+        bucket.launched = True
+        self._works.append(self.comm.all_reduce(bucket.wire, overlapped=self.overlapped))
+
+    def _fill(self, number: int, gradients: dict[int, Tensor | None], *, stale: bool) -> None:
+        """Brings into a bucket what it sends."""
         bucket = self._buckets[number]
         bucket.fill([gradients[n] for n in bucket.numbers])
-        if self._check_finite and self._on_device:
+        if self._check_finite and self._is_late:
             self._note_norms(number, bucket)
         if number == len(self._buckets) - 1:
             self._fill_tail(gradients, stale=stale)
-        bucket.launched = True
-        self._works.append(self.comm.all_reduce(bucket.wire, overlapped=self.overlapped))
+
+    def _count_steps(self) -> None:
+        """Brings the number of optimizer steps so far to where it is sent from."""
+        self._steps.fill_(self._guard.steps % 128 * self._buckets[-1].scale)
 
     def _note_norms(self, number: int, bucket: Bucket) -> None:
         """Takes a sum for each parameter that is not finite if its gradient is not.
@@ -224,7 +249,7 @@ class FlatSync(GradientSync):
             self._replaced = self._modules.changes() if missing and self.world_size > 1 else []
         torch.mul(self._template, scale, out=tail)
         start = count + ROW * self.rank
-        tail[start + STEPS].fill_(self._guard.steps % 128 * scale)
+        tail[start + STEPS].copy_(self._steps)
         self._told_stale = stale
         if stale:
             tail[start + STALE].fill_(scale)
@@ -236,7 +261,7 @@ class FlatSync(GradientSync):
         if not self._check_finite:
             return
         device = tail.device
-        if self._on_device:
+        if self._is_late:
             norms = [self._norms[number].to(device, torch.float32) for number in range(len(self._buckets))]
             flags = torch.cat(norms).mul_(0)  # 0 or NaN
             tail[:count].add_(flags)
@@ -261,8 +286,10 @@ class FlatSync(GradientSync):
     def _deliver(self, *, stale: bool) -> None:
         """Looks at the flags, now where that is free or needed, else later; puts in place what only other ranks have."""
         tail = self._buckets[-1].tail
-        if self._on_device and self._guard.device_decides and not self._missing and not stale:
+        if self._is_late and self._guard.device_decides and not self._missing and not stale:
+            self._absent = []
             self._flag_on_device(tail)
+            self._tell_host(tail)
         else:
             self._bad.zero_()
             values = tail.tolist()
@@ -270,6 +297,7 @@ class FlatSync(GradientSync):
             present = [value > 0 for value in values[: len(self._order)]]
             if present and not any(present) and not stale:
                 self._refuse_empty()
+            self._absent = [i for i in self._missing if not present[i]]
             if self._missing:
                 self._warn(present)
             for i in self._missing:
@@ -293,10 +321,49 @@ class FlatSync(GradientSync):
                     stacklevel=5,
                 )
 
+    # --- recorded steps -------------------------------------------------------------------------------------------
+
+    def recordable_average(self) -> Callable[[], None] | None:
+        """The same on the slices, where nothing but the device decides: every parameter with a gradient anywhere has one here,
+        the optimizer skips a step by a flag, and torch.distributed communicates.
+        """
+        if self.acts != "after backward" or not isinstance(self.comm, TorchComm) or not self._buckets:
+            return None
+        if self._stale() or self._missing != self._absent or not self._guard.device_decides:
+            return None
+        self._is_recorded = True
+        return self._average_on_device
+
+    @torch.no_grad()
+    def _average_on_device(self) -> None:
+        gradients = self._gradients(self._order)
+        for number, bucket in enumerate(self._buckets):
+            self._fill(number, gradients, stale=False)
+            as_one(self._average_now, [bucket.wire])
+        self._hand_over(gradients)
+        for bucket in self._buckets:
+            bucket.unpack()
+            bucket.begin()
+        self._flag_on_device(self._buckets[-1].tail)
+
+    def _average_now(self, wire: list[Tensor]) -> None:
+        work = self.comm.all_reduce(wire[0])
+        if work is not None:
+            work.wait()
+
+    @contextmanager
+    def around_recorded(self) -> Iterator[None]:
+        """Looks at the flags of earlier steps, and sends those of this one."""
+        self._look_back(self._keep)
+        self._count_steps()
+        with super().around_recorded():
+            yield
+        self._tell_host(self._buckets[-1].tail)
+
     # --- flags ----------------------------------------------------------------------------------------------------
 
     def _flag_on_device(self, tail: Tensor) -> None:
-        """Sets the flag by which optimizers skip a step, and sends the tail to the host without waiting."""
+        """Sets the flag by which optimizers skip a step."""
         rows = tail[len(self._order) :].view(self.world_size, ROW).float()
         high = rows.amax(0) * self.world_size
         spread = (high - rows.amin(0) * self.world_size)[:BAD].amax()
@@ -305,21 +372,37 @@ class FlatSync(GradientSync):
         # Whoever looks at the gradient (clipping, another optimizer) sees that it is not to be used.
         first = self._buckets[0].body[:1]
         first.add_(torch.where(fine, 0.0, torch.nan).to(first))
-        self._host.copy_(tail, non_blocking=True)  # whoever looked at the last one has waited for it
+
+    def _tell_host(self, tail: Tensor) -> None:
+        """Sends the tail to the host without waiting."""
+        row = self._told[self._calls % len(self._told)]
+        row.copy_(tail, non_blocking=True)
         event = torch.cuda.Event() if tail.is_cuda else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        self._unseen = event, self._calls
+        self._unseen.append((event, self._calls, row))
 
-    def _look_back(self) -> None:
-        """Raises what the flags of the last step say, if nobody has looked yet."""
-        if self._unseen is None:
-            return
-        event, call = self._unseen
-        self._unseen = None
-        if event is not None:
-            self._wait_for(event)
-        self._judge(self._host.tolist(), call, stale=False)
+    def _look_back(self, keep: int = 0) -> None:
+        """Raises what the flags of earlier steps say that nobody has looked at yet.
+
+        Args:
+            keep: so many of the last steps are left for later. The same number on all ranks: they stop at the same step.
+        """
+        while len(self._unseen) > keep:
+            event, call, row = self._unseen.popleft()
+            if event is not None:
+                self._wait_for(event)
+            values = row.tolist()
+            self._judge(values, call, stale=False)
+            self._refuse_present(values, call)
+
+    def _refuse_present(self, values: list[float], call: int) -> None:
+        """Raises where a parameter has a gradient somewhere that the recording takes to have one nowhere."""
+        if came := [self._names[self._order[i]] for i in self._absent if values[i] > 0]:
+            raise RankDisagreementError(
+                f"At synchronize() number {call} parameter {came[0]!r} had a gradient on other ranks, but had none on any when "
+                "the step was recorded: leave cuda_graphs out."
+            )
 
     def _wait_for(self, event: torch.cuda.Event) -> None:
         """Waits for the device as long as the other ranks may take."""
@@ -361,7 +444,7 @@ class FlatSync(GradientSync):
         if not bad:
             return
         names = [self._names[n] for n, value in zip(self._order, values[:count], strict=True) if math.isnan(value)]
-        if not self._on_device:
+        if not self._is_late:
             names = [name for name, view in self.views.items() if not torch.isfinite(view).all()]
         if not names:  # the sum overflowed, no gradient did
             return

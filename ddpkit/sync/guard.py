@@ -99,7 +99,7 @@ _hooks: list[Any] = []
 
 def _watch_optimizers() -> None:
     if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_pre_hook(before_step))
 
 
 def _forget() -> None:
@@ -115,9 +115,8 @@ def _take_back(optimizer: Optimizer, held: _Held) -> None:
     held.flag = None
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def before_step(optimizer: Optimizer, *_: Any) -> None:
     """Called before any optimizer of this process steps."""
-    del args, kwargs
     if not _guards:
         return
     held = _held.get(optimizer)

@@ -1,5 +1,7 @@
 """No communication."""
 
+from collections.abc import Callable
+
 from ddpkit.sync.base import GradientSync
 
 
@@ -17,3 +19,7 @@ class NoSync(GradientSync):
 
     def reduce(self) -> None:
         """Does nothing."""
+
+    def recordable_average(self) -> Callable[[], None]:
+        """Does nothing."""
+        return self.reduce

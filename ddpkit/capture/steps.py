@@ -1,0 +1,348 @@
+"""Training steps from recordings: which one holds for a step, when to make one, when to run the step as it is.
+
+A step is recorded when a batch of its sizes has come before, so that the first one has run as it is: optimizers have made
+their state by then, and communicators exist. A recording holds for these sizes, for one state of model and criterion and for
+one place of all tensors in memory; one that updates the parameters also for all settings of the optimizer. Whatever else
+changes is read by the device at every replay. Where ranks communicate inside a recording, all of them must decide alike: that
+is so if the sizes are those of one plan (`planned`), because everything else that is asked here is the same on all ranks by
+what the strategies verify.
+"""
+
+import time
+import warnings
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ddpkit.capture.recording import make
+from ddpkit.compile.gradients import CompiledGradients
+from ddpkit.compile.objective import Tree
+from ddpkit.errors import RecordingError
+from ddpkit.sync.base import GradientSync
+from ddpkit.sync.guard import before_step
+from ddpkit.torch_private import copy_all, note_step, pytree
+from ddpkit.trained import Trained
+from ddpkit.update import Update
+
+MOST = 32  # recordings that are kept
+STEADY = 20  # steps that the optimizer's settings must have stood for before its update is recorded
+AHEAD = 8  # replays that the host may be ahead of the device
+
+
+class RecordedSteps:
+    """Runs steps from recordings where it can.
+
+    Args:
+        trained: the parameters.
+        gradients: brings gradients by compiled code.
+        sync: the strategy.
+        update: clips and steps.
+        optimizer: what `update` steps.
+
+    Attributes:
+        count: steps that were run from recordings.
+        made: recordings made so far.
+        seconds: that making them took.
+    """
+
+    def __init__(
+        self, trained: Trained, gradients: CompiledGradients, sync: GradientSync, update: Update, optimizer: Optimizer
+    ) -> None:
+        self._trained, self._gradients, self._sync, self._update = trained, gradients, sync, update
+        self._optimizer = optimizer
+        self._device = trained.parameters[0].device
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._recorded: OrderedDict[Hashable, _Piece] = OrderedDict()
+        self._deadline = Deadline(self._device, sync.timeout)
+        self._seen: set[Hashable] = set()
+        self._stepped: set[Hashable] = set()
+        self._settings: Hashable = None
+        self._steps_alike = 0
+        self._memory: list[int] = []
+        self._refused = False
+        self.count = self.made = 0
+        self.seconds = 0.0
+        _all.add(self)
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def run(self, batches: Sequence[Any], *, planned: bool) -> Any:
+        """Runs a step from recordings; returns the criterion's output, or None where the step has to be run as it is.
+
+        Args:
+            batches: its micro-batches.
+            planned: whether all ranks run batches of the same sizes at this step.
+        """
+        steady = self._are_settings_steady() and self._update.decides_on_device
+        form = _form(batches)
+        if form not in self._seen:
+            self._seen.add(form)
+            return None
+        average = self._sync.recordable_average() if planned or self._sync.world_size == 1 else None
+        if self._refused or (average is None and self._sync.acts != "after backward"):
+            return None
+        if self._gradients.trained_now not in self._stepped or not self._gradients.holds_for(batches):
+            return None
+        self._forget_if_moved()
+        where = form, self._gradients.situation
+        try:
+            if average is None:
+                output = self._run_apart(where, batches, updates=steady)
+            else:
+                output = self._run_together(where, batches, average, updates=steady)
+        except RecordingError as error:
+            if self._device.type != "cuda":  # a part of the step has been made
+                raise
+            self._refused = True
+            warnings.warn(f"{error}. Steps run without recordings from now on.", stacklevel=4)
+            return None
+        self._deadline.begin()
+        self.count += 1
+        return output
+
+    def note_plain(self) -> None:
+        """Called after a step that was run as it is."""
+        self._stepped.add(self._gradients.trained_now)
+
+    def _run_together(
+        self, where: Hashable, batches: Sequence[Any], average: Callable[[], None], *, updates: bool
+    ) -> Any:
+        """Gradients, average and update from one recording; the update after it where that cannot be recorded."""
+
+        def body(given: Sequence[Any]) -> tuple[Any, Tensor | None]:
+            output, norm = self._gradients(given)
+            average()
+            if norm is not None:
+                self._update.note(norm)
+            elif updates:
+                self._update.on_device()
+            return output, self._update.grad_norm if updates or norm is not None else None
+
+        piece = self._piece(("step", where, updates and self._settings), body, batches)
+        with self._sync.around_recorded():
+            output, norm = self._run_piece(piece, batches, steps=updates)
+        self._finish(norm)
+        return output
+
+    def _run_apart(self, where: Hashable, batches: Sequence[Any], *, updates: bool) -> Any:
+        """Gradients from a recording, then the average, then the update from another one."""
+        output, _ = self._run_piece(self._piece(("gradients", where), self._gradients, batches), batches, steps=False)
+        self._sync.synchronize()
+
+        def body(given: Sequence[Any]) -> Tensor:
+            del given
+            self._update.on_device()
+            return self._update.grad_norm
+
+        norm = None
+        if updates:
+            present = tuple(p.grad is not None for p in self._trained.parameters)
+            norm = self._run_piece(self._piece(("update", self._settings, present), body, []), [], steps=True)
+        self._finish(norm)
+        return output
+
+    def _run_piece(self, piece: "_Piece", batches: Sequence[Any], *, steps: bool) -> Any:
+        """Runs a piece, and does what the host does beside the device's work, which a replay leaves out.
+
+        Args:
+            piece: a recording.
+            batches: those that it computes gradients of, if it does.
+            steps: whether it holds the optimizer's step.
+        """
+        if not piece.is_made:
+            output = piece.run(batches)
+            piece.gradients = [p.grad for p in self._trained.parameters]
+            return output
+        if steps:
+            before_step(self._optimizer)
+            note_step(self._optimizer)
+        output = piece.run(batches)
+        if batches:
+            self._gradients.finish()
+            for parameter, gradient in zip(self._trained.parameters, piece.gradients, strict=True):
+                parameter.grad = gradient
+        return output
+
+    def _finish(self, norm: Tensor | None) -> None:
+        """Updates, where no recording has."""
+        if norm is None:
+            self._update()
+        else:
+            self._update.grad_norm = norm
+
+    # --- which recording ------------------------------------------------------------------------------------------
+
+    def _are_settings_steady(self) -> bool:
+        """Whether the optimizer's settings have stood for a while: a recording holds for their values."""
+        settings = tuple(
+            tuple((key, _value(value)) for key, value in group.items() if key != "params")
+            for group in self._optimizer.param_groups
+        )
+        self._steps_alike = self._steps_alike + 1 if settings == self._settings else 0
+        self._settings = settings
+        return self._steps_alike >= STEADY
+
+    def _forget_if_moved(self) -> None:
+        """Lets go of recordings once a tensor lies elsewhere: they write where it was."""
+        state = self._optimizer.state
+        tensors = [*self._gradients.tensors(), *(x for p in state for x in state[p].values() if isinstance(x, Tensor))]
+        memory = [*map(Tensor.data_ptr, tensors)]
+        if memory != self._memory:
+            self._memory = memory
+            self.close()
+
+    def _piece(self, key: Hashable, body: Callable[[Sequence[Any]], Any], batches: Sequence[Any]) -> "_Piece":
+        """The recording for a key, made by its first run."""
+        if key not in self._recorded:
+            self._recorded[key] = _Piece(body, batches, self._device, self._pool)
+            self.made += 1
+        self._recorded.move_to_end(key)
+        if len(self._recorded) > MOST:
+            _, oldest = self._recorded.popitem(last=False)
+            oldest.close()
+        return self._recorded[key]
+
+    def close(self) -> None:
+        """Lets go of all recordings. On a GPU it comes before communicators are destroyed."""
+        for piece in self._recorded.values():
+            piece.close()
+        self._recorded.clear()
+
+
+class _Piece:
+    """A recording with its own copy of the batches.
+
+    Args:
+        body: called with that copy; returns a tree of tensors.
+        batches: of the sizes that it is for.
+        device: of the work.
+        pool: memory that recordings share.
+
+    Attributes:
+        is_made: whether it has run.
+        gradients: what `.grad` of each parameter was after its first run.
+    """
+
+    def __init__(
+        self, body: Callable[[Sequence[Any]], Any], batches: Sequence[Any], device: torch.device, pool: Any
+    ) -> None:
+        leaves, structure = pytree.tree_flatten(list(batches))
+        own = [
+            leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+        self._inputs = _by_dtype([leaf for leaf in own if isinstance(leaf, Tensor)])
+        given = pytree.tree_unflatten(own, structure)
+
+        def record() -> list[Tensor]:
+            self._form, tensors = Tree.of(body(given))
+            self._packing, packed = _pack(tensors)
+            return packed
+
+        self._recording = make(record, device, pool)
+        self.is_made = False
+        self.gradients: list[Tensor | None] = []
+
+    def run(self, batches: Sequence[Any]) -> Any:
+        """Runs it on other batches of the same sizes; returns what the body did, in memory of its own."""
+        tensors = [leaf for leaf in pytree.tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
+        for own, given in zip(self._inputs.values(), _by_dtype(tensors).values(), strict=True):
+            copy_all(own, given)
+        results = [result.clone() for result in self._recording.run()]
+        self.is_made = True
+        return self._form.fill(iter(_unpack(self._packing, results)))
+
+    def close(self) -> None:
+        """Lets go of it."""
+        self._recording.close()
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    """Tensors by dtype: a copy of several takes one launch for each."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return groups
+
+
+def _pack(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[Tensor]]:
+    """Scalars of one dtype in one tensor, so that few have to be copied: which went where, and the tensors."""
+    scalars: dict[torch.dtype, list[int]] = {}
+    for n, tensor in enumerate(tensors):
+        if tensor.dim() == 0:
+            scalars.setdefault(tensor.dtype, []).append(n)
+    groups = [*scalars.values()]
+    packed = [torch.stack([tensors[n] for n in group]) for group in groups]
+    rest = [n for n, tensor in enumerate(tensors) if tensor.dim()]
+    return [*groups, rest], [*packed, *(tensors[n] for n in rest)]
+
+
+def _unpack(packing: list[list[int]], packed: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that `_pack` was given."""
+    *groups, rest = packing
+    tensors = dict(zip(rest, packed[len(groups) :], strict=True))
+    for group, scalars in zip(groups, packed, strict=False):
+        tensors.update(zip(group, scalars.unbind(), strict=True))
+    return [tensors[n] for n in range(len(tensors))]
+
+
+def _form(batches: Sequence[Any]) -> Hashable:
+    """The sizes and dtypes of all that batches hold, and what is no tensor."""
+    leaves, structure = pytree.tree_flatten(list(batches))
+    kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return structure, kinds
+
+
+def _value(value: Any) -> Hashable:
+    """A setting by its value; a tensor by its identity, since the device reads it."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_value, value))
+    return value if isinstance(value, Hashable) else id(value)
+
+
+class Deadline:
+    """Bounds replays in time: watchdogs of communicators see what the host starts, and not what a replay does.
+
+    Args:
+        device: of the replays; nothing is watched on a CPU.
+        timeout: seconds that one may take.
+    """
+
+    def __init__(self, device: torch.device, timeout: float) -> None:
+        self._device, self._timeout = device, timeout
+        self._events: deque[tuple[torch.cuda.Event, float]] = deque()
+
+    def begin(self) -> None:
+        """Called after each replay: waits for one that is `AHEAD` back, no longer than the timeout.
+
+        Raises:
+            torch.distributed.DistError: it has not ended by then.
+        """
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append((event, time.monotonic()))
+        if len(self._events) <= AHEAD:
+            return
+        oldest, began = self._events.popleft()
+        while not oldest.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() - began > self._timeout:
+                raise dist.DistError(  # type: ignore[attr-defined]
+                    f"A replayed step has not ended after {self._timeout:.0f} s: another rank has stopped, or the device has."
+                )
+            time.sleep(5e-5)
+
+
+_all: "weakref.WeakSet[RecordedSteps]" = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Lets go of all recordings of this process: `ddpkit.ranks.group.shutdown` does before communicators are destroyed."""
+    for steps in list(_all):
+        steps.close()

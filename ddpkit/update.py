@@ -1,0 +1,99 @@
+"""Clipping and the optimizer's step, without effect where the gradient is not finite."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ddpkit.trained import Trained
+
+
+class Update:
+    """Applies the gradients that lie in `.grad`.
+
+    Args:
+        trained: the parameters.
+        optimizer: steps them.
+        clip_norm: upper bound of the norm of the global gradient.
+
+    Attributes:
+        grad_norm: `[]`, norm of the global gradient before clipping, of the last step.
+        skipped: `[]` int64, how many updates were not applied.
+    """
+
+    def __init__(self, trained: Trained, optimizer: Optimizer, clip_norm: float | None) -> None:
+        self._trained, self._optimizer, self._clip_norm = trained, optimizer, clip_norm
+        device = trained.parameters[0].device
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(self) -> None:
+        """Clips and steps. Waits for the device where the optimizer cannot decide there whether to skip."""
+        step_unless(self._optimizer, self._clip())
+
+    def on_device(self) -> None:
+        """The same where the optimizer can (`decides_on_device`), as device work alone."""
+        step_by_flag(self._optimizer, self._clip())
+
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether the optimizer skips a step by a flag on the device, as those made with `fused=True` do."""
+        return decides_on_device(self._optimizer)
+
+    def note(self, norm: Tensor) -> Tensor:
+        """Takes down the norm of the global gradient; returns whether it is not finite."""
+        self.grad_norm = norm
+        not_finite = ~torch.isfinite(norm)
+        self.skipped += not_finite
+        return not_finite
+
+    def warn_if_skipped(self) -> None:
+        """Tells of an update that was not applied where the host need not wait to know it: on a CPU."""
+        if self.grad_norm.device.type == "cpu" and not torch.isfinite(self.grad_norm):
+            self._warn_of_skipped()
+
+    def _clip(self) -> Tensor:
+        trained = [p for p in self._trained.parameters if p.requires_grad and p.grad is not None]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        not_finite = self.note(torch.nn.utils.get_total_norm(gradients))
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, self._clip_norm, self.grad_norm)
+        return not_finite
+
+    def _warn_of_skipped(self) -> None:
+        bad = [
+            name
+            for name, p in zip(self._trained.names, self._trained.parameters, strict=True)
+            if p.requires_grad and p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        what = f"The gradient of {bad[0]!r}{others}" if bad else "The norm of the gradient"
+        warnings.warn(f"{what} is NaN or infinite: the update was not applied.", stacklevel=4)
+
+
+def decides_on_device(optimizer: Optimizer) -> bool:
+    """Whether an optimizer skips a step by a flag on the device (the contract of `torch.amp.GradScaler`)."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    """Calls `optimizer.step()` unless `skip` (a 0-d bool) holds.
+
+    Fused optimizers decide on the device; for others, and on the CPU, the host looks.
+    """
+    if skip.device.type == "cpu" or not decides_on_device(optimizer):
+        if not skip:
+            optimizer.step()
+        return
+    step_by_flag(optimizer, skip)
+
+
+def step_by_flag(optimizer: Any, skip: Tensor) -> None:
+    """Has a fused optimizer step, or leave all as it is if `skip` (a 0-d bool) holds, without a look at it."""
+    optimizer.grad_scale, optimizer.found_inf = None, skip.to(torch.float32)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
