@@ -1,0 +1,217 @@
+"""Steps from recordings against the same steps as they are, bit for bit."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from toy import Toy, random_batch
+from torch import nn
+
+import ddpkit
+from ddpkit.capture.recording import Pretended, as_one
+from ddpkit.compile.backend import using
+from ddpkit.errors import InputError, RecordingError
+from ddpkit.testing import run_ranks
+
+SIZES = [[6, 5, 4], [7, 7], [3, 4, 5]]
+BATCHES = [random_batch(sizes, seed=seed) for seed, sizes in enumerate(SIZES)]
+BATCHES.append(BATCHES[0].replace(positions=BATCHES[0].positions * 1.1, energy=BATCHES[0].energy + 1))
+STRATEGIES = {
+    "none": {"strategy": "none"},
+    "custom": {"strategy": "custom"},
+    "ingraph": {"strategy": "ingraph"},
+    "ingraph with the update": {"strategy": "ingraph", "optimizer_in_graph": True},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreted():
+    with using("interpreted"):
+        yield
+
+
+class Criterion(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = 10.0
+
+    def forward(self, output, batch):
+        energy = (output["energy"] - batch.energy).square().mean()
+        forces = (output["forces"] - batch.forces).square().mean()
+        return {"loss": energy + self.weight * forces, "loss_energy": energy, "loss_forces": forces}
+
+
+class Training:
+    """A model in training, and all that comes of its steps."""
+
+    def __init__(self, *, cuda_graphs, optimizer=torch.optim.AdamW, settings=None, batches=BATCHES, **options):
+        self.model, self.criterion, self.batches = Toy(), Criterion(), batches
+        self.optimizer = optimizer(self.model.parameters(), **{"lr": 1e-2, "fused": True} | (settings or {}))
+        self.step = ddpkit.make_step(
+            self.model, self.criterion, self.optimizer, compile=True, cuda_graphs=cuda_graphs, timeout=60.0, **options
+        )
+        self.seen = []
+
+    def run(self, number, before=lambda n: None):
+        for n in range(number):
+            before(n)
+            output = self.step(self.batches[len(self.seen) % len(self.batches)])
+            gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+            self.seen.append({**output, "norm": self.step.grad_norm.clone(), **gradients})
+
+    def state(self):
+        kept = {f"{i} {k}": v for i, state in enumerate(self.optimizer.state.values()) for k, v in state.items()}
+        return {**self.model.state_dict(), **kept, "skipped": self.step.skipped}
+
+
+def assert_same(one, two):
+    for n, (a, b) in enumerate(zip(one.seen, two.seen, strict=True)):
+        assert a.keys() == b.keys(), n
+        assert all(torch.equal(a[key], b[key]) or (a[key].isnan().all() and b[key].isnan().all()) for key in a), n
+    first, second = one.state(), two.state()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def both(number, before=lambda training, n: None, **options):
+    """The same training as it is and from recordings; the second."""
+    plain, recorded = Training(cuda_graphs=False, **options), Training(cuda_graphs=True, **options)
+    for training in (plain, recorded):
+        training.run(number, lambda n, training=training: before(training, n))
+    assert plain.step.captured_steps == 0
+    assert_same(plain, recorded)
+    return recorded.step
+
+
+def test_the_first_step_of_each_size_runs_as_it_is():
+    assert both(50, strategy="custom").captured_steps == 50 - len(SIZES)
+
+
+@pytest.mark.parametrize("strategy", ["custom", "ingraph"])
+def test_micro_batches(strategy):
+    step = both(30, strategy=strategy, batches=[BATCHES[:2], BATCHES[1:3], BATCHES[0]])
+    assert step.captured_steps == 27
+
+
+def change(training, n):
+    """All that users change between steps; each stands long enough for recordings to be made of it."""
+    group = training.optimizer.param_groups[0]
+    if n == 30:
+        group["lr"] = 3e-3
+    if 60 <= n < 70:
+        group["betas"], group["eps"], group["weight_decay"] = (0.9 - n / 1000, 0.999), 1e-8 * n, n / 1000
+    if n == 100:
+        training.model.first.requires_grad_(False)
+    if n == 120:
+        training.model.first.requires_grad_()
+    if n == 130:
+        training.criterion.weight = 3.0
+    if n == 140:
+        training.model.eval()
+        training.model(BATCHES[1])
+        training.model.train()
+    if n == 150:
+        training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
+        training.model.load_state_dict({k: v * 0.5 for k, v in training.model.state_dict().items()})
+    if n == 180:  # as a moving average does around a validation, but every other weight stays elsewhere
+        for i, p in enumerate(training.model.parameters()):
+            p.data, before = p.data.clone(), p.data
+            if i % 2:
+                p.data = before
+    training.optimizer.zero_grad(set_to_none=n % 2 == 0)
+
+
+@pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
+def test_changes_between_steps_are_obeyed(options):
+    step = both(210, change, clip_norm=1.0, **options)
+    assert step.captured_steps >= 200
+
+
+def test_a_rate_that_changes_at_every_step():
+    scheduled = {}
+
+    def before(training, n):
+        if n:
+            scheduled[id(training)].step()
+        else:
+            scheduled[id(training)] = torch.optim.lr_scheduler.OneCycleLR(training.optimizer, 0.02, total_steps=60)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the scheduler's too, of steps that it has not seen
+        step = both(50, before, strategy="custom")
+    assert step.captured_steps == 47
+
+
+@pytest.mark.parametrize("strategy", ["none", "custom", "ingraph"])
+def test_a_bad_gradient_changes_nothing(strategy):
+    bad = copy.deepcopy(BATCHES[1])
+    bad.energy[0] = torch.nan
+    batches = [*BATCHES[:3]] * 11 + [bad] + [*BATCHES[:3]] * 2
+    training = Training(cuda_graphs=True, strategy=strategy, batches=batches)
+    training.run(33)
+    before = {name: value.clone() for name, value in training.state().items()}
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        training.run(1)
+    after = training.state()
+    assert after.pop("skipped") == before.pop("skipped") + 1
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "calls")
+
+
+@pytest.mark.parametrize(("optimizer", "settings"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {"amsgrad": True})])
+def test_other_optimizers(optimizer, settings):
+    assert both(40, strategy="custom", optimizer=optimizer, settings=settings).captured_steps == 37
+
+
+def test_an_optimizer_that_cannot_skip_on_the_device_steps_outside():
+    assert both(40, strategy="custom", settings={"fused": False}).captured_steps == 37
+
+
+def test_what_cannot_be_recorded_is_refused():
+    with pytest.raises(InputError, match="strategy=standard"):
+        Training(cuda_graphs=True, strategy="standard")
+    model = Toy()
+    with pytest.raises(InputError, match="compile=False"):
+        ddpkit.make_step(model, Criterion(), torch.optim.SGD(model.parameters(), 0.1), cuda_graphs=True)
+
+
+# --- recordings themselves --------------------------------------------------------------------------------------------
+
+
+def test_a_recording_repeats_operations_on_the_same_memory():
+    x, total = torch.arange(6.0).reshape(2, 3), torch.zeros(3)
+
+    def body():
+        y = x.t().contiguous() @ x
+        total.add_(y.sum(0))
+        return [y[1:], torch.cat((y, y)).relu(), total]
+
+    recording = Pretended(body)
+    results = recording.run()
+    for scale in (1.0, -2.0, 3.0):
+        x.mul_(scale)
+        before = total.clone()
+        expected = x.t() @ x
+        assert recording.run() is results
+        torch.testing.assert_close(results[0], expected[1:])
+        torch.testing.assert_close(results[1], torch.cat((expected, expected)).relu())
+        torch.testing.assert_close(total, before + expected.sum(0))
+
+
+def test_a_recording_holds_for_the_numbers_of_its_first_run():
+    """As a CUDA graph does; otherwise the tests here could not tell what is obeyed from what is not."""
+    factor, x = 2.0, torch.ones(3)
+    recording = Pretended(lambda: [x * factor, as_one(lambda given: given[0] + given[1], [x, factor])])
+    recording.run()
+    factor = 5.0
+    x.fill_(10.0)
+    product, total = recording.run()
+    assert product.tolist() == [20.0] * 3
+    assert total.tolist() == [12.0] * 3
+
+
+def test_a_look_at_a_number_is_refused():
+    x = torch.ones(3)
+    with pytest.raises(RecordingError, match="looks at a number"):
+        Pretended(lambda: [x * float(x.sum())]).run()
