@@ -159,7 +159,9 @@ def test_a_bad_gradient_changes_nothing(strategy):
     assert all(torch.equal(after[name], value) for name, value in before.items() if name != "calls")
 
 
-@pytest.mark.parametrize(("optimizer", "settings"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {"amsgrad": True})])
+@pytest.mark.parametrize(
+    ("optimizer", "settings"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {"amsgrad": True})]
+)
 def test_other_optimizers(optimizer, settings):
     assert both(40, strategy="custom", optimizer=optimizer, settings=settings).captured_steps == 37
 
