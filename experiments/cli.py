@@ -1,11 +1,13 @@
 """The program `ddpkit`, with `ddpkit-run` and `ddpkit-analyze` under their own names."""
 
 import argparse
+import atexit
 import difflib
 import importlib
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -144,6 +146,7 @@ def _leave(work: Callable[[], None]) -> None:
     """Runs a command and ends the process with the exit code it earned."""
     try:
         work()
+        _end()
     except (InputError, RankDisagreementError) as error:
         _abandon(2, str(error), error)
     except (FloatingPointError, ParityError, RankLostError) as error:
@@ -164,6 +167,22 @@ def _leave(work: Callable[[], None]) -> None:
             sentence = f"Rank {_rank()} failed in phase {phase.current()[0] or 'import'}: {sentence}"
             own(error)
         _abandon(1, sentence, error)
+
+
+def _end() -> None:
+    """Does what Python does at its end, and leaves before it takes the interpreter down.
+
+    A thread that computes in a C++ library by then, such as one of a user's model or loader, is stopped where that library does
+    not expect it, which aborts the process ("terminate called without an active exception") although all was well.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001  (waits for all threads but daemons; no public name)
+    atexit._run_exitfuncs()  # noqa: SLF001  (likewise)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def _abandon(code: int, sentence: str, error: BaseException) -> None:

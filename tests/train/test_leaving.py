@@ -129,3 +129,31 @@ def test_a_rank_that_lives_on_after_its_error_is_named_and_all_may_try_again(wha
     went_on = [next(line for line in text.splitlines() if line.startswith("went on")).split()[-1] for text in said]
     assert went_on[0] == went_on[1]
     assert codes == [0, 0]
+
+
+COMPUTES_ON = """
+import threading, torch
+from ddpkit.experiments import cli
+
+begun = threading.Semaphore(0)
+
+def compute():
+    x = torch.ones(400, 400)
+    while True:
+        x = (x @ x).clamp(0, 1)
+        begun.release()
+
+def work():
+    for _ in range(3):
+        threading.Thread(target=compute, daemon=True).start()
+    for _ in range(30):
+        begun.acquire()
+    print("done")
+
+cli._leave(work)
+"""
+
+
+def test_threads_that_compute_on_do_not_abort_the_end():
+    done = subprocess.run([sys.executable, "-c", COMPUTES_ON], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
