@@ -5,14 +5,13 @@ import warnings
 
 import pytest
 import torch
-from toy import Toy, random_batch
 from torch import nn
+from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.capture.recording import Pretended, as_one
 from ddpkit.compile.backend import using
 from ddpkit.errors import InputError, RecordingError
-from ddpkit.testing import run_ranks
 
 SIZES = [[6, 5, 4], [7, 7], [3, 4, 5]]
 BATCHES = [random_batch(sizes, seed=seed) for seed, sizes in enumerate(SIZES)]
@@ -53,9 +52,10 @@ class Training:
         )
         self.seen = []
 
-    def run(self, number, before=lambda n: None):
+    def run(self, number, before=None):
         for n in range(number):
-            before(n)
+            if before is not None:
+                before(self, n)
             output = self.step(self.batches[len(self.seen) % len(self.batches)])
             gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
             self.seen.append({**output, "norm": self.step.grad_norm.clone(), **gradients})
@@ -75,11 +75,11 @@ def assert_same(one, two):
         assert torch.equal(value, second[name]), name
 
 
-def both(number, before=lambda training, n: None, **options):
+def both(number, before=None, **options):
     """The same training as it is and from recordings; the second."""
     plain, recorded = Training(cuda_graphs=False, **options), Training(cuda_graphs=True, **options)
     for training in (plain, recorded):
-        training.run(number, lambda n, training=training: before(training, n))
+        training.run(number, before)
     assert plain.step.captured_steps == 0
     assert_same(plain, recorded)
     return recorded.step
