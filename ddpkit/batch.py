@@ -36,8 +36,9 @@ class Batch:
     the sampler knows; a loss divides by them (`ddpkit.global_mean`). Where they are missing the batch is the whole.
     `stress_total` counts the frames that have a stress; where it is missing, all have one.
 
-    In a padded batch, `mask` is False for atoms that only fill it up; those belong to the last frame, and edges between them are
-    longer than any cutoff.
+    In a padded batch (`ddpkit.padding`), `mask` is False for atoms that only fill it up. The last frame is never a real one: it
+    holds those atoms, with edges that are longer than any cutoff. There may be empty frames before it. A loss leaves out what
+    `mask` leaves out, and frames without a real atom.
     """
 
     positions: Tensor = field(metadata=_shape("atoms", 3))  # float64, Å
@@ -59,6 +60,11 @@ class Batch:
     frames_total: Tensor | None = field(default=None, metadata=_shape())  # float64
     atoms_total: Tensor | None = field(default=None, metadata=_shape())  # float64
     stress_total: Tensor | None = field(default=None, metadata=_shape())  # float64
+
+    def real_frames(self) -> Tensor:
+        """`[frames]` bool: which frames hold an atom that does not only fill the batch up."""
+        atoms = torch.ones_like(self.frame) if self.mask is None else self.mask.to(self.frame.dtype)
+        return self.frame.new_zeros(self.num_frames).index_add(0, self.frame, atoms) > 0
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that hold tensors, by name."""
@@ -99,7 +105,10 @@ SIZES: Mapping[str, str] = {
 
 
 def select_frames(batch: Batch, frames: Sequence[int]) -> Batch:
-    """A batch of some of a batch's frames; a frame may come several times."""
+    """A batch of some of a batch's frames; a frame may come several times.
+
+    Of a padded batch, the last one chosen should be the last frame, so that the selection is a padded batch as well.
+    """
     atoms = [torch.nonzero(batch.frame == n)[:, 0] for n in frames]
     edges = [torch.nonzero(batch.frame[batch.edge_index[0]] == n)[:, 0] for n in frames]
     starts = [sum(len(a) for a in atoms[:n]) for n in range(len(frames))]

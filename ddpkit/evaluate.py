@@ -31,12 +31,14 @@ class Errors:
     sums: np.ndarray = field(default_factory=lambda: np.zeros(6))
 
     def add(self, output: dict[str, Tensor], batch: Batch) -> None:
-        """Adds a batch's errors."""
+        """Adds a batch's errors, without what only fills it up."""
         assert batch.energy is not None
         assert batch.forces is not None
         atoms = torch.bincount(batch.frame, minlength=batch.num_frames)
-        energy = _sums((output["energy"].detach() - batch.energy) / atoms)
-        self.sums += np.concatenate([energy, _sums(output["forces"].detach() - batch.forces)])
+        energy, forces = (output["energy"].detach() - batch.energy) / atoms, output["forces"].detach() - batch.forces
+        if batch.mask is not None:
+            energy, forces = energy[batch.real_frames()], forces[batch.mask]
+        self.sums += np.concatenate([_sums(energy), _sums(forces)])
 
     def metrics(self) -> dict[str, float]:
         """RMSE and MAE of energy per atom [eV] and forces [eV/Å]."""

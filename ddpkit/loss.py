@@ -34,7 +34,8 @@ class EnergyForcesLoss:
 
     Called with a model's output and its batch, returns this rank's share (`global_mean`) of `loss` and of its terms
     `loss_energy` [eV^2], `loss_forces` [eV^2/Å^2] and, with a stress weight, `loss_stress` [eV^2/Å^6], each 0-d. A frame whose
-    stress is NaN has no such label: it adds nothing, and the mean is over the others (`Batch.stress_total`).
+    stress is NaN has no such label: it adds nothing, and the mean is over the others (`Batch.stress_total`). In a padded batch,
+    atoms that `Batch.mask` leaves out add nothing, nor do frames of such atoms alone, whatever stands there.
     """
 
     energy: float = 1.0
@@ -52,20 +53,23 @@ class EnergyForcesLoss:
         assert batch.forces is not None
         real = torch.ones_like(batch.positions[:, 0]) if batch.mask is None else batch.mask.to(batch.positions.dtype)
         atoms = real.new_zeros(batch.num_frames).index_add(0, batch.frame, real)
+        is_real = None if batch.mask is None else atoms > 0
         frames_total = _count(batch.frames_total, (atoms > 0).sum())
-        per_atom = (output["energy"] - batch.energy) / atoms.clamp(min=1)
-        force_error = (output["forces"] - batch.forces) * real[:, None]
+        per_atom = _kept(output["energy"] - batch.energy, is_real) / atoms.clamp(min=1)
+        force_error = _kept(output["forces"] - batch.forces, batch.mask)
         terms = {
             "loss_energy": global_mean(self._cost(per_atom).sum(), frames_total),
             "loss_forces": global_mean(self._cost(force_error).sum(), 3 * _count(batch.atoms_total, real.sum())),
         }
         loss = self.energy * terms["loss_energy"] + self.forces * terms["loss_forces"]
         if self.stress:
-            terms["loss_stress"] = self._stress_term(output, batch, frames_total)
+            terms["loss_stress"] = self._stress_term(output, batch, frames_total, is_real)
             loss = loss + self.stress * terms["loss_stress"]
         return {"loss": loss, **terms}
 
-    def _stress_term(self, output: dict[str, Tensor], batch: Batch, frames_total: Tensor) -> Tensor:
+    def _stress_term(
+        self, output: dict[str, Tensor], batch: Batch, frames_total: Tensor, is_real: Tensor | None
+    ) -> Tensor:
         if batch.stress is None:  # other ranks or steps may have some
             return torch.zeros_like(frames_total)
         if "stress" not in output:
@@ -73,6 +77,8 @@ class EnergyForcesLoss:
                 "loss.stress is set, but the model's output has no stress: set loss.stress=0 or use a model that has"
             )
         unlabelled = batch.stress.isnan()
+        if is_real is not None:
+            unlabelled = unlabelled | ~is_real[:, None, None]
         error = torch.where(unlabelled, 0.0, output["stress"] - torch.where(unlabelled, 0.0, batch.stress))
         total = batch.stress_total
         if total is None:
@@ -84,6 +90,13 @@ class EnergyForcesLoss:
             return error.square()
         inside = error.clamp(-self.huber_delta, self.huber_delta)
         return inside * (2 * error - inside)
+
+
+def _kept(error: Tensor, keep: Tensor | None) -> Tensor:
+    """Errors `[n, ...]` with 0 where `keep` `[n]` is False; not a product, since what is left out may be no number."""
+    if keep is None:
+        return error
+    return torch.where(keep.reshape(-1, *[1] * (error.dim() - 1)), error, 0.0)
 
 
 def _count(total: Tensor | None, local: Tensor) -> Tensor:

@@ -26,11 +26,13 @@ class Capacity(NamedTuple):
 
     def holds(self, atoms: int, edges: int, frames: int, most: int) -> bool:
         """Whether a batch of these sizes fits, with the atoms that its padding edges need and a frame for them."""
+        extra = self.edges - edges
         return (
             frames < self.frames
-            and edges <= self.edges
+            and extra >= 0
             and most <= self.most
-            and atoms + padding_atoms(self.edges - edges, self.most) <= self.atoms
+            and (extra == 0 or self.most > 0)
+            and atoms + padding_atoms(extra, self.most) <= self.atoms
         )
 
 
@@ -39,12 +41,25 @@ def padding_atoms(edges: int, most: int) -> int:
     return -(-edges // most) if edges else 0
 
 
+def own_sizes(batch: Batch) -> Capacity:
+    """The least capacity that holds a batch: its own sizes, and a frame of padding that stays empty.
+
+    Args:
+        batch: with its neighbour tables.
+    """
+    assert batch.neighbours is not None
+    return Capacity(
+        batch.positions.shape[0], batch.edge_index.shape[1], batch.num_frames + 1, batch.neighbours.shape[1]
+    )
+
+
 def pad(batch: Batch, capacity: Capacity, r_max: float) -> Batch:
     """Fills a batch up to a capacity.
 
     The last frame holds the atoms that only fill up, and there may be empty frames before it. Padding edges lead from such an
     atom to itself, over twice the cutoff. `mask` tells real atoms from others. What is padded has no label: energies and forces
-    are 0, stresses NaN; a loss leaves such atoms and frames out by `mask`.
+    are 0, stresses NaN; a loss leaves such atoms and frames out by `mask`. A padded batch can be filled up
+    further.
 
     Nothing here waits for a device.
 
@@ -62,25 +77,27 @@ def pad(batch: Batch, capacity: Capacity, r_max: float) -> Batch:
     atoms, edges, frames = batch.positions.shape[0], batch.edge_index.shape[1], batch.num_frames
     if not capacity.holds(atoms, edges, frames, batch.neighbours.shape[1]):
         raise InputError(
-            f"A batch of {atoms} atoms, {edges} edges, {frames} frames and at most {batch.neighbours.shape[1]} neighbours does "
-            f"not fit into {capacity}."
+            f"A batch of {atoms} atoms, {edges} edges, {frames} frames and at most {batch.neighbours.shape[1]} neighbours of an "
+            f"atom does not fit into a capacity of {capacity.atoms} atoms, {capacity.edges} edges, {capacity.frames} frames and "
+            f"{capacity.most} neighbours, one frame and the atoms at padding edges included: choose a larger one."
         )
+    if batch.mask is None:
+        batch = batch.replace(mask=torch.ones_like(batch.frame, dtype=torch.bool))
     lengths: dict[Dim, int] = {"atoms": capacity.atoms, "edges": capacity.edges, "frames": capacity.frames}
     fills = {"frame": capacity.frames - 1, "stress": torch.nan}
     tensors = {
         name: _fill(tensor, lengths[DIMS[name][0]], fills.get(name, 0))
         for name, tensor in batch.tensors().items()
-        if DIMS[name] and DIMS[name][0] in lengths and name not in ("neighbours", "incoming", "mask")
+        if DIMS[name] and DIMS[name][0] in lengths and name not in ("neighbours", "incoming")
     }
     extra = torch.arange(edges, capacity.edges, device=batch.edge_index.device)
-    ends = atoms + (extra - edges) // capacity.most
+    ends = atoms + (extra - edges) // max(1, capacity.most)
     tensors["edge_index"] = torch.cat((batch.edge_index, ends.expand(2, -1)), 1)
     tensors["edge_shift"][edges:, 0] = 2 * r_max
     for name in ("neighbours", "incoming"):
         tensors[name] = _fill_table(getattr(batch, name), edges, extra, capacity)
     if batch.cell is not None:
         tensors["cell"][frames:] = torch.eye(3, dtype=batch.cell.dtype, device=batch.cell.device)
-    tensors["mask"] = torch.arange(capacity.atoms, device=extra.device) < atoms
     return batch.replace(**tensors, num_frames=capacity.frames)
 
 

@@ -188,14 +188,28 @@ def require_finite(measured: Sequence[Difference]) -> None:
 def samples(batch: Any) -> list[Any]:
     """Small batches of several shapes made of a batch's frames: one frame, two, and three; any other batch as it is.
 
-    Eager code needs many times the memory of compiled code, so whole batches are not compared.
+    Eager code needs many times the memory of compiled code, so whole batches are not compared. Of a padded batch, each sample
+    ends with a frame of padding: with atoms that have edges, and one that has none, as far as the batch has such.
     """
     if not isinstance(batch, Batch):
         return [batch]
     atoms = torch.bincount(batch.frame, minlength=batch.num_frames)
     edges = torch.bincount(batch.frame[batch.edge_index[0]], minlength=batch.num_frames)
-    usable = [n for n in torch.argsort(atoms, stable=True).tolist() if atoms[n] > 1 and edges[n] > 1]
+    real = batch.real_frames()
+    usable = [n for n in torch.argsort(atoms, stable=True).tolist() if real[n] and atoms[n] > 1 and edges[n] > 1]
     if not usable:
         return [batch]
     smallest = (usable * 3)[:3]
-    return [select_frames(batch, smallest[:n]) for n in (1, 2, 3)]
+    padding = []
+    if batch.mask is not None:
+        padding = [batch.num_frames - 1]
+        batch = _with_little_padding(batch)
+    return [select_frames(batch, [*smallest[:n], *padding]) for n in (1, 2, 3)]
+
+
+def _with_little_padding(batch: Batch) -> Batch:
+    """A padded batch whose atoms of padding but for the first two and the last are in no frame that can be selected."""
+    assert batch.mask is not None
+    number = (~batch.mask).cumsum(0)
+    surplus = ~batch.mask & (number > 2) & (number < number.max())
+    return batch.replace(frame=batch.frame.masked_fill(surplus, batch.num_frames))
