@@ -220,7 +220,7 @@ def _refuse_not_finite(what: str, value: Any, name: str, labels: Labels) -> None
 def _block(frames: list[Frame], r_max: float, filters: Filters) -> Block:
     for frame in frames:
         if len(frame) == 1 and frame.cell is not None and not frame.isolated and not filters.isolated:
-            edges, _ = count_edges(frame, r_max)
+            edges = count_edges(frame, r_max).edges
             if not edges:
                 raise InputError(
                     f"{frame.name} is one atom without an image within r_max={r_max:g} Å, but with one within {FAR:g} Å, "

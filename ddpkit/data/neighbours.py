@@ -1,6 +1,6 @@
 """Neighbour lists."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,16 @@ def check_cutoff(r_max: float) -> None:
         raise InputError(f"r_max={r_max} Å is no cutoff: give a positive number")
 
 
-def count_edges(frame: Frame, r_max: float, closest: float = TOUCHING) -> tuple[int, int]:
-    """Number of edges, and of atoms without any (isolated ones).
+class Counts(NamedTuple):
+    """What is counted of a frame's edges."""
+
+    edges: int
+    isolated: int  # atoms without any
+    most: int  # neighbours of the atom that has most
+
+
+def count_edges(frame: Frame, r_max: float, closest: float = TOUCHING) -> Counts:
+    """Counts edges without making a list of them.
 
     Args:
         frame: the configuration.
@@ -61,7 +69,7 @@ def count_edges(frame: Frame, r_max: float, closest: float = TOUCHING) -> tuple[
     """
     pairs = _search(frame, r_max, "P", closest)[0]
     degree = np.bincount(pairs[:, 0].astype(np.int64), minlength=len(frame))
-    return len(pairs), int((degree == 0).sum())
+    return Counts(len(pairs), int((degree == 0).sum()), int(degree.max(initial=0)))
 
 
 def _search(frame: Frame, r_max: float, quantities: str, closest: float = TOUCHING) -> tuple[NDArray[Any], ...]:

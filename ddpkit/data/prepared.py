@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpkit.data.frame import SYMBOLS, Frame
-from ddpkit.data.neighbours import TOUCHING, count_edges
+from ddpkit.data.neighbours import TOUCHING, Counts, count_edges
 from ddpkit.data.once import made_once
 from ddpkit.data.parallel import cores, ordered_map
 from ddpkit.errors import InputError
@@ -41,6 +41,7 @@ _COLUMNS: dict[str, tuple[str, tuple[int, ...], bool]] = {
     "forces": ("<f8", (3,), True),
     "atoms": ("<i4", (), False),
     "edges": ("<i4", (), False),
+    "most": ("<i4", (), False),
     "energy": ("<f8", (), False),
     "charge": ("<i2", (), False),
     "subset": ("<i4", (), False),
@@ -94,7 +95,7 @@ class Block:
         Raises:
             InputError: a frame has no atoms or some on top of one another, or contradicts the energy of an isolated atom.
         """
-        kept, edges = [], []
+        kept, counts = [], []
         atom_energies: dict[str, float] = {}
         dropped: Counter[str] = Counter()
         read = 0
@@ -112,15 +113,15 @@ class Block:
                 if frame.charge == 0 and math.isfinite(frame.energy):
                     _add_reference(atom_energies, SYMBOLS[int(frame.numbers[0])], frame.energy, frame.name)
             else:
-                count, isolated = count_edges(frame, r_max, closest)
-                if filters.isolated and isolated:
+                count = count_edges(frame, r_max, closest)
+                if filters.isolated and count.isolated:
                     dropped["isolated atoms"] += 1
                 else:
                     kept.append(frame)
-                    edges.append(count)
+                    counts.append(count)
         if any(not len(frame) for frame in kept):
             raise InputError(f"{next(f.name or 'a frame' for f in kept if not len(f))} has no atoms: remove it")
-        arrays = {name: np.asarray(values, dtype=_COLUMNS[name][0]) for name, values in _columns(kept, edges).items()}
+        arrays = {name: np.asarray(values, dtype=_COLUMNS[name][0]) for name, values in _columns(kept, counts).items()}
         return cls(arrays, [f.subset for f in kept], [f.group for f in kept], read, dict(dropped), atom_energies)
 
 
@@ -145,14 +146,15 @@ def _digest(frame: Frame) -> int:
     return int.from_bytes(found.digest(), "little")
 
 
-def _columns(frames: list[Frame], edges: list[int]) -> dict[str, Any]:
+def _columns(frames: list[Frame], counts: list[Counts]) -> dict[str, Any]:
     no_vectors, no_stress = np.zeros((0, 3)), np.full((3, 3), np.nan)
     return {
         "numbers": np.concatenate([np.zeros(0, dtype=np.int64), *(f.numbers for f in frames)]),
         "positions": np.concatenate([no_vectors, *(f.positions for f in frames)]),
         "forces": np.concatenate([no_vectors, *(f.forces for f in frames)]),
         "atoms": [len(f) for f in frames],
-        "edges": edges,
+        "edges": [count.edges for count in counts],
+        "most": [count.most for count in counts],
         "energy": [f.energy for f in frames],
         "charge": [f.charge for f in frames],
         "cell": np.reshape([np.zeros((3, 3)) if f.cell is None else f.cell for f in frames], (-1, 3, 3)),
@@ -429,6 +431,7 @@ class PreparedSet:
         self.subsets: tuple[str, ...] = tuple(self.manifest["subsets"])
         self.species: tuple[str, ...] = tuple(self.manifest["species"])
         self._groups: list[str] | None = None
+        self._counts: dict[float, dict[str, NDArray[np.int64]]] = {}  # by cutoff
 
     def __len__(self) -> int:
         return len(self.atoms)
@@ -531,15 +534,42 @@ class PreparedSet:
         Those of the set's own cutoff are kept in it; for another they are counted once, on all cores, and kept in its folder
         where that can be written.
         """
-        if r_max == self.manifest["r_max"]:
-            return self._arrays["edges"].astype(np.int64)
-        kept = self.path / f"edges_{r_max:.12g}.npy"
+        return self._counted("edges", r_max)
+
+    def most_neighbours(self, r_max: float) -> NDArray[np.int64]:
+        """`[frames]` neighbours within a cutoff in Å of the atom of each frame that has most.
+
+        Kept like `edges`; a set of an older version has none, and they are counted once.
+        """
+        return self._counted("most", r_max)
+
+    def _counted(self, name: str, r_max: float) -> NDArray[np.int64]:
+        if self._has_counts(name, r_max):
+            return self._arrays[name].astype(np.int64)
+        kept = self.path / f"{name}_{r_max:.12g}.npy"
         if not kept.exists():
             if not os.access(self.path, os.W_OK):
-                return self._count(r_max)
-            made_once(kept, lambda temporary: _save(temporary, self._count(r_max)))
+                return self._count(r_max)[name]
+            made_once(kept, lambda temporary: self._keep_counts(temporary, name, r_max))
         counts: NDArray[np.int64] = np.load(kept)
         return counts
+
+    def _has_counts(self, name: str, r_max: float) -> bool:
+        """Whether counts are those that the set was made with."""
+        return bool(r_max == self.manifest["r_max"]) and name in self._arrays
+
+    def _keep_counts(self, path: Path, name: str, r_max: float) -> None:
+        """Writes one kind of counts to `path`, and beside it what was counted along with it."""
+        counts = self._count(r_max)
+        for other in counts.keys() - {name}:
+            target = self.path / f"{other}_{r_max:.12g}.npy"
+            if not (
+                self._has_counts(other, r_max) or target.exists()
+            ):  # no lock: who makes that one may wait for this one
+                beside = path.with_name(f".{target.name}.{os.getpid()}.beside")
+                _save(beside, counts[other])
+                beside.rename(target)
+        _save(path, counts[name])
 
     def verify(self) -> None:
         """Compares every array with its checksum.
@@ -557,11 +587,17 @@ class PreparedSet:
                     f"{self.path / name}.npy does not match its checksum: the file is damaged, make the set again"
                 )
 
-    def _count(self, r_max: float) -> NDArray[np.int64]:
-        step = 2000
-        tasks = [(str(self.path), r_max, start, min(start + step, len(self))) for start in range(0, len(self), step)]
-        processes = min(cores(), len(tasks)) if len(tasks) > 8 else 0
-        return np.concatenate([np.zeros(0, dtype=np.int64), *ordered_map(_count_range, tasks, processes)])
+    def _count(self, r_max: float) -> dict[str, NDArray[np.int64]]:
+        if r_max not in self._counts:
+            step = 2000
+            starts = range(0, len(self), step)
+            tasks = [(str(self.path), r_max, start, min(start + step, len(self))) for start in starts]
+            processes = min(cores(), len(tasks)) if len(tasks) > 8 else 0
+            edges, most = np.concatenate(
+                [np.zeros((2, 0), dtype=np.int64), *ordered_map(_count_range, tasks, processes)], axis=1
+            )
+            self._counts[r_max] = {"edges": edges, "most": most}
+        return self._counts[r_max]
 
     def _map(self, name: str, facts: Mapping[str, Any]) -> NDArray[Any]:
         path = self.path / f"{name}.npy"
@@ -603,9 +639,11 @@ def write_prepared(
 
 
 def _count_range(task: tuple[str, float, int, int]) -> NDArray[np.int64]:
+    """`[2, frames]` edges, and neighbours of the atom that has most."""
     path, r_max, start, stop = task
     frames = PreparedSet(path)
-    return np.array([count_edges(frames.frame(i), r_max)[0] for i in range(start, stop)], dtype=np.int64)
+    counts = [count_edges(frames.frame(i), r_max) for i in range(start, stop)]
+    return np.array([(count.edges, count.most) for count in counts], dtype=np.int64).T
 
 
 def _write_header(file: BinaryIO, name: str, rows: int) -> int:

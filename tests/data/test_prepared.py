@@ -11,7 +11,7 @@ from helpers import crystal, molecule
 
 from ddpkit import InputError
 from ddpkit.data import PreparedSet, write_prepared
-from ddpkit.data.neighbours import count_edges
+from ddpkit.data.neighbours import count_edges, neighbour_list
 from ddpkit.data.once import made_once
 from ddpkit.data.prepared import Block, Filters, Writer
 
@@ -67,6 +67,42 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
         write_prepared(tmp_path / name, frames(), r_max=3.0)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_most_neighbours_are_those_of_the_lists(tmp_path):
+    given = [*frames(12), *frames(12, kind=crystal)]
+    read = write_prepared(tmp_path / "set", given, r_max=3.0)
+    for r_max in (3.0, 1.7):
+        rows = [
+            np.bincount(np.stack(neighbour_list(f, r_max)[:2])[end], minlength=1).max() for f in given for end in (0, 1)
+        ]
+        assert np.repeat(read.most_neighbours(r_max), 2).tolist() == rows
+    assert not (tmp_path / "set" / "most_3.npy").exists()
+
+
+def test_both_counts_are_made_at_once_and_a_set_of_an_older_version_gets_its_own(tmp_path, monkeypatch):
+    given = frames(30)
+    write_prepared(tmp_path / "set", given, r_max=3.0)
+    expected = [count_edges(f, 1.7) for f in given]
+    assert PreparedSet(tmp_path / "set").most_neighbours(1.7).tolist() == [c.most for c in expected]
+    monkeypatch.setattr(PreparedSet, "_count", None)
+    assert PreparedSet(tmp_path / "set").edges(1.7).tolist() == [c.edges for c in expected]
+    monkeypatch.undo()
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    del manifest["arrays"]["most"]
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "set" / "most.npy").unlink()
+    (tmp_path / "set" / "most_1.7.npy").unlink()
+    np.save(tmp_path / "set" / "edges_1.7.npy", np.arange(30))
+    old = PreparedSet(tmp_path / "set")
+    old.verify()
+    assert old.most_neighbours(3.0).tolist() == [count_edges(f, 3.0).most for f in given]
+    assert old.most_neighbours(1.7).tolist() == [c.most for c in expected]
+    assert old.edges(1.7).tolist() == list(range(30))
+    assert sorted(p.name for p in (tmp_path / "set").glob("*_*.npy")) == [
+        "edges_1.7.npy", "most_1.7.npy", "most_3.npy",
+    ]  # fmt: skip
+    assert not [p for p in (tmp_path / "set").iterdir() if p.name.endswith((".tmp", ".beside"))]
 
 
 def test_edges_of_another_cutoff_are_counted_once_and_kept(tmp_path):
