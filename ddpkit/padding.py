@@ -1,44 +1,13 @@
 """Batches filled up to fixed sizes, so that one recorded step serves many of them."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ddpkit.batch import DIMS, Batch, Dim
+from ddpkit.data.capacities import Capacity
 from ddpkit.errors import InputError
 
-
-class Capacity(NamedTuple):
-    """The sizes that batches are filled up to.
-
-    Attributes:
-        atoms: rows of per-atom tensors.
-        edges: edges.
-        frames: frames; the last is never a real one.
-        most: columns of the neighbour tables.
-    """
-
-    atoms: int
-    edges: int
-    frames: int
-    most: int
-
-    def holds(self, atoms: int, edges: int, frames: int, most: int) -> bool:
-        """Whether a batch of these sizes fits, with the atoms that its padding edges need and a frame for them."""
-        extra = self.edges - edges
-        return (
-            frames < self.frames
-            and extra >= 0
-            and most <= self.most
-            and (extra == 0 or self.most > 0)
-            and atoms + padding_atoms(extra, self.most) <= self.atoms
-        )
-
-
-def padding_atoms(edges: int, most: int) -> int:
-    """Atoms that so many padding edges need: each is listed once at its atom, and no row is longer than `most`."""
-    return -(-edges // most) if edges else 0
+__all__ = ["Capacity", "own_sizes", "pad"]
 
 
 def own_sizes(batch: Batch) -> Capacity:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ddpkit.data.batching import collate as collate
     from ddpkit.data.builtin import generate as generate
     from ddpkit.data.builtin import generated as generated
+    from ddpkit.data.capacities import Capacity as Capacity
+    from ddpkit.data.capacities import choose_capacities as choose_capacities
     from ddpkit.data.facts import Statistics as Statistics
     from ddpkit.data.facts import statistics as statistics
     from ddpkit.data.frame import Frame as Frame
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ddpkit.data.sampler import Sweep as Sweep
 
 _HOME = {
+    "Capacity": "ddpkit.data.capacities",
     "Frame": "ddpkit.data.frame",
     "GlobalStep": "ddpkit.data.sampler",
     "Loader": "ddpkit.data.loader",
@@ -32,6 +35,7 @@ _HOME = {
     "Sampler": "ddpkit.data.sampler",
     "Statistics": "ddpkit.data.facts",
     "Sweep": "ddpkit.data.sampler",
+    "choose_capacities": "ddpkit.data.capacities",
     "collate": "ddpkit.data.batching",
     "generate": "ddpkit.data.builtin",
     "generated": "ddpkit.data.builtin",

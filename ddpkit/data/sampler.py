@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpkit.data.capacities import Capacity, Sizes, holding
 from ddpkit.errors import InputError
 
 Indices = NDArray[np.int64]
@@ -21,6 +22,8 @@ class GlobalStep:
     atoms: int
     edges: int
     stresses: int | None = None  # frames of the global batch that have a stress, where that is known
+    is_padded: bool = False  # whether batches are filled up: to `capacity`, or to their own sizes where that is None
+    capacity: Capacity | None = None  # what all batches of the step are filled up to, the same on all ranks
 
     @property
     def indices(self) -> Indices:
@@ -46,6 +49,9 @@ class Sampler:
         accumulate: micro-batches that each rank divides its share into.
         seed: `data.seed`.
         stresses: `[n]` whether each has a stress, for a loss on it.
+        most_neighbours: `[n]` neighbours of the atom of each that has most; needed for capacities.
+        capacities: what batches are filled up to, the least first (`choose_capacities`): the first that holds the batches of
+            all ranks. None: batches are not padded.
 
     Raises:
         InputError: a batch larger than the set, or one with fewer frames than ranks times micro-batches.
@@ -63,6 +69,8 @@ class Sampler:
         accumulate: int = 1,
         seed: int = 0,
         stresses: NDArray[np.bool_] | None = None,
+        most_neighbours: Indices | None = None,
+        capacities: Sequence[Capacity] | None = None,
     ) -> None:
         if min(batch_size, world_size, accumulate) < 1:
             raise InputError(f"{batch_size=}, {world_size=}, {accumulate=}: each must be at least 1")
@@ -76,6 +84,10 @@ class Sampler:
         self.indices, self.atoms, self.edges = np.asarray(indices), np.asarray(atoms), np.asarray(edges)
         self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
         self.accumulate, self.seed, self.stresses = accumulate, seed, stresses
+        self.capacities = capacities
+        if capacities is not None and most_neighbours is None:
+            raise InputError("capacities are given without most_neighbours: give both")
+        self.most_neighbours: Indices = np.zeros(0, dtype=np.int64) if most_neighbours is None else most_neighbours
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,17 +101,29 @@ class Sampler:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[GlobalStep]:
         """The steps of an epoch (both counted from 0), from `start` on."""
-        order = self.order(epoch)
-        for step in range(start, self.steps_per_epoch):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            mine = self._shares(chosen)[self.rank]
+        for chosen, shares in self._plan(epoch, start):
             yield GlobalStep(
-                micro_batches=tuple(self.indices[part] for part in mine),
+                micro_batches=tuple(self.indices[part] for part in shares[self.rank]),
                 frames=len(chosen),
                 atoms=int(self.atoms[chosen].sum()),
                 edges=int(self.edges[chosen].sum()),
                 stresses=None if self.stresses is None else int(self.stresses[chosen].sum()),
+                is_padded=self.capacities is not None,
+                capacity=holding(self.capacities, self._sizes(shares)) if self.capacities else None,
             )
+
+    def sizes(self, epoch: int) -> Iterator[Sizes]:
+        """The sizes of the batches of each step of an epoch, on all ranks."""
+        for _, shares in self._plan(epoch):
+            yield self._sizes(shares)
+
+    def _sizes(self, shares: list[list[Indices]]) -> Sizes:
+        parts = [part for share in shares for part in share]
+        frames = np.array([len(part) for part in parts])
+        together, first = np.concatenate(parts), np.cumsum(frames) - frames
+        atoms, edges = (np.add.reduceat(x[together], first) for x in (self.atoms, self.edges))
+        most = np.maximum.reduceat(self.most_neighbours[together], first)
+        return np.stack([atoms, edges, frames, most], axis=1)
 
     def imbalance(self, world_size: int | None = None, steps: int = 200) -> tuple[float, float]:
         """Edges of the fullest rank over the mean, averaged over steps of the first epoch.
@@ -119,6 +143,13 @@ class Sampler:
     def order(self, epoch: int) -> Indices:
         """`[n]` the order in which an epoch takes the frames, as places in `indices`."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.indices))
+
+    def _plan(self, epoch: int, start: int = 0) -> Iterator[tuple[Indices, list[list[Indices]]]]:
+        """The frames of each step, and the micro-batches of each rank."""
+        order = self.order(epoch)
+        for step in range(start, self.steps_per_epoch):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield chosen, self._shares(chosen)
 
     def _shares(self, chosen: Indices) -> list[list[Indices]]:
         """The micro-batches of each rank."""

@@ -9,7 +9,8 @@ from test_models import MODELS
 from toy import random_batch
 
 import ddpkit
-from ddpkit.padding import Capacity, own_sizes, pad, padding_atoms
+from ddpkit.data.capacities import padding_atoms
+from ddpkit.padding import Capacity, own_sizes, pad
 
 R_MAX = 3.5
 

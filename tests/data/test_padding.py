@@ -12,8 +12,9 @@ from ddpkit import InputError
 from ddpkit.batch import Batch, neighbour_table, select_frames
 from ddpkit.compile.parity import samples
 from ddpkit.data import collate
+from ddpkit.data.capacities import padding_atoms
 from ddpkit.evaluate import Errors
-from ddpkit.padding import Capacity, own_sizes, pad, padding_atoms
+from ddpkit.padding import Capacity, own_sizes, pad
 
 R_MAX = 2.5
 

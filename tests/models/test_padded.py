@@ -6,8 +6,9 @@ from cases import R_MAX, SPECIES, make_frame, make_model
 
 import ddpkit
 from ddpkit.data import collate
+from ddpkit.data.capacities import padding_atoms
 from ddpkit.models.graph import TRACED, computing_by
-from ddpkit.padding import Capacity, own_sizes, pad, padding_atoms
+from ddpkit.padding import Capacity, own_sizes, pad
 
 TOLERANCE = {"float64": 1e-11, "mixed": 2e-4}
 CRITERION = ddpkit.EnergyForcesLoss(1.0, 2.0, 3.0, huber_delta=2.0)
