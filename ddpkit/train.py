@@ -115,6 +115,9 @@ class Loader(Protocol):
     def steps_per_epoch(self) -> int:
         """Number of optimizer steps in an epoch."""
 
+    def close(self) -> None:
+        """Gives up what was made ahead of an epoch."""
+
 
 class NonFiniteLossError(FloatingPointError):
     """A loss or gradient was NaN or infinite; the update was not applied. The message names rank and step."""
@@ -247,6 +250,8 @@ class Trainer:
         except NonFiniteGradientError:  # told by the strategy, before the step had ended
             self.progress.skipped += 1
             raise
+        finally:
+            self.train_loader.close()
         if self._projection is not None and self.stopped_by is None:
             self._projection.after(self.progress.step, ends=True)
         self._writer.wait()

@@ -146,7 +146,8 @@ def build_trainer(
             stresses=data.frames.has_stress(data.validation) if config.loss.stress else None,
         )  # fmt: skip
         loaders = [
-            Loader(data.frames, sampler, spec["species"], r_max, device=here.device) for sampler in (train, sweep)
+            Loader(data.frames, sampler, spec["species"], r_max, device=here.device, epochs=epochs)
+            for sampler, epochs in ((train, config.train.max_epochs), (sweep, 0))
         ]
     criterion = EnergyForcesLoss(**config.loss)
     ema = moving_average(model, config.train.ema_decay)  # copies the model before a strategy hooks itself to it
