@@ -3,7 +3,8 @@
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from ddpkit import checkpoint
 from ddpkit.compile.parity import Difference
-from ddpkit.data import Loader, Sampler, Sweep, statistics
+from ddpkit.data import Capacities, Capacity, Loader, Sampler, Sweep, choose_capacities, statistics
 from ddpkit.errors import InputError, exhausted
 from ddpkit.experiments.run_data import Data, changed, fingerprint, kept
 from ddpkit.experiments.turns import wait_for
@@ -232,8 +233,16 @@ def compare_kernels(model: nn.Module, batch: Any) -> list[Difference]:
     return found
 
 
-def train_sampler(config: DictConfig, data: Data, here: Environment) -> Sampler:
+def train_sampler(
+    config: DictConfig, data: Data, here: Environment, capacities: Sequence[Capacity] | None = None
+) -> Sampler:
     """What deals out the training frames.
+
+    Args:
+        config: the configuration.
+        data: the set and its parts.
+        here: where this process stands.
+        capacities: what batches are filled up to (`choose_capacities` for the plan that this gives without); None: nothing.
 
     Raises:
         InputError: a batch that is too small for the ranks, or larger than the set.
@@ -241,11 +250,27 @@ def train_sampler(config: DictConfig, data: Data, here: Environment) -> Sampler:
     make, world_size, rank = Sampler, here.world_size, here.rank
     if strategy_name(config) == "emulated" and here.world_size == 1:
         make, world_size, rank = EveryRank, config.strategy.ranks, 0
+    r_max, stresses = float(config.model.r_max), config.loss.stress
     return make(
-        data.train, data.frames.atoms[data.train], data.frames.edges(float(config.model.r_max))[data.train],
+        data.train, data.frames.atoms[data.train], data.frames.edges(r_max)[data.train],
         config.train.batch_size, world_size=world_size, rank=rank, accumulate=config.train.accumulate,
-        seed=config.data.seed, stresses=data.frames.has_stress(data.train) if config.loss.stress else None,
+        seed=config.data.seed, stresses=data.frames.has_stress(data.train) if stresses else None,
+        most_neighbours=None if capacities is None else data.frames.most_neighbours(r_max)[data.train],
+        capacities=capacities,
     )  # fmt: skip
+
+
+def capacities(config: DictConfig, data: Data, here: Environment) -> Capacities:
+    """What the training batches of a run are filled up to, so that one recorded step serves many; rank 0's choice.
+
+    Raises:
+        InputError: on every rank, a batch that is too small for the ranks, or larger than the set.
+    """
+    what = "choosing what batches are filled up to"
+    with agree(what):
+        sampler = train_sampler(config, data, here, capacities=())
+    found = share(lambda: asdict(choose_capacities(sampler)), what)
+    return Capacities(tuple(Capacity(*level) for level in found.pop("levels")), **found)
 
 
 def refuse_another_model(config: DictConfig, spec: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ddpkit.data.batching import collate as collate
     from ddpkit.data.builtin import generate as generate
     from ddpkit.data.builtin import generated as generated
+    from ddpkit.data.capacities import Capacities as Capacities
     from ddpkit.data.capacities import Capacity as Capacity
     from ddpkit.data.capacities import choose_capacities as choose_capacities
     from ddpkit.data.facts import Statistics as Statistics
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ddpkit.data.sampler import Sweep as Sweep
 
 _HOME = {
+    "Capacities": "ddpkit.data.capacities",
     "Capacity": "ddpkit.data.capacities",
     "Frame": "ddpkit.data.frame",
     "GlobalStep": "ddpkit.data.sampler",

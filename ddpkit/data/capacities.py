@@ -59,11 +59,11 @@ def holding(capacities: Sequence[Capacity], sizes: Sizes) -> Capacity | None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Capacities:
     """Capacities, and what they waste on steps other than those that they were chosen by.
 
     Attributes:
-        capacities: the least first.
+        levels: the capacities, the least first.
         steps: how many steps that was measured on.
         edges: edges of a step's capacity over those of the fullest batch, minus 1, averaged over steps.
         atoms: likewise of atoms.
@@ -71,7 +71,7 @@ class Choice:
         unheld: steps that no capacity holds, over all.
     """
 
-    capacities: tuple[Capacity, ...]
+    levels: tuple[Capacity, ...]
     steps: int
     edges: float
     atoms: float
@@ -80,12 +80,12 @@ class Choice:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.capacities)} capacities; mean waste {self.edges:.1%} of edges, {self.atoms:.1%} of atoms, "
+            f"{len(self.levels)} capacities; mean waste {self.edges:.1%} of edges, {self.atoms:.1%} of atoms, "
             f"{self.table:.1%} of tables; {self.unheld:.1%} of steps fit none"
         )
 
 
-def choose_capacities(sampler: "Sampler", *, waste: float = 0.1, levels: int = 8) -> Choice:
+def choose_capacities(sampler: "Sampler", *, waste: float = 0.1, levels: int = 8) -> Capacities:
     """As few capacities as keep the mean waste of edges below a bound, for all ranks and steps of a plan.
 
     Looks at some hundred steps of the plan. They are sorted by the edges of their fullest batch and cut into consecutive parts,
@@ -94,7 +94,7 @@ def choose_capacities(sampler: "Sampler", *, waste: float = 0.1, levels: int = 8
 
     Args:
         sampler: the plan; knows the most neighbours of each frame.
-        waste: bound of `Choice.edges`.
+        waste: bound of `Capacities.edges`.
         levels: no more capacities than that; sets of very unlike frames in small batches may waste more with these.
     """
     found = chain.from_iterable(sampler.sizes(epoch) for epoch in count())
@@ -103,7 +103,7 @@ def choose_capacities(sampler: "Sampler", *, waste: float = 0.1, levels: int = 8
     frames = min(max(int(step[:, 2].max()) for step in steps) * 5 // 4 + 2, sampler.batch_size + 1)
     mean, fullest = np.mean([step.max(0) for step in steps], axis=0), np.max([step.max(0) for step in steps], axis=0)
     beyond, most = np.ceil(_FURTHER * (fullest - mean)).astype(int).tolist(), int(sampler.most_neighbours.max())
-    best: Choice | None = None
+    best: Capacities | None = None
     for parts in _divided(steps, levels):
         needed = [_needed(part, frames) for part in parts]
         edges = needed[-1].edges + beyond[1]
@@ -152,7 +152,7 @@ def _atoms_for(batches: Sizes, edges: int, most: int) -> int:
     return int((batches[:, 0] - (batches[:, 1] - edges) // max(1, most)).max())
 
 
-def _measured(capacities: tuple[Capacity, ...], steps: Sequence[Sizes]) -> Choice:
+def _measured(capacities: tuple[Capacity, ...], steps: Sequence[Sizes]) -> Capacities:
     wasted = []
     for step in steps:
         capacity = holding(capacities, step)
@@ -166,4 +166,4 @@ def _measured(capacities: tuple[Capacity, ...], steps: Sequence[Sizes]) -> Choic
                 )
             )
     means = np.mean(wasted, axis=0) if wasted else np.full(3, np.inf)
-    return Choice(capacities, len(steps), *means.tolist(), 1 - len(wasted) / len(steps))
+    return Capacities(capacities, len(steps), *means.tolist(), 1 - len(wasted) / len(steps))

@@ -47,15 +47,15 @@ def test_a_step_has_the_first_capacity_that_holds_it_on_all_ranks(n, batch, worl
     batch = min(n, batch)
     plan = {"world_size": world, "accumulate": accumulate, "seed": seed, "spread": spread}
     choice = choose_capacities(make(n, batch, **plan))
-    assert 1 <= len(choice.capacities) <= 8
-    assert list(choice.capacities) == sorted(choice.capacities, key=lambda c: c.edges)
+    assert 1 <= len(choice.levels) <= 8
+    assert list(choice.levels) == sorted(choice.levels, key=lambda c: c.edges)
     epochs = (0, 1000)
-    ranks = [make(n, batch, rank=rank, capacities=choice.capacities, **plan) for rank in range(world)]
+    ranks = [make(n, batch, rank=rank, capacities=choice.levels, **plan) for rank in range(world)]
     for steps in zip(*([s for e in epochs for s in rank.epoch(e)] for rank in ranks), strict=True):
         assert len({step.capacity for step in steps}) == 1
         assert all(step.is_padded for step in steps)
         batches = [sizes_of(ranks[0], part) for step in steps for part in step.micro_batches]
-        holding = [c for c in choice.capacities if all(c.holds(*batch) for batch in batches)]
+        holding = [c for c in choice.levels if all(c.holds(*batch) for batch in batches)]
         assert steps[0].capacity == (holding[0] if holding else None)
     plain = [s for e in epochs for s in make(n, batch, **plan).epoch(e)]
     assert all(step.capacity is None and not step.is_padded for step in plain)
@@ -66,9 +66,9 @@ def test_a_step_has_the_first_capacity_that_holds_it_on_all_ranks(n, batch, worl
 def test_the_waste_stays_below_its_bound_with_few_capacities():
     sampler = make(2000, 64, world_size=4)
     choice = choose_capacities(sampler)
-    assert len(choice.capacities) <= 2
+    assert len(choice.levels) <= 2
     assert choice.edges < 0.1
-    ranks = [make(2000, 64, world_size=4, rank=rank, capacities=choice.capacities) for rank in range(4)]
+    ranks = [make(2000, 64, world_size=4, rank=rank, capacities=choice.levels) for rank in range(4)]
     wasted, unheld = [], 0
     for steps in zip(*([s for e in range(20, 24) for s in rank.epoch(e)] for rank in ranks), strict=True):
         capacity = steps[0].capacity
@@ -78,7 +78,7 @@ def test_the_waste_stays_below_its_bound_with_few_capacities():
     assert np.mean(wasted) < 0.1
     assert unheld <= 1
     stricter = choose_capacities(sampler, waste=0.03)
-    assert len(stricter.capacities) > len(choice.capacities)
+    assert len(stricter.levels) > len(choice.levels)
     assert stricter.edges < 0.03
     assert "capacities; mean waste" in str(stricter)
 
@@ -87,13 +87,13 @@ def test_frames_of_one_size_need_one_capacity():
     choice = choose_capacities(
         Sampler(np.arange(40), np.full(40, 9), np.full(40, 54), 8, most_neighbours=np.full(40, 8))
     )
-    assert len(choice.capacities) == 1
-    assert choice.capacities[0].edges == 8 * 54
+    assert len(choice.levels) == 1
+    assert choice.levels[0].edges == 8 * 54
     assert choice.unheld == 0
 
 
 def test_no_more_capacities_than_are_allowed():
-    assert len(choose_capacities(make(500, 2, spread=3.0), levels=3).capacities) == 3
+    assert len(choose_capacities(make(500, 2, spread=3.0), levels=3).levels) == 3
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
@@ -122,9 +122,7 @@ def test_a_step_that_fits_nowhere_has_no_capacity_but_is_padded():
 def test_one_process_that_stands_for_all_ranks_has_their_capacities():
     choice = choose_capacities(make(60, 16, world_size=4))
     assert choose_capacities(make(60, 16, kind=EveryRank, world_size=4)) == choice
-    one = make(60, 16, kind=EveryRank, world_size=4, capacities=choice.capacities)
-    for step, alone in zip(
-        one.epoch(1), make(60, 16, world_size=4, capacities=choice.capacities).epoch(1), strict=True
-    ):
+    one = make(60, 16, kind=EveryRank, world_size=4, capacities=choice.levels)
+    for step, alone in zip(one.epoch(1), make(60, 16, world_size=4, capacities=choice.levels).epoch(1), strict=True):
         assert step.capacity == alone.capacity
         assert all(step.capacity.holds(*sizes_of(one, part)) for part in step.micro_batches)

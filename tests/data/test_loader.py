@@ -140,7 +140,7 @@ def test_an_error_of_the_next_epoch_is_raised_there(frames, monkeypatch):
 def test_batches_are_filled_up_to_the_capacity_of_the_step(frames, accumulate):
     plan = {"world_size": 2, "accumulate": accumulate, "most_neighbours": frames.most_neighbours(3.0)}
     choice = choose_capacities(loader(frames, **plan).sampler)
-    small = choice.capacities[0]
+    small = choice.levels[0]
     few = [Capacity(small.atoms * 3 // 4, small.edges * 3 // 4, small.frames, small.most), small]
     seen = set()
     for epoch in range(6):
