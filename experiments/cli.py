@@ -30,6 +30,7 @@ VERBS = {
     "bench sync": ("ddpkit.experiments.bench_sync", "time gradient synchronisation", False),
     "bench step": ("ddpkit.experiments.bench_step", "time a training step, beside the peer's", False),
     "bench comm": ("ddpkit.experiments.bench_comm", "time all-reduces", False),
+    "bench loader": ("ddpkit.experiments.bench_loader", "time the making of batches", False),
     "doctor": (
         "ddpkit.experiments.doctor",
         "what launcher, network, GPUs and libraries look like, and what is wrong",

@@ -1,13 +1,14 @@
 """Frames to batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddpkit.batch import Batch
 from ddpkit.data.frame import NUMBERS, SYMBOLS, Frame
-from ddpkit.data.neighbours import neighbour_list
+from ddpkit.data.neighbours import NeighbourList, neighbour_list
 from ddpkit.errors import InputError
 
 
@@ -15,7 +16,14 @@ def _name(frame: Frame, position: int) -> str:
     return frame.name or f"frame {position} of the batch"
 
 
-def collate(frames: Sequence[Frame], species: Sequence[str], r_max: float, *, labels: bool = True) -> Batch:
+def collate(
+    frames: Sequence[Frame],
+    species: Sequence[str],
+    r_max: float,
+    *,
+    labels: bool = True,
+    lists: Callable[[int], NeighbourList] | None = None,
+) -> Batch:
     """Puts frames one after another and finds their edges.
 
     `cell` is None when no frame is periodic. In a batch of both kinds, molecules get a unit cell, and stress is NaN for frames
@@ -27,6 +35,7 @@ def collate(frames: Sequence[Frame], species: Sequence[str], r_max: float, *, la
         species: the model's chemical symbols; `Batch.species` is the index into them.
         r_max: cutoff in Å.
         labels: whether energy and forces must be there; without, the batch carries none.
+        lists: gives the neighbour list of a frame by its place in `frames`; None: they are found here.
 
     Raises:
         InputError: a species the model does not know, or a label that is NaN or infinite.
@@ -36,16 +45,22 @@ def collate(frames: Sequence[Frame], species: Sequence[str], r_max: float, *, la
     index = np.full(len(SYMBOLS), -1, dtype=np.int64)
     for position, symbol in enumerate(species):
         index[NUMBERS[symbol]] = position
-    centres, neighbours, shifts = [], [], []
-    first = 0
-    for position, frame in enumerate(frames):
-        _check(frame, _name(frame, position), index, species, labels=labels)
-        centre, neighbour, shift = neighbour_list(frame, r_max)
-        centres.append(centre + first)
-        neighbours.append(neighbour + first)
-        shifts.append(shift)
-        first += len(frame)
-    edge_index = torch.from_numpy(np.stack([np.concatenate(centres), np.concatenate(neighbours)]))
+    sizes = np.array([len(frame) for frame in frames])
+    atoms, first = int(sizes.sum()), np.cumsum(sizes) - sizes
+    numbers = np.concatenate([frame.numbers for frame in frames])
+    positions = np.concatenate([frame.positions for frame in frames])
+    kinds = index[numbers]
+    energy, forces = None, None
+    if labels:
+        energy = np.array([frame.energy for frame in frames], dtype=np.float64)
+        forces = np.concatenate([frame.forces for frame in frames])
+    if kinds.min(initial=0) < 0 or not all(x is None or np.isfinite(x).all() for x in (positions, energy, forces)):
+        for position, frame in enumerate(frames):
+            _check(frame, _name(frame, position), index, species, labels=labels)
+    found = [neighbour_list(frame, r_max) if lists is None else lists(n) for n, frame in enumerate(frames)]
+    centre, neighbour = (
+        np.concatenate([one[end] + start for one, start in zip(found, first, strict=True)]) for end in (0, 1)
+    )
     cell = None
     stress = None
     if any(frame.cell is not None for frame in frames):
@@ -53,19 +68,35 @@ def collate(frames: Sequence[Frame], species: Sequence[str], r_max: float, *, la
         if labels and any(frame.stress is not None for frame in frames):
             missing = np.full((3, 3), np.nan)
             stress = torch.from_numpy(np.stack([missing if f.stress is None else f.stress for f in frames]))
-    sizes = torch.tensor([len(frame) for frame in frames])
+    outgoing, incoming = _tables(centre, neighbour, atoms)
     return Batch(
-        positions=torch.from_numpy(np.concatenate([frame.positions for frame in frames])),
-        species=torch.from_numpy(index[np.concatenate([frame.numbers for frame in frames])]),
-        frame=torch.repeat_interleave(torch.arange(len(frames)), sizes),
-        edge_index=edge_index,
-        edge_shift=torch.from_numpy(np.concatenate(shifts)),
+        positions=torch.from_numpy(positions),
+        species=torch.from_numpy(kinds),
+        frame=torch.from_numpy(np.repeat(np.arange(len(frames)), sizes)),
+        edge_index=torch.from_numpy(np.stack([centre, neighbour])),
+        edge_shift=torch.from_numpy(np.concatenate([shift for _, _, shift in found])),
         num_frames=len(frames),
         cell=cell,
-        energy=torch.tensor([frame.energy for frame in frames], dtype=torch.float64) if labels else None,
-        forces=torch.from_numpy(np.concatenate([frame.forces for frame in frames])) if labels else None,
+        neighbours=torch.from_numpy(outgoing),
+        incoming=torch.from_numpy(incoming),
+        energy=None if energy is None else torch.from_numpy(energy),
+        forces=None if forces is None else torch.from_numpy(forces),
         stress=stress,
-    ).with_neighbours()
+    )
+
+
+def _tables(centre: NDArray[np.int64], neighbour: NDArray[np.int64], atoms: int) -> tuple[NDArray[np.int64], ...]:
+    """`Batch.neighbours` and `Batch.incoming` of edges sorted by centre; twice as fast as `Batch.with_neighbours`."""
+    edges, narrow = len(centre), np.int16 if atoms < 2**15 else np.int64  # numpy sorts short integers by counting
+    counts = [np.bincount(ends, minlength=atoms) for ends in (centre, neighbour)]
+    columns = np.arange(max(int(count.max(initial=0)) for count in counts))
+    tables = []
+    for count, order in zip(counts, (None, np.argsort(neighbour.astype(narrow), kind="stable")), strict=True):
+        listed = columns < count[:, None]
+        table = np.full(listed.shape, edges)
+        table[listed] = np.arange(edges) if order is None else order
+        tables.append(table)
+    return tuple(tables)
 
 
 def _check(frame: Frame, name: str, index: np.ndarray, species: Sequence[str], *, labels: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpkit.batch import Batch
 from ddpkit.data.batching import collate
+from ddpkit.data.neighbours import KeptLists
 from ddpkit.data.prepared import PreparedSet
 from ddpkit.data.sampler import GlobalStep
 from ddpkit.packing import moved, pack
@@ -48,8 +49,9 @@ class _Made:
 class Loader:
     """This rank's batches, on the device, with the counts of the global batch in them.
 
-    A thread reads, finds neighbours, collates and pads ahead of the step. For a GPU it packs each batch into one page-locked
-    buffer; the copy of the next step's batches goes on beside the step on a stream of its own, and the host waits for none.
+    A thread reads, finds neighbours (those of a frame that is met again are kept), collates and pads ahead of the step. For a GPU
+    it packs each batch into one page-locked buffer; the copy of the next step's batches goes on beside the step on a stream of
+    its own, and the host waits for none.
 
     Args:
         frames: the set.
@@ -74,6 +76,7 @@ class Loader:
     ) -> None:
         self.frames, self.sampler, self.species, self.r_max = frames, sampler, tuple(species), r_max
         self.device, self.prefetch, self.epochs = torch.device(device), prefetch, epochs
+        self._lists = KeptLists(r_max)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._ahead: tuple[int, _Worker] | None = None  # between epochs: the one to come, and what makes its batches
 
@@ -129,7 +132,7 @@ class Loader:
             totals["stress_total"] = torch.tensor(step.stresses, dtype=torch.float64)
         batches = []
         for part in step.micro_batches:
-            batch = collate([self.frames.frame(int(i)) for i in part], self.species, self.r_max).replace(**totals)
+            batch = self._collate(part.tolist()).replace(**totals)
             if step.is_padded:
                 batch = pad(batch, step.capacity or own_sizes(batch), self.r_max)
             batches.append(batch)
@@ -137,6 +140,12 @@ class Loader:
             return _Made(step, batches)
         buffers, batches = zip(*(pack(batch, pin=True) for batch in batches), strict=True)
         return _Made(step, list(batches), list(buffers))
+
+    def _collate(self, numbers: list[int]) -> Batch:
+        frames = [self.frames.frame(number) for number in numbers]
+        return collate(
+            frames, self.species, self.r_max, lists=lambda place: self._lists.of(numbers[place], frames[place])
+        )
 
     def _sent(self, item: "_Item") -> "_Item":
         """The same with batches on the device, once `copied` has happened."""

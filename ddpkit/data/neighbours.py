@@ -11,7 +11,11 @@ from ddpkit.errors import InputError
 TOUCHING = 1e-3  # Å; between atoms that are closer, an edge has no direction
 
 
-def neighbour_list(frame: Frame, r_max: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+NeighbourList = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+"""Centre `[edges]`, neighbour `[edges]` and shift `[edges, 3]` in Å: what `neighbour_list` returns."""
+
+
+def neighbour_list(frame: Frame, r_max: float) -> NeighbourList:
     """Every ordered pair of atoms closer than the cutoff, periodic images included.
 
     Cells smaller than the cutoff, mixed periodicity and atoms outside the cell are fine; an atom neighbours its own images, not
@@ -29,13 +33,69 @@ def neighbour_list(frame: Frame, r_max: float) -> tuple[NDArray[np.int64], NDArr
         centre `[edges]`, sorted; neighbour `[edges]`; and shift `[edges, 3]` in Å, so that
         `positions[neighbour] + shift - positions[centre]` is the edge vector.
     """
+    centre, neighbour, images = _sorted_pairs(frame, r_max)
+    return centre, neighbour, _shift(images, len(centre), frame)
+
+
+class KeptLists:
+    """Neighbour lists of frames that are met again, kept in memory in a fifth of their size or less.
+
+    Args:
+        r_max: cutoff in Å.
+        limit: bytes, about; lists beyond it are found each time.
+    """
+
+    def __init__(self, r_max: float, limit: int = 512 << 20) -> None:
+        self.r_max, self._left = r_max, limit
+        self._kept: dict[int, tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]] = {}
+
+    def of(self, key: int, frame: Frame) -> NeighbourList:
+        """What `neighbour_list` returns for a frame, to the bit.
+
+        Args:
+            key: another one for every frame.
+            frame: the configuration.
+        """
+        kept = self._kept.get(key)
+        if kept is None:
+            centre, neighbour, images = _sorted_pairs(frame, self.r_max)
+            degree = np.bincount(centre, minlength=len(frame))
+            kept = (_narrow(degree), _narrow(neighbour), None if images is None else _narrow(images))
+            size = _OVERHEAD + sum(x.nbytes for x in kept if x is not None)
+            if size <= self._left:
+                self._kept[key] = kept
+                self._left -= size
+        degree, short, images = kept
+        return np.repeat(np.arange(len(degree)), degree), short.astype(np.int64), _shift(images, len(short), frame)
+
+
+_INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64)
+_OVERHEAD = 500  # bytes of the objects that hold a list
+
+
+def _sorted_pairs(frame: Frame, r_max: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32] | None]:
+    """Centre and neighbour of each edge, and the cell that the neighbour is in; None for that where all are in one."""
     pairs, images = _search(frame, r_max, "PS")
     pairs = pairs.astype(np.int64)
     if frame.cell is None or not frame.pbc.any():
         order = np.argsort(pairs[:, 0] * len(frame) + pairs[:, 1])
-        return pairs[order, 0], pairs[order, 1], np.zeros((len(pairs), 3))
+        return pairs[order, 0], pairs[order, 1], None
     order = np.lexsort((images[:, 2], images[:, 1], images[:, 0], pairs[:, 1], pairs[:, 0]))
-    return pairs[order, 0], pairs[order, 1], images[order].astype(np.float64) @ frame.cell
+    return pairs[order, 0], pairs[order, 1], images[order]
+
+
+def _shift(images: NDArray[Any] | None, edges: int, frame: Frame) -> NDArray[np.float64]:
+    if images is None:
+        return np.zeros((edges, 3))
+    assert frame.cell is not None
+    shift: NDArray[np.float64] = images.astype(np.float64) @ frame.cell
+    return shift
+
+
+def _narrow(values: NDArray[Any]) -> NDArray[Any]:
+    """Integers in the shortest type that holds them."""
+    least, most = values.min(initial=0), values.max(initial=0)
+    return values.astype(next(t for t in _INTEGERS if np.iinfo(t).min <= least and most <= np.iinfo(t).max))
 
 
 def check_cutoff(r_max: float) -> None:

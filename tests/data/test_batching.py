@@ -36,6 +36,16 @@ def test_a_batch_is_its_frames_one_after_another():
     assert torch.linalg.det(batch.cell).abs().min() > 0
 
 
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (5, 1, 9), (2, 40, 3)])
+@pytest.mark.parametrize("kind", [molecule, crystal])
+def test_tables_are_those_of_a_batch_without(sizes, kind):
+    batch = collate([kind(np.random.default_rng(n), n) for n in sizes], SPECIES, 3.0)
+    expected = batch.replace(neighbours=None, incoming=None).with_neighbours()
+    assert batch.neighbours.dtype == batch.incoming.dtype == torch.int64
+    assert torch.equal(batch.neighbours, expected.neighbours)
+    assert torch.equal(batch.incoming, expected.incoming)
+
+
 def test_molecules_have_neither_cell_nor_stress():
     batch = collate([molecule(np.random.default_rng(0))], SPECIES, 3.0)
     assert batch.cell is None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpkit.data import neighbour_list
-from ddpkit.data.neighbours import count_edges
+from ddpkit.data.neighbours import KeptLists, count_edges
 
 
 def reference(frame, r_max):
@@ -50,3 +50,16 @@ def test_molecules_and_counts():
     degree = close.sum(axis=1)
     assert count_edges(frame, 1.2) == (degree.sum(), (degree == 0).sum(), degree.max())
     assert count_edges(frame, 1.2)[1] > 0
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 2000, 0])
+def test_kept_lists_are_those_that_are_found(limit):
+    rng = np.random.default_rng(5)
+    frames = [molecule(rng, 1), molecule(rng, 300), crystal(rng, 4, edge=1.9), crystal(rng, pbc=(True, False, True))]
+    kept = KeptLists(3.0, limit)
+    for _ in range(3):
+        for key, frame in enumerate(frames):
+            for one, other in zip(kept.of(key, frame), neighbour_list(frame, 3.0), strict=True):
+                assert one.dtype == other.dtype
+                np.testing.assert_array_equal(one, other)
+    assert len(kept._kept) == {1 << 20: 4, 2000: 2, 0: 0}[limit]

@@ -1,10 +1,13 @@
 """Overviews and options that all commands share."""
 
+import csv
 import importlib
 from contextlib import suppress
 
+import numpy as np
 import pytest
 
+from ddpkit.data import Frame, write_prepared
 from ddpkit.errors import InputError
 from ddpkit.experiments import setup
 from ddpkit.experiments.cli import VERBS, _dispatch
@@ -86,3 +89,20 @@ def test_a_table_that_cannot_be_written_is_told_before_anything_is_measured(caps
 def test_a_strategy_of_ones_own_is_not_taken_for_the_default(words, name):
     config = read(words)
     assert setup.strategy_name(config) == config.strategy.name == name
+
+
+def test_bench_loader_counts_batches(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    frames = [
+        Frame(np.array([1, 6, 8, 1]), np.diag(random.uniform(1, 2, size=4))[:, :3], 0.0, np.zeros((4, 3)))
+        for _ in range(20)
+    ]
+    path = write_prepared(tmp_path / "set", frames, r_max=3.0).path
+    words = [str(path), "--frames", "4", "--r-max", "3.0", "--epochs", "2", "--csv", str(tmp_path / "table.csv")]
+    _dispatch(["bench", "loader", *words])
+    told = capsys.readouterr().out
+    assert "4 frames a batch, 4 atoms" in told
+    (row,) = csv.DictReader((tmp_path / "table.csv").open())
+    assert all(float(row[name]) > 0 for name in row)
+    with pytest.raises(InputError, match="20 frames, fewer than a batch of 21"):
+        _dispatch(["bench", "loader", str(path), "--frames", "21"])
