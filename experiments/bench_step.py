@@ -1,9 +1,11 @@
 """`ddpkit bench step`: time and memory of a training step (forward, forces, backward, AdamW), beside the original package's.
 
-With `--peer nequip` the model is built in `nequip` or `nequip-allegro`, imported from there (`from_nequip`), and both
-take steps on the same batch in turn, in one process; `ratio` is the median over turns of peer over ours. Peak memory is
-measured in a process of its own for each: on a GPU what PyTorch had allocated at most, on a CPU the growth of the
-resident set over what it was with model and batch in place.
+Steps go through several batches of different sizes in turn. `ms` is the time of a step that is waited for, `train` that of a step
+in a row of steps that nobody waits for. With `--peer nequip` the model is built in `nequip` or `nequip-allegro`, imported from
+there (`from_nequip`), and both take turns in one process; `ratio` is the median over turns of peer over ours. With
+`--cuda-graphs` ours replays recorded steps of batches that are filled up to a few sizes. Peak memory is measured in a process of
+its own for each, once all batches have been met: on a GPU what PyTorch has allocated at most, model and batches apart, on a CPU
+the growth of the resident set.
 """
 
 import argparse
@@ -14,25 +16,30 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ddpkit
 from ddpkit.batch import Batch
-from ddpkit.data import Frame, collate
+from ddpkit.capture.steps import STEADY
+from ddpkit.data import Capacities, Frame, Sampler, choose_capacities, collate
+from ddpkit.data.capacities import holding
 from ddpkit.errors import InputError
 from ddpkit.experiments.models_table import CRYSTAL_SPECIES, build, default_species, model_spec
+from ddpkit.experiments.peers import Peer, PlainStep, optimizer, peer_model, with_kernels
+from ddpkit.padding import own_sizes, pad
 from ddpkit.step import Step
 
 COLUMNS = (
-    "model", "device", "precision", "mode", "frames", "atoms", "edges", "seconds", "peak_bytes", "peer_seconds",
-    "peer_peak_bytes", "ratio",
+    "model", "device", "precision", "mode", "batches", "frames", "atoms", "edges", "seconds", "seconds_train", "seconds_first",
+    "peak_bytes", "captured", "capacities", "waste", "peer_seconds", "peer_seconds_train", "peer_seconds_first",
+    "peer_peak_bytes", "ratio", "ratio_train",
 )  # fmt: skip
 
 _SIZES = range(28, 43)  # atoms of the frames: about 35 in a molecule, about 30 in a crystal
@@ -45,10 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", choices=["molecules", "crystals"], help="default: crystals for nequip_xl, else molecules"
     )
-    parser.add_argument("--frames", type=int, default=4, help="frames in the batch, each of about 35 atoms")
+    parser.add_argument("--frames", type=int, default=4, help="frames in a batch, each of about 35 atoms")
+    parser.add_argument("--batches", type=int, default=6, help="batches of different sizes that are taken in turn")
     parser.add_argument("--precision", choices=["mixed", "float32", "float64"], default="mixed")
     parser.add_argument("--mode", choices=["eager", "compile"], default="eager")
+    parser.add_argument("--cuda-graphs", action="store_true", help="with --mode compile, replay recorded steps")
     parser.add_argument("--peer", choices=["nequip"], help="compare with the original package")
+    parser.add_argument("--peer-kernels", choices=["openequivariance", "cuequivariance"], help="kernels of the peer")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU, for both")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU where there is one")
@@ -64,8 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Measures and prints the table."""
-    if min(args.frames, args.repeats, args.threads) < 1:
-        raise InputError("--frames, --repeats and --threads must be positive.")
+    if min(args.frames, args.repeats, args.threads, args.batches) < 1:
+        raise InputError("--frames, --batches, --repeats and --threads must be positive.")
+    if args.cuda_graphs and args.mode != "compile":
+        raise InputError("--cuda-graphs replays compiled steps: add --mode compile.")
+    if args.peer_kernels and not args.peer:
+        raise InputError("--peer-kernels are those of a peer: add --peer nequip.")
     if args.peer and args.precision == "float32":
         raise InputError("the peer embeds geometry in float64: compare with --precision mixed or float64.")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -90,99 +104,21 @@ def main(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the peer's where asked for, and a batch."""
+    """A model, the peer's where asked for, and batches.
+
+    Attributes:
+        ours: the model.
+        peer: the same model in the original package.
+        batches: as they are.
+        filled: what ours is given: the same, filled up to few sizes where steps are to be recorded.
+        capacities: those sizes; None where batches are left as they are.
+    """
 
     ours: nn.Module
-    peer: nn.Module | None
-    batch: Batch
-
-
-class Peer(nn.Module):
-    """A model of the original package that speaks the model contract."""
-
-    def __init__(self, module: nn.Module, batch: Batch) -> None:
-        super().__init__()
-        self.module = module
-        sizes = torch.bincount(batch.frame, minlength=batch.num_frames)
-        self.data = {
-            "pos": batch.positions,
-            "edge_index": batch.edge_index,
-            "atom_types": batch.species,
-            "batch": batch.frame,
-            "num_atoms": sizes,
-        }
-        if batch.cell is not None:
-            # an edge's shift in units of the lattice vectors
-            of_edge = batch.frame[batch.edge_index[0]]
-            shift = torch.linalg.solve(batch.cell.transpose(1, 2)[of_edge], batch.edge_shift.unsqueeze(2))
-            self.data |= {"cell": batch.cell, "edge_cell_shift": shift.squeeze(2).round()}
-
-    def forward(self, _: Batch) -> dict[str, Tensor]:
-        """The contract's outputs for the batch that it was built for."""
-        out = self.module(dict(self.data))
-        result = {"energy": out["total_energy"].squeeze(1).double(), "forces": out["forces"].double()}
-        if "cell" in self.data:
-            result["stress"] = out["stress"].double()
-        return result
-
-
-def peer_model(spec: dict[str, Any], species: Sequence[str], precision: str, *, compile: bool) -> nn.Module:  # noqa: A002
-    """The same model in `nequip` or `nequip-allegro`.
-
-    Raises:
-        InputError: the package is missing.
-    """
-    try:
-        from allegro.model import AllegroModel
-        from nequip.model import NequIPGNNModel
-        from nequip.utils.global_state import set_global_state
-    except ImportError as error:
-        raise InputError(
-            "--peer nequip needs the packages nequip and nequip-allegro: pip install 'ddpkit[test]'."
-        ) from error
-    set_global_state(allow_tf32=bool(torch.backends.cuda.matmul.allow_tf32))
-    shared = {
-        "seed": 1,
-        "model_dtype": "float64" if precision == "float64" else "float32",
-        "compile_mode": "compile" if compile else "eager",
-        "type_names": list(species),
-        "r_max": spec["r_max"],
-        "l_max": spec["l_max"],
-        "parity": spec["parity"],
-        "num_layers": spec["num_layers"],
-        "avg_num_neighbors": 30.0,
-        "per_type_energy_shifts": 0.0,
-        "per_type_energy_scales": 1.0,
-    }
-    if spec.get("zbl"):
-        zbl = {"_target_": "nequip.nn.pair_potential.ZBL", "units": "metal", "chemical_species": list(species)}
-        shared["pair_potential"] = zbl
-    radial = {"num_bessels": spec["num_bessels"], "polynomial_cutoff_p": spec["polynomial_cutoff_p"]}
-    if spec["_target_"].endswith("NequIP"):
-        model: nn.Module = NequIPGNNModel(
-            **shared,
-            **radial,
-            num_features=spec["num_features"],
-            type_embed_num_features=spec["type_embedding_dim"],
-            radial_mlp_depth=spec["radial_depth"],
-            radial_mlp_width=spec["radial_width"],
-        )
-        return model
-    model = AllegroModel(
-        **shared,
-        radial_chemical_embed={"_target_": "allegro.nn.TwoBodyBesselScalarEmbed", **radial},
-        radial_chemical_embed_dim=spec["embed_dim"],
-        scalar_embed_mlp_hidden_layers_depth=spec["scalar_embed_depth"],
-        scalar_embed_mlp_hidden_layers_width=spec["scalar_embed_width"],
-        num_scalar_features=spec["num_scalar_features"],
-        num_tensor_features=spec["num_tensor_features"],
-        allegro_mlp_hidden_layers_depth=spec["mlp_depth"],
-        allegro_mlp_hidden_layers_width=spec["mlp_width"],
-        readout_mlp_hidden_layers_depth=spec["readout_depth"],
-        readout_mlp_hidden_layers_width=spec["readout_width"],
-        readout_mlp_nonlinearity=None,
-    )
-    return model  # noqa: RET504  (which gives it a type)
+    peer: Peer | None
+    batches: list[Batch]
+    filled: list[Batch]
+    capacities: Capacities | None
 
 
 def frames(kind: str, number: int, seed: int) -> list[Frame]:
@@ -221,7 +157,7 @@ def _crystals(seed: int) -> Iterator[Frame]:
 
 
 def case(name: str, args: argparse.Namespace, *, ours: bool = True) -> Case:
-    """Builds models and batch.
+    """Builds models and batches.
 
     Raises:
         InputError: there is no such model or package.
@@ -231,43 +167,106 @@ def case(name: str, args: argparse.Namespace, *, ours: bool = True) -> Case:
     species = CRYSTAL_SPECIES if kind == "crystals" else default_species(spec)
     if args.peer and spec.get("scalar_embed_dim") is not None:
         spec["scalar_embed_dim"] = None  # as the peer has it
-    batch = collate(frames(kind, args.frames, 1), species, spec["r_max"], labels=False)
-    random = torch.Generator().manual_seed(1)
-    batch = batch.replace(
-        energy=torch.randn(batch.num_frames, generator=random, dtype=torch.float64),
-        forces=torch.randn(batch.positions.shape, generator=random, dtype=torch.float64),
-    ).to(args.device)
+    batches, filled, capacities = _batches(kind, species, spec["r_max"], args)
     torch.manual_seed(1)
     if not args.peer:
-        return Case(build(spec, species, precision=args.precision).to(args.device), None, batch)
+        return Case(build(spec, species, precision=args.precision).to(args.device), None, batches, filled, capacities)
     from ddpkit.models import from_nequip
 
-    peer = peer_model(spec, species, args.precision, compile=args.mode == "compile").to(args.device).train()
-    model = from_nequip(peer) if ours else nn.Module()
-    return Case(model, Peer(peer, batch), batch)
+    module = peer_model(spec, species, args.precision, compile=args.mode == "compile").to(args.device).train()
+    model = from_nequip(module) if ours else nn.Module()
+    if args.peer_kernels:
+        module = with_kernels(module, args.peer_kernels, spec["_target_"].rpartition(".")[2])
+    if ours and spec.get("kernels", "ddpkit") != "ddpkit":
+        weights = model.state_dict()
+        model = build(spec, species, precision=args.precision).to(args.device)
+        model.load_state_dict(weights)
+    peer = Peer(module)
+    for batch in batches:
+        peer.prepare(batch)
+    return Case(model, peer, batches, filled, capacities)
 
 
-def _optimizer(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+def _batches(
+    kind: str, species: Sequence[str], r_max: float, args: argparse.Namespace
+) -> tuple[list[Batch], list[Batch], Capacities | None]:
+    """Batches as a run would draw them, and the same filled up to capacities that its plan would have."""
+    pool = frames(kind, max(64, args.frames * args.batches), 1)
+    single = [collate([frame], species, r_max, labels=False) for frame in pool]
+    atoms, edges = (
+        [x.shape[0] for x in column] for column in zip(*((b.positions, b.edge_shift) for b in single), strict=True)
+    )
+    most = [b.neighbours.shape[1] for b in single if b.neighbours is not None]
+    plan = Sampler(
+        np.arange(len(pool)),
+        np.array(atoms),
+        np.array(edges),
+        args.frames,
+        most_neighbours=np.array(most),
+        capacities=(),
+    )
+    capacities = choose_capacities(plan) if args.cuda_graphs else None
+    random = torch.Generator().manual_seed(1)
+    batches, filled = [], []
+    steps = itertools.chain.from_iterable(plan.epoch(epoch) for epoch in itertools.count())
+    for step in itertools.islice(steps, args.batches):
+        batch = collate([pool[n] for n in step.indices], species, r_max, labels=False)
+        batch = batch.replace(
+            energy=torch.randn(batch.num_frames, generator=random, dtype=torch.float64),
+            forces=torch.randn(batch.positions.shape, generator=random, dtype=torch.float64),
+        )
+        batches.append(batch.to(args.device))
+        if capacities is not None:
+            sizes = own_sizes(batch)
+            level = holding(capacities.levels, np.array([[*sizes[:2], batch.num_frames, sizes.most]]))
+            filled.append(pad(batch, level or sizes, r_max).to(args.device))
+    return batches, filled or batches, capacities
 
 
-def _step(model: nn.Module, *, compile: bool) -> Step:  # noqa: A002
-    return ddpkit.make_step(model, ddpkit.EnergyForcesLoss(), _optimizer(model), strategy="none", compile=compile)
+def _step(model: nn.Module, args: argparse.Namespace) -> Step:
+    return ddpkit.make_step(
+        model,
+        ddpkit.EnergyForcesLoss(),
+        optimizer(model),
+        strategy="none",
+        compile=args.mode == "compile",
+        cuda_graphs=args.cuda_graphs,
+    )
 
 
-class PlainStep:
-    """A step as the original package's trainer takes it: `loss.backward()`, then the optimizer."""
+@dataclass
+class Timed:
+    """A step and what it took.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._criterion = ddpkit.EnergyForcesLoss()
-        self._optimizer = _optimizer(model)
+    Attributes:
+        step: called with a batch.
+        batches: taken in turn.
+        first: seconds until each batch has been met twice.
+        waited: of each turn, the median seconds of a step that was waited for.
+        train: of each turn, seconds a step in a row that was not.
+    """
 
-    def __call__(self, batch: Batch) -> None:
-        """Trains on a batch."""
-        self._optimizer.zero_grad()
-        self._criterion(self._model(batch), batch)["loss"].backward()
-        self._optimizer.step()
+    step: Callable[[Batch], Any]
+    batches: list[Batch]
+    first: float = 0.0
+    waited: list[float] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)
+
+    def warm_up(self) -> None:
+        """Meets each batch: compiles, and records."""
+        began = time.perf_counter()
+        self.step(self.batches[0])
+        _wait()
+        self.first = time.perf_counter() - began
+        for batch in (STEADY // len(self.batches) + 3) * self.batches:
+            self.step(batch)
+        _wait()
+
+    def turn(self) -> None:
+        """Takes all batches, waiting for each step, and then again in a row."""
+        self.waited.append(statistics.median(_timed(self.step, [batch]) for batch in self.batches))
+        row = max(1, 24 // len(self.batches)) * self.batches
+        self.train.append(_timed(self.step, row) / len(row))
 
 
 def _measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -276,40 +275,61 @@ def _measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     modes = {args.mode: False}
     if args.deterministic:
         modes[f"{args.mode} deterministic"] = True
-    step = _step(built.ours, compile=args.mode == "compile")
-    peer_step = None if built.peer is None else PlainStep(built.peer)
+    step = _step(built.ours, args)
+    peer = None if built.peer is None else Timed(PlainStep(built.peer), built.batches)
+    if peer is not None:
+        peer.warm_up()
     for mode, deterministic in modes.items():
         torch.use_deterministic_algorithms(mode=deterministic)
-        times, peer_times = [], []
-        for turn in range(args.repeats + 1):  # the first warms up
-            if peer_step is not None:
+        own = Timed(step, built.filled)
+        own.warm_up()
+        for _ in range(args.repeats):
+            if peer is not None:
                 torch.use_deterministic_algorithms(mode=False)
-                peer_times += [_timed(peer_step, built.batch)][: turn and 1]
+                peer.turn()
                 torch.use_deterministic_algorithms(mode=deterministic)
-            own = [_timed(step, built.batch) for _ in range(3)]
-            times += [statistics.median(own)][: turn and 1]
+            own.turn()
         torch.use_deterministic_algorithms(mode=False)
-        ratios = [a / b for a, b in zip(peer_times, times, strict=False)]
         yield {
             "model": name,
             "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu ({args.threads} threads)",
             "precision": args.precision,
             "mode": mode,
-            "frames": built.batch.num_frames,
-            "atoms": built.batch.positions.shape[0],
-            "edges": built.batch.edge_index.shape[1],
-            "seconds": statistics.median(times),
+            "batches": len(built.batches),
+            "frames": args.frames,
+            "atoms": round(statistics.mean(batch.positions.shape[0] for batch in built.batches)),
+            "edges": round(statistics.mean(batch.edge_index.shape[1] for batch in built.batches)),
+            "seconds": statistics.median(own.waited),
+            "seconds_train": statistics.median(own.train),
+            "seconds_first": own.first,
             "peak_bytes": _memory_elsewhere("ours", name, args),
-            "peer_seconds": statistics.median(peer_times) if peer_times else None,
-            "peer_peak_bytes": _memory_elsewhere("peer", name, args) if peer_times else None,
-            "ratio": statistics.median(ratios) if ratios else None,
+            "captured": step.captured_steps,
+            "capacities": None if built.capacities is None else len(built.capacities.levels),
+            "waste": None if built.capacities is None else built.capacities.edges,
+            **_of_peer(name, args, peer, own),
         }
+        if peer is not None:
+            peer.waited, peer.train = [], []
 
 
-def _timed(step: Any, batch: Batch) -> float:
+def _of_peer(name: str, args: argparse.Namespace, peer: Timed | None, own: Timed) -> dict[str, Any]:
+    if peer is None:
+        return dict.fromkeys(COLUMNS[-6:])
+    return {
+        "peer_seconds": statistics.median(peer.waited),
+        "peer_seconds_train": statistics.median(peer.train),
+        "peer_seconds_first": peer.first,
+        "peer_peak_bytes": _memory_elsewhere("peer", name, args),
+        "ratio": statistics.median(a / b for a, b in zip(peer.waited, own.waited, strict=True)),
+        "ratio_train": statistics.median(a / b for a, b in zip(peer.train, own.train, strict=True)),
+    }
+
+
+def _timed(step: Callable[[Batch], Any], batches: Sequence[Batch]) -> float:
     _wait()
     start = time.perf_counter()
-    step(batch)
+    for batch in batches:
+        step(batch)
     _wait()
     return time.perf_counter() - start
 
@@ -324,12 +344,12 @@ def _memory_elsewhere(whose: str, name: str, args: argparse.Namespace) -> int:
     command = [
         sys.executable, "-m", "ddpkit.experiments", "bench", "step", *args.overrides, "--model", name,
         "--frames", str(args.frames), "--precision", args.precision, "--mode", args.mode, "--threads", str(args.threads),
-        "--device", args.device, "--memory-of", whose,
+        "--device", args.device, "--batches", str(args.batches), "--memory-of", whose,
     ]  # fmt: skip
-    for option in ("kind", "peer"):
+    for option in ("kind", "peer", "peer_kernels"):
         if getattr(args, option):
-            command += [f"--{option}", getattr(args, option)]
-    command += ["--tf32"] * args.tf32
+            command += [f"--{option.replace('_', '-')}", getattr(args, option)]
+    command += ["--tf32"] * args.tf32 + ["--cuda-graphs"] * args.cuda_graphs
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -337,22 +357,28 @@ def _memory_elsewhere(whose: str, name: str, args: argparse.Namespace) -> int:
 
 
 def _peak_bytes(args: argparse.Namespace) -> int:
-    """What three steps need at most beyond model and batch."""
+    """What steps need at most beyond model and batches, once each batch has been met."""
     built = case(args.model[0], args, ours=args.memory_of == "ours")
-    step: Step | PlainStep
+    before = _allocated(args)
     if args.memory_of == "ours":
-        step = _step(built.ours, compile=args.mode == "compile")
+        timed = Timed(_step(built.ours, args), built.filled)
     else:
         assert built.peer is not None
-        step = PlainStep(built.peer)
-    if args.device == "cuda":
-        for _ in range(3):
-            step(built.batch)
-        return torch.cuda.max_memory_allocated()
-    before = _resident("VmRSS")
-    for _ in range(3):
-        step(built.batch)
-    return _resident("VmHWM") - before
+        timed = Timed(PlainStep(built.peer), built.batches)
+    if args.device == "cpu":  # what a resident set has been at most is not forgotten
+        for batch in timed.batches:
+            timed.step(batch)
+        return _resident("VmHWM") - before
+    timed.warm_up()
+    torch.cuda.reset_peak_memory_stats()
+    for batch in timed.batches:
+        timed.step(batch)
+    _wait()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _allocated(args: argparse.Namespace) -> int:
+    return torch.cuda.memory_allocated() if args.device == "cuda" else _resident("VmRSS")
 
 
 def _resident(field: str) -> int:
@@ -366,16 +392,23 @@ def _resident(field: str) -> int:
 def _print_row(row: dict[str, Any], *, header: bool) -> None:
     """One line for people, in ms and MiB."""
     if header:
-        words = ("device", "precision", "mode", "frames", "atoms", "edges", "ms", "MiB", "peer ms", "peer MiB", "ratio")
-        print(_line("model", *words))
-    peer = ("", "", "")
+        words = ("device", "precision", "mode", "frames", "atoms", "edges", "ms", "train", "MiB")
+        print(_line("model", *words, "peer ms", "train", "peer MiB", "ratio", "train"))
+    peer = ("", "", "", "", "")
     if row["ratio"] is not None:
-        peer = (f"{1e3 * row['peer_seconds']:.1f}", f"{row['peer_peak_bytes'] / 2**20:.0f}", f"{row['ratio']:.1f}")
+        peer = (
+            *(f"{1e3 * row[key]:.1f}" for key in ("peer_seconds", "peer_seconds_train")),
+            f"{row['peer_peak_bytes'] / 2**20:.0f}",
+            *(f"{row[key]:.1f}" for key in ("ratio", "ratio_train")),
+        )
     sizes = (str(row[key]) for key in ("frames", "atoms", "edges"))
-    own = (f"{1e3 * row['seconds']:.1f}", f"{row['peak_bytes'] / 2**20:.0f}")
+    own = (
+        *(f"{1e3 * row[key]:.2f}" for key in ("seconds", "seconds_train")),
+        f"{row['peak_bytes'] / 2**20:.0f}",
+    )
     print(_line(row["model"], row["device"][:16], row["precision"], row["mode"], *sizes, *own, *peer), flush=True)
 
 
 def _line(*words: str) -> str:
-    widths = (-15, -16, -9, -20, 6, 6, 7, 9, 7, 9, 8, 6)
+    widths = (-15, -16, -9, -20, 6, 6, 7, 9, 9, 7, 9, 9, 8, 6, 6)
     return " ".join(w.ljust(-n) if n < 0 else w.rjust(n) for w, n in zip(words, widths, strict=True)).rstrip()
