@@ -1,10 +1,13 @@
 """What happened in the steps that ranks have not looked at together yet."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpkit.step import Step
+from ddpkit.torch_private import copy_all
 
 
 class Ledger:
@@ -25,17 +28,39 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._norms)
 
-    def note(self) -> None:
-        """Takes down the step just made."""
-        self._norms.append(self._step.grad_norm.detach().to(torch.float64, copy=True))
+    def note(self, *, keep: bool = True) -> None:
+        """Takes down the step just made.
+
+        Args:
+            keep: copies the norm, which the next step may overwrite; not needed where `pack` follows before that.
+        """
+        norm = self._step.grad_norm.detach()
+        self._norms.append(norm.clone() if keep else norm)
         self._eager.append(float(self._step.eager_batches > self._eager_batches))
         self._eager_batches = self._step.eager_batches
 
-    def take(self) -> tuple[Tensor, list[float]]:
-        """Of the steps since the last time: `[steps]` norms on the device, and 1 for each that ran eager code. Forgets them."""
-        taken = torch.stack(self._norms), self._eager
+    def take(self) -> tuple[list[Tensor], list[float]]:
+        """Of the steps since the last time: their norms `[]` on the device, and 1 for each that ran eager code. Forgets them."""
+        taken = self._norms, self._eager
         self._norms, self._eager = [], []
         return taken
+
+
+@torch.no_grad()
+def pack(tensors: Sequence[Tensor], numbers: Sequence[float], device: torch.device) -> Tensor:
+    """`[tensors + numbers]` float64 on `device`: tensors `[]` of the model's device, then numbers of the host.
+
+    A GPU is not waited for, and gets one launch for each dtype among the tensors and one copy.
+    """
+    packed = torch.empty(len(tensors) + len(numbers), dtype=torch.float64, device=tensors[0].device)
+    places = packed.unbind()
+    for dtype in {tensor.dtype for tensor in tensors}:
+        chosen = [n for n, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        copy_all([places[n] for n in chosen], [tensors[n] for n in chosen])
+    on_gpu = packed.device.type == "cuda"
+    host = torch.tensor(numbers, dtype=torch.float64, pin_memory=on_gpu)
+    packed[len(tensors) :].copy_(host, non_blocking=on_gpu)
+    return packed.to(device)
 
 
 def name_bad(what: str, values: np.ndarray, last: int) -> str:

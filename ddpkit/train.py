@@ -1,15 +1,17 @@
 """The training loop: steps, validation, records, checkpoints, and a clean way out.
 
 Everything that ranks must agree on while training (losses, a signal to stop, NaN on some rank) rides on one small asynchronous
-gather a step, which is read one step later.
+gather a step, which is read a fixed number of steps later, so that the host need not wait for it.
 """
 
 import random
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +25,7 @@ from ddpkit.batch import Batch
 from ddpkit.data import GlobalStep
 from ddpkit.errors import NonFiniteGradientError
 from ddpkit.evaluate import Errors
-from ddpkit.ledger import Ledger, name_bad
+from ddpkit.ledger import Ledger, name_bad, pack
 from ddpkit.projection import Projection
 from ddpkit.ranks import phase
 from ddpkit.ranks.gather import Gather
@@ -33,6 +35,8 @@ from ddpkit.step import Step
 
 LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
 SPLIT_COLUMNS = ("compute", "sync", "optimizer")
+ROWS_LATE = {"cpu": 1, "cuda": 8}
+"""After how many steps rows are read, where nothing else is said."""
 
 
 @dataclass
@@ -77,6 +81,9 @@ class TrainConfig:
         accumulate: micro-batches that one optimizer step is made of.
         timeout: seconds that a rank waits for the others before it ends the run.
         log_every: steps between rows of `steps.csv`.
+        rows_late: steps after which ranks look at a row, write it, and act on what it tells (NaN, a signal, the time limit):
+            a killed run lacks the rows of so many steps. By then a GPU has ended the row's step, and the host need not wait for
+            it. None: 8 on GPUs, 1 on CPUs.
         checkpoint_every: steps between checkpoints; None: once an epoch; 0: none.
         clip_norm: upper bound of the norm of the global gradient; None: no clipping.
         ema_decay: of the moving average of the weights, which validation uses; 0 turns it off.
@@ -95,6 +102,7 @@ class TrainConfig:
     accumulate: int = 1
     timeout: float = 600.0
     log_every: int = 1
+    rows_late: int | None = None
     checkpoint_every: int | None = None
     clip_norm: float | None = None
     ema_decay: float = 0.999
@@ -121,6 +129,37 @@ class Loader(Protocol):
 
 class NonFiniteLossError(FloatingPointError):
     """A loss or gradient was NaN or infinite; the update was not applied. The message names rank and step."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one gather of the training loop tells of.
+
+    Attributes:
+        step: number of the last of its steps.
+        steps: how many there are, since the gather before.
+        lr_is_sent: whether the learning rate is among what the device knows.
+        row: what is known of its row of `steps.csv`; None where it makes none.
+        row_steps: how many steps the row stands for.
+    """
+
+    step: int
+    steps: int
+    lr_is_sent: bool
+    row: dict[str, Any] | None
+    row_steps: int
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What has come of a gather, `[ranks, ...]` each, by the names of what was sent."""
+
+    losses: np.ndarray
+    norms: np.ndarray
+    lr: np.ndarray
+    seconds: np.ndarray
+    signals: np.ndarray
+    out_of_time: np.ndarray
 
 
 @dataclass
@@ -189,6 +228,8 @@ class Trainer:
         self.scheduler = _plateau(optimizer, config.plateau)
         self._gather = Gather(here, config.timeout)
         self._ledger = Ledger(step)
+        self._late = config.rows_late or ROWS_LATE[here.device.type]
+        self._row_before: torch.cuda.Event | None = None
         self._writer = checkpoint.Writer(config.timeout)
         self._has_checkpoint = False
         self._random_states: list[dict[str, Any]] = []
@@ -238,20 +279,14 @@ class Trainer:
             NonFiniteLossError, NonFiniteGradientError: on every rank, where any rank met NaN or infinity.
         """
         self._started = time.monotonic() - self.progress.seconds
-        try:
-            with self._signals():
-                while not self._is_done():
-                    self._train_epoch()
-                    self._end_epoch()
-                    if self.progress.step_in_epoch:  # the run stopped within an epoch
-                        break
-                    if self._after_epoch is not None and (number := self._after_epoch(self)):
-                        self.stopped_by = signal.Signals(number)
-        except NonFiniteGradientError:  # told by the strategy, before the step had ended
-            self.progress.skipped += 1
-            raise
-        finally:
-            self.train_loader.close()
+        with self._signals(), closing(self.train_loader):
+            while not self._is_done():
+                self._train_epoch()
+                self._end_epoch()
+                if self.progress.step_in_epoch:  # the run stopped within an epoch
+                    break
+                if self._after_epoch is not None and (number := self._after_epoch(self)):
+                    self.stopped_by = signal.Signals(number)
         if self._projection is not None and self.stopped_by is None:
             self._projection.after(self.progress.step, ends=True)
         self._writer.wait()
@@ -283,6 +318,7 @@ class Trainer:
         )  # fmt: skip
         batches = self.train_loader.epoch(p.epoch, p.step_in_epoch)
         last_logged, row_steps, seconds_data = time.perf_counter(), 0, 0.0
+        self._row_before = self._gather.now()
         try:
             while True:
                 asked = time.perf_counter()
@@ -292,7 +328,8 @@ class Trainer:
                     break
                 counts, micro_batches = drawn
                 result = self.step(micro_batches if len(micro_batches) > 1 else micro_batches[0])
-                self._ledger.note()
+                due = (p.step + 1) % c.log_every == 0
+                self._ledger.note(keep=not due)
                 if self.ema is not None:
                     self.ema.update_parameters(self.model)
                 p.step += 1
@@ -300,13 +337,12 @@ class Trainer:
                 row_steps += 1
                 if self._projection is not None:
                     self._projection.after(p.step)
-                stop = False
-                if p.step % c.log_every == 0:
-                    stop = self._log_previous(bar)
+                stop = self._read(bar, p.step - self._late)
+                if due:
                     now = time.perf_counter()
                     seconds = (now - last_logged) / row_steps
                     last_logged = now
-                    self._send_row(counts, result, seconds, seconds_data / row_steps)
+                    self._send_row(counts, result, row_steps, seconds, seconds_data / row_steps)
                     p.seconds_in_epoch += seconds * row_steps
                     p.seconds_steps += seconds * row_steps
                     p.seconds_data += seconds_data
@@ -319,107 +355,157 @@ class Trainer:
                         break
                     self._save()
             self._look(bar)
-            p.seconds_in_epoch += time.perf_counter() - last_logged
+            seconds = time.perf_counter() - last_logged
+            p.seconds_in_epoch += seconds
+            p.seconds_steps += seconds
+            p.seconds_data += seconds_data
+        except NonFiniteGradientError:  # told by the strategy on every rank, before the step had ended
+            p.skipped += 1
+            with suppress(RuntimeError):  # of a rank that has left already
+                self._read(bar, p.step)
+            raise
         finally:
             bar.close()
             batches.close()
 
-    def _send_row(self, counts: GlobalStep, result: Any, seconds: float, seconds_data: float) -> None:
+    def _send_row(self, counts: GlobalStep, result: Any, row_steps: int, seconds: float, seconds_data: float) -> None:
         """Starts gathering this step's losses and times."""
         began = time.perf_counter()
         terms = result if isinstance(result, dict) else {"loss": result}
-        numbers = [terms[n].detach() if n in terms else _absent(terms) for n in LOSS_COLUMNS]
+        losses = [terms[n].detach() if n in terms else self._absent for n in LOSS_COLUMNS]
         row = {
             "step": self.progress.step,
             "epoch": self.progress.epoch + 1,
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "atoms": counts.atoms,
             "edges": counts.edges,
             "seconds_data": seconds_data,
             "timing": self.step.timing(),
         }
-        self._send(torch.stack([n.to(torch.float64) for n in numbers]), seconds, row)
+        self._send(losses, seconds, row, row_steps)
         self._rows += 1
         self._seconds_logging += time.perf_counter() - began
 
-    def _send(self, losses: Tensor, seconds: float, row: dict[str, Any] | None) -> None:
+    @cached_property
+    def _absent(self) -> Tensor:
+        return torch.full((), float("nan"), dtype=torch.float64, device=self.step.grad_norm.device)
+
+    def _send(self, losses: list[Tensor], seconds: float, row: dict[str, Any] | None, row_steps: int = 0) -> None:
         """Starts gathering losses, times, wishes to stop, and how the steps since the last time went."""
-        device = self._gather.device
-        on_gpu = device.type == "cuda"  # a copy away from a GPU must be waited for, one to it need not
         norms, eager = self._ledger.take()
+        lr = self.optimizer.param_groups[0]["lr"]
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # where reading it would wait
+        if row is not None and not on_device:
+            row["lr"] = float(lr)
         limit = self.config.max_seconds
-        out_of_time = limit is not None and time.monotonic() - self._started + seconds > limit
-        known = [seconds, float(self.stop_signal or 0), float(out_of_time), *eager]
-        host = torch.tensor(known, dtype=torch.float64, pin_memory=on_gpu)
-        computed = torch.cat([losses, norms]).to(device, non_blocking=on_gpu)
-        note = self.progress.step, len(eager), row
-        self._gather.send(torch.cat([computed, host.to(device, non_blocking=on_gpu)]), note)
+        left = None if limit is None else limit - (time.monotonic() - self._started)
+        out_of_time = left is not None and self._late * seconds > left
+        values = pack(
+            [*losses, *norms, *([lr] if on_device else [])],
+            [seconds, float(self.stop_signal or 0), float(out_of_time), *eager],
+            self._gather.device,
+        )
+        self._gather.send(values, Message(self.progress.step, len(eager), on_device, row, row_steps))
 
     def _look(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
         """Has ranks look together at all steps so far, so that no checkpoint hides a lost one; whether they agreed to stop."""
-        stop = self._log_previous(bar)
+        stop = self._read(bar, self.progress.step)
         if len(self._ledger):
-            nothing = torch.zeros(len(LOSS_COLUMNS), dtype=torch.float64, device=self.step.grad_norm.device)
-            self._send(nothing, 0.0, None)
-            stop = self._log_previous(bar) or stop
+            self._send([], 0.0, None)
+            stop = self._read(bar, self.progress.step) or stop
         return stop
 
-    def _log_previous(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
-        """Judges what has arrived from all ranks and writes its row; whether they agreed to stop."""
-        arrived = self._gather.receive()
-        if arrived is None:
-            return False
-        everyone, (step, count, row) = arrived
+    def _read(self, bar: tqdm, last: int) -> bool:  # type: ignore[type-arg]
+        """Judges what ranks have sent up to step `last` and writes its rows; whether they agreed to stop.
+
+        All ranks read the same at the same step, whatever has arrived before, so that they act alike.
+        """
+        stop = False
+        while len(self._gather) and self._gather.oldest.step <= last:
+            stop = self._judge(bar) or stop
+        return stop
+
+    def _judge(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
+        """Judges what was sent longest ago and writes its row; whether ranks agreed to stop."""
+        arrived, sent = self._receive()
+        row = sent.row
         splits = row.pop("timing")() if row is not None else {}
         began = time.perf_counter()
-        losses, norms, seconds, signals, out_of_time, eager = np.split(
-            everyone, np.cumsum([len(LOSS_COLUMNS), count, 1, 1, 1]), axis=1
-        )
-        self.progress.skipped += int((~np.isfinite(norms)).any(axis=0).sum())
-        self.progress.eager_steps += int(eager.any(axis=0).sum())
-        self._refuse_non_finite(losses[:, :1], norms, step)
+        self._refuse_non_finite(arrived, sent.step)
         self.progress.seconds = time.monotonic() - self._started
         if row is not None:
             row |= {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
-            row["seconds"] = float(seconds.max())
-            row["grad_norm"] = float(norms[self.here.rank, -1])
-            row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, losses.mean(axis=0), strict=True)}
+            row["seconds"] = self._seconds_of_row(arrived, sent.row_steps)
+            row["grad_norm"] = float(arrived.norms[self.here.rank, -1])
+            if sent.lr_is_sent:
+                row["lr"] = float(arrived.lr[self.here.rank, 0])
+            means = arrived.losses.mean(axis=0)
+            row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, means, strict=True)}
             self.progress.loss_sum_in_epoch += row["loss"]
             self.progress.rows_in_epoch += 1
             if self.folder is not None:
                 self._writer.check()
                 self.folder.write_step(row)
-                bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
-        if signals.any():
-            self.stopped_by = signal.Signals(int(signals.max()))
-        self._out_of_time = bool(out_of_time.any())
+                bar.set_postfix_str(f"loss={row['loss']:.4g}", refresh=False)
+        if arrived.signals.any():
+            self.stopped_by = signal.Signals(int(arrived.signals.max()))
+        self._out_of_time |= bool(arrived.out_of_time.any())
         self._seconds_logging += time.perf_counter() - began
         return self.stopped_by is not None or self._out_of_time
+
+    def _receive(self) -> tuple[Arrived, Message]:
+        """What was sent longest ago, with its lost updates and eager steps counted."""
+        received = self._gather.receive()
+        assert received is not None
+        everyone, sent = received
+        losses = 0 if sent.row is None else len(LOSS_COLUMNS)
+        ends = accumulate([losses, sent.steps, int(sent.lr_is_sent), 1, 1, 1, sent.steps], initial=0)
+        *parts, eager = (everyone[:, begin:end] for begin, end in pairwise(ends))
+        arrived = Arrived(*parts)
+        self.progress.skipped += _count_bad(arrived.norms)
+        self.progress.eager_steps += int(eager.any(axis=0).sum())
+        return arrived, sent
+
+    def _seconds_of_row(self, arrived: Arrived, steps: int) -> float:
+        """Mean walltime of the row's steps on the slowest rank.
+
+        A host that runs ahead of its GPU sees neither when a step begins nor when it ends. The device does, and it ends a gather
+        when the slowest rank has come.
+        """
+        before, self._row_before = self._row_before, self._gather.ended
+        if before is None or self._row_before is None:
+            return float(arrived.seconds.max())
+        return before.elapsed_time(self._row_before) / 1e3 / steps
 
     @property
     def seconds_logging(self) -> float:
         """What a row of a step costs this rank's host, seconds, without waiting for ranks or devices."""
         return self._seconds_logging / max(1, self._rows)
 
-    def _refuse_non_finite(self, loss: np.ndarray, norms: np.ndarray, step: int) -> None:
+    def _refuse_non_finite(self, arrived: Arrived, step: int) -> None:
         """Ends the run where an update was lost or a loss is not finite, whatever the strategy.
 
         Args:
-            loss: `[ranks, 1]` of the step.
-            norms: `[ranks, steps]` of the gradients up to it.
-            step: its number.
+            arrived: of the steps since the last time.
+            step: the number of the last of them.
         """
-        kinds = [("loss", loss), ("gradient's norm", norms)]
-        if not np.isfinite(norms[:, :-1]).all():
-            kinds.reverse()  # what came first is the cause
-        lost = int((~np.isfinite(norms)).any(axis=0).sum())
+        loss, norms = arrived.losses[:, :1], arrived.norms
+        if np.isfinite(loss).all() and np.isfinite(norms).all():
+            return
+        norm_first = not np.isfinite(norms[:, :-1]).all()  # what came first is the cause
+        last = step
+        with suppress(RuntimeError):  # of a rank that has left already
+            while len(self._gather):  # steps that were made since count too
+                later, sent = self._receive()
+                norms, last = np.concatenate([norms, later.norms], axis=1), sent.step
+        kinds = [("loss", loss, step), ("gradient's norm", norms, last)]
+        if norm_first:
+            kinds.reverse()
+        lost = _count_bad(norms)
         applied = f"; {lost} update{'s were' if lost > 1 else ' was'} not applied" if lost else ""
-        for what, values in kinds:
-            if sentence := name_bad(what, values, step):
-                raise NonFiniteLossError(
-                    f"{sentence}{applied}: look at the labels of that batch, lower optimizer.lr, or set train.clip_norm"
-                    f"{self._good()}."
-                )
+        sentence = next(filter(None, (name_bad(*kind) for kind in kinds)))
+        raise NonFiniteLossError(
+            f"{sentence}{applied}: look at the labels of that batch, lower optimizer.lr, or set train.clip_norm{self._good()}."
+        )
 
     def _good(self) -> str:
         return "; the last checkpoint is good" if self._has_checkpoint else ""
@@ -573,8 +659,9 @@ def _plateau(
     )  # fmt: skip
 
 
-def _absent(terms: dict[str, Tensor]) -> Tensor:
-    return torch.full((), float("nan"), dtype=torch.float64, device=terms["loss"].device)
+def _count_bad(norms: np.ndarray) -> int:
+    """In how many steps some rank's norm was not finite, of `[ranks, steps]`."""
+    return int((~np.isfinite(norms)).any(axis=0).sum())
 
 
 def _tell(row: dict[str, float | int | None]) -> None:

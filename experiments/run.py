@@ -43,7 +43,7 @@ from ddpkit.ranks.group import Environment
 from ddpkit.ranks.lifeline import Lifeline, alive
 from ddpkit.record import RunFolder, describe_environment, record_failure
 from ddpkit.summary import failure as recorded_failure
-from ddpkit.train import Trainer
+from ddpkit.train import ROWS_LATE, Trainer
 
 # Keys that a resumed run may change: where and how long, not what.
 _MAY_CHANGE = (
@@ -52,6 +52,7 @@ _MAY_CHANGE = (
     "train.max_seconds",
     "train.checkpoint_every",
     "train.timeout",
+    "train.rows_late",
     "train.turns",
     "device",
     "run_dir",
@@ -129,6 +130,8 @@ class Job:
                 self.state = checkpoint.load_to_resume(path)
                 setup.refuse_another_model(config, self.state["model_spec"])
         config.run_dir = str(path)
+        if config.train.rows_late is None:
+            config.train.rows_late = ROWS_LATE[here.device.type]
         with agree("setting up the run"):
             if here.is_first:
                 progress = self.state["progress"] if self.state else {"step": 0, "epoch": 0}

@@ -2,7 +2,9 @@
 
 import pickle
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,28 @@ from ddpkit.ranks.group import Environment
 POLL = 5e-5  # seconds between looks at a collective on the device
 _FIRST = 0.9  # share of the timeout after which this module speaks, before NCCL's own watchdog ends the process without a word
 
+# From one tensor into one, which is one launch on a GPU; before torch 2.13 it bears another name.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A gather under way, with what the device works in: that lives until the gather has ended."""
+
+    values: Tensor
+    everyone: Tensor
+    on_host: Tensor
+    work: Any
+    ended: torch.cuda.Event | None
+    since: float
+    note: Any
+
 
 class Gather:
-    """Gathers a few numbers from every rank; what is sent at one step can be read at the next, without waiting.
+    """Gathers a few numbers from every rank. What is sent can be read some steps later, in the order in which it was sent.
 
-    On a GPU the result is copied to the host on a stream of its own: on the training stream, reading the numbers of one step
-    would wait for the next step, which is under way, and the host could never run ahead of the device.
+    On a GPU the result is copied to the host on a stream of its own, as soon as it is known: on the training stream, reading the
+    numbers of one step would wait for the next step, which is under way, and the host could never run ahead of the device.
 
     Args:
         here: where this process stands.
@@ -29,67 +47,87 @@ class Gather:
 
     Attributes:
         device: where the collectives want their tensors.
+        ended: on a GPU, when the gather that was received last had ended on it; None on CPUs.
     """
 
     def __init__(self, here: Environment, timeout: float) -> None:
         self.device = here.device if here.backend == "nccl" else torch.device("cpu")
+        self.ended: torch.cuda.Event | None = None
         self._size, self._timeout = here.world_size, timeout
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pending: tuple[Tensor, Tensor, Any, Any, float, Any] | None = None
+        self._under_way: deque[Sent] = deque()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    @property
+    def oldest(self) -> Any:
+        """The note of what `receive` gives next; None where nothing is under way."""
+        return self._under_way[0].note if self._under_way else None
 
     def send(self, values: Tensor, note: Any = None) -> None:
         """Starts gathering `values` `[k]` float64, with the same `k` on every rank; `note` comes back with the result."""
-        assert self._pending is None
-        everyone, work = values[None], None
-        if self._size > 1:
-            everyone = values.new_empty((self._size, len(values)))
-            work = dist.all_gather(list(everyone.unbind()), values, async_op=True)
-        computed = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
-        self._pending = values, everyone, work, computed, time.monotonic(), note
+        self._under_way.append(self._start(values, note))
 
     def receive(self) -> tuple[np.ndarray, Any] | None:
-        """The gather under way, `[ranks, k]`, with its note; None where nothing was sent.
+        """The oldest gather under way, `[ranks, k]`, with its note; None where nothing is.
 
         Raises:
             torch.distributed.DistError: the device has not ended it within the timeout.
             RuntimeError: of the process group, where ranks are missing.
         """
-        if self._pending is None:
+        if not self._under_way:
             return None
-        values, everyone, work, computed, sent, note = self._pending
-        self._pending = None
+        sent = self._under_way.popleft()
+        return self._end(sent), sent.note
+
+    def now(self) -> torch.cuda.Event | None:
+        """On a GPU, when all that has been launched so far will have ended; None on CPUs."""
         if self._side is None:
-            if work is not None:
-                with phase.waiting("the other ranks' numbers"):
-                    work.wait()
-            return everyone.numpy(), note
-        # `work.wait()` gives the memory that NCCL works in back to the training stream, which has not waited for NCCL: so it
-        # comes after the host has seen the end of the gather.
-        with phase.waiting("the device and the other ranks' numbers"):
-            while work is not None and not work.is_completed():
-                if time.monotonic() - sent > _FIRST * self._timeout:
-                    raise dist.DistError(  # type: ignore[attr-defined]
-                        f"A small all-gather has not ended after {time.monotonic() - sent:.0f} s "
-                        f"(train.timeout={self._timeout:g})"
-                    )
-                time.sleep(POLL)
-        del values  # which NCCL has read
+            return None
+        return torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True))
+
+    def _start(self, values: Tensor, note: Any = None) -> Sent:
+        everyone, work, since = values[None], None, time.monotonic()
+        if self._size > 1:
+            everyone = values.new_empty((self._size, len(values)))
+            work = _all_gather(everyone.view(-1), values, async_op=True)
+        if self._side is None:
+            return Sent(values, everyone, everyone, work, None, since, note)
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
-            self._side.wait_event(computed)
             if work is not None:
-                work.wait()
-            return everyone.cpu().numpy(), note
+                work.wait()  # of this stream; it lets go of the memory that NCCL works in, which `Sent` keeps
+            on_host = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+            on_host.copy_(everyone, non_blocking=True)
+            ended = self.now()
+        return Sent(values, everyone, on_host, work, ended, since, note)
+
+    def _end(self, sent: Sent) -> np.ndarray:
+        """What a gather has brought, waited for where it has not ended."""
+        if sent.ended is None:
+            if sent.work is not None:
+                with phase.waiting("the other ranks' numbers"):
+                    sent.work.wait()
+        elif not sent.ended.query():
+            with phase.waiting("the device and the other ranks' numbers"):
+                while not sent.ended.query():
+                    if time.monotonic() - sent.since > _FIRST * self._timeout:
+                        raise dist.DistError(  # type: ignore[attr-defined]
+                            f"A small all-gather has not ended after {time.monotonic() - sent.since:.0f} s "
+                            f"(train.timeout={self._timeout:g})"
+                        )
+                    time.sleep(POLL)
+        self.ended = sent.ended
+        return np.asarray(sent.on_host.numpy())
 
     def numbers(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
-        """`[ranks, k]`: every rank's numbers, now.
+        """`[ranks, k]`: every rank's numbers, now, whatever else is under way.
 
         Raises:
             as `receive`.
         """
-        self.send(torch.as_tensor(np.asarray(values, dtype=np.float64)).to(self.device))
-        arrived = self.receive()
-        assert arrived is not None
-        return np.asarray(arrived[0])
+        return self._end(self._start(torch.as_tensor(np.asarray(values, dtype=np.float64)).to(self.device)))
 
     def objects(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank; values that can be pickled."""

@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from tiny import TINY
 
+from ddpkit.experiments.cli import _dispatch
 from ddpkit.ranks.mpirun import mpirun
 
 
@@ -61,5 +64,38 @@ def ddpkit_run(clusters, cache):
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
+
+    return start
+
+
+@pytest.fixture
+def broken(monkeypatch, tmp_path):
+    """Overrides of a run whose model misbehaves as planned."""
+
+    def plan(**what):
+        monkeypatch.setenv("BROKEN", json.dumps(what))
+        return "model._target_=broken.Broken", f"run_dir={tmp_path / 'run'}"
+
+    here = str(Path(__file__).parent)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setenv("PYTHONPATH", here)
+    return plan
+
+
+@pytest.fixture
+def summary(tmp_path):
+    return lambda: json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+@pytest.fixture
+def run_here(clusters, cache):
+    """Runs in this process, on one rank; returns the sentence that ended it."""
+
+    def start(*overrides):
+        try:
+            _dispatch(["run", *TINY, f"data.path={clusters}", f"data.cache={cache}", *overrides])
+        except FloatingPointError as error:
+            return str(error)
+        return ""
 
     return start

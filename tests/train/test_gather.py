@@ -7,22 +7,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddpkit.ranks.gather import Gather
+from ddpkit.ranks.gather import Gather, Sent
 from ddpkit.ranks.group import Environment, environment, is_of_communication
 from ddpkit.testing import run_ranks
 
 
 class Never:
-    """A collective on a device that hangs."""
+    """The end of a collective on a device that hangs."""
 
-    def is_completed(self):
+    def query(self):
         return False
 
 
 def test_a_device_that_hangs_is_waited_for_until_the_timeout():
     gather = Gather(Environment(), timeout=0.5)
-    gather._side = object()  # as on a GPU
-    gather._pending = torch.ones(1), torch.ones(1, 1), Never(), None, time.monotonic(), None
+    one = torch.ones(1, 1)
+    gather._under_way.append(Sent(one[0], one, one, None, Never(), time.monotonic(), None))  # as on a GPU
     began = time.monotonic()
     with pytest.raises(dist.DistError, match="has not ended after") as raised:
         gather.receive()

@@ -1,8 +1,5 @@
 """An update that is lost ends the run and is counted, under every strategy and however seldom it logs."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,43 +8,8 @@ from ddpkit import checkpoint
 from ddpkit.compile.layout import Flat
 from ddpkit.compile.parity import Tally
 from ddpkit.compile.variants import Code, Variants
-from ddpkit.experiments.cli import _dispatch
 from ddpkit.ledger import Ledger, name_bad
 from ddpkit.step import Step
-
-
-@pytest.fixture
-def broken(monkeypatch, tmp_path):
-    """Overrides of a run whose model misbehaves as planned."""
-
-    def plan(**what):
-        monkeypatch.setenv("BROKEN", json.dumps(what))
-        return "model._target_=broken.Broken", f"run_dir={tmp_path / 'run'}"
-
-    here = str(Path(__file__).parent)
-    monkeypatch.syspath_prepend(here)
-    monkeypatch.setenv("PYTHONPATH", here)
-    return plan
-
-
-@pytest.fixture
-def summary(tmp_path):
-    return lambda: json.loads((tmp_path / "run" / "summary.json").read_text())
-
-
-@pytest.fixture
-def run_here(clusters, cache):
-    """Runs in this process, on one rank; returns the sentence that ended it."""
-    from tiny import TINY
-
-    def start(*overrides):
-        try:
-            _dispatch(["run", *TINY, f"data.path={clusters}", f"data.cache={cache}", *overrides])
-        except FloatingPointError as error:
-            return str(error)
-        return ""
-
-    return start
 
 
 @pytest.mark.parametrize("strategy", ["standard", "none", "custom", "overlap"])
@@ -152,7 +114,7 @@ def test_the_ledger_keeps_each_step():
         step()
         ledger.note()
     norms, eager = ledger.take()
-    assert (norms.tolist(), eager) == ([1.0, 2.0, 3.0], [0, 1, 0])
+    assert ([*map(float, norms)], eager) == ([1.0, 2.0, 3.0], [0, 1, 0])
     assert len(ledger) == 0
     step()
     ledger.note()
