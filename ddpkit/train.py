@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ddpkit import checkpoint
+from ddpkit.average import MovingAverage
 from ddpkit.batch import Batch
 from ddpkit.data import GlobalStep
 from ddpkit.errors import NonFiniteGradientError
@@ -210,7 +210,7 @@ class Trainer:
         criterion: Callable[[Any, Batch], Any],
         train_loader: Loader,
         val_loader: Loader | None,
-        ema: AveragedModel | None,
+        ema: MovingAverage | None,
         config: TrainConfig,
         folder: RunFolder | None,
         here: Environment,
@@ -331,7 +331,7 @@ class Trainer:
                 due = (p.step + 1) % c.log_every == 0
                 self._ledger.note(keep=not due)
                 if self.ema is not None:
-                    self.ema.update_parameters(self.model)
+                    self.ema.update()
                 p.step += 1
                 p.step_in_epoch += 1
                 row_steps += 1
@@ -635,17 +635,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words.tolist()), gauss))
     key, *rest = state["numpy"]
     np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-
-
-def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
-    """An exponential moving average of the weights; None for decay 0."""
-    if not decay:
-        return None
-    average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=False)
-    # The weights as they are count as the first sample. Adam's first step moves each by the whole rate: a second stage would
-    # start its average from there, far from where the first one ended.
-    average.n_averaged.fill_(1)
-    return average
 
 
 def _plateau(

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ddpkit import checkpoint
+from ddpkit.average import moving_average
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Capacities, Capacity, Loader, Sampler, Sweep, choose_capacities, statistics
 from ddpkit.errors import InputError, exhausted
@@ -30,7 +31,7 @@ from ddpkit.ranks.group import Environment
 from ddpkit.record import RunFolder
 from ddpkit.step import make_step
 from ddpkit.sync.emulated import EveryRank
-from ddpkit.train import Trainer, moving_average
+from ddpkit.train import Trainer
 
 PROBE = 8
 """Frames of the fixed batch whose loss is recorded beside the projection: the first ones to validate."""

@@ -163,17 +163,19 @@ def test_the_compiler_is_loaded_where_warnings_are_errors():
 def test_missing_names_are_told_when_loaded_and_done_without():
     program = """
 import warnings, torch, torch.distributed
-del torch._foreach_copy_, torch._foreach_norm
+del torch._foreach_copy_, torch._foreach_norm, torch._foreach_lerp_
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
-    from ddpkit.torch_private import copy_all, norms_of
+    from ddpkit.torch_private import copy_all, lerp_all, norms_of
 x, y = [torch.zeros(3), torch.zeros(2)], [torch.ones(3), torch.ones(2)]
 copy_all(x, y)
 assert [float(n) for n in norms_of(x, 1)] == [3, 2]
+lerp_all(x, [torch.zeros(3), torch.zeros(2)], 0.25)
+assert [float(n) for n in norms_of(x, 1)] == [2.25, 1.5]
 print([str(w.message).split(":")[0] for w in told])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.count("has no _foreach_copy_") == done.stdout.count("has no _foreach_norm") == 1
+    assert [done.stdout.count(f"has no _foreach_{name}") for name in ("copy_", "lerp_", "norm")] == [1, 1, 1]
 
 
 def test_without_collectives_inside_graphs_another_strategy_is_named():
