@@ -34,7 +34,7 @@ EPOCH_COLUMNS = (
 # What a run leaves behind, all of which is moved aside together.
 _OF_A_RUN = (
     "config.yaml", "environment.json", "steps.csv", "epochs.csv", "projection.csv", "summary.json", "checkpoints",
-    "tensorboard", "evaluation",
+    "tensorboard", "evaluation", "profile",
 )  # fmt: skip
 
 

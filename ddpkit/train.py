@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -17,15 +17,18 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from ddpkit import checkpoint
 from ddpkit.average import MovingAverage
 from ddpkit.batch import Batch
+from ddpkit.breakdown import BETWEEN
 from ddpkit.data import GlobalStep
 from ddpkit.errors import NonFiniteGradientError
 from ddpkit.evaluate import Errors
 from ddpkit.ledger import Ledger, name_bad, pack
+from ddpkit.profiler import StepProfiler
 from ddpkit.projection import Projection
 from ddpkit.ranks import phase
 from ddpkit.ranks.gather import Gather
@@ -198,6 +201,7 @@ class Trainer:
         model_spec: plain values that the model can be built from again; kept in checkpoints.
         data: likewise what tells the data apart from others.
         projection: records the trajectory of the parameters; None on every rank but rank 0.
+        profiler: traces some steps; None on every rank but rank 0.
         after_epoch: called on every rank after each whole epoch; returns a signal to stop by, or 0.
     """
 
@@ -217,6 +221,7 @@ class Trainer:
         model_spec: dict[str, Any],
         data: dict[str, str] | None = None,
         projection: Projection | None = None,
+        profiler: StepProfiler | None = None,
         after_epoch: "Callable[[Trainer], int] | None" = None,
     ) -> None:
         self.model, self.step, self.optimizer, self.criterion = model, step, optimizer, criterion
@@ -236,7 +241,7 @@ class Trainer:
         self._seconds_logging, self._rows = 0.0, 0
         self.stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
-        self._projection = projection
+        self._projection, self._profiler = projection, profiler
         self._after_epoch = after_epoch
         self._out_of_time = False
         self._started = time.monotonic()
@@ -279,10 +284,13 @@ class Trainer:
             NonFiniteLossError, NonFiniteGradientError: on every rank, where any rank met NaN or infinity.
         """
         self._started = time.monotonic() - self.progress.seconds
-        with self._signals(), closing(self.train_loader):
+        with self._signals(), self._profiler or nullcontext(), closing(self.train_loader):
+            if self._profiler is not None:
+                self._profiler.start(self._steps_left())
             while not self._is_done():
                 self._train_epoch()
-                self._end_epoch()
+                with record_function(BETWEEN):
+                    self._end_epoch()
                 if self.progress.step_in_epoch:  # the run stopped within an epoch
                     break
                 if self._after_epoch is not None and (number := self._after_epoch(self)):
@@ -305,6 +313,12 @@ class Trainer:
             or self.stopped_by is not None
             or self._out_of_time
         )
+
+    def _steps_left(self) -> int:
+        """How many steps are to come, unless something stops training before."""
+        p, c = self.progress, self.config
+        left = (c.max_epochs - p.epoch) * self.train_loader.steps_per_epoch() - p.step_in_epoch
+        return left if c.max_steps is None else min(left, c.max_steps - p.step)
 
     def _train_epoch(self) -> None:
         """Runs the steps that are left of this epoch, up to where the run stops."""
@@ -348,12 +362,15 @@ class Trainer:
                     p.seconds_data += seconds_data
                     row_steps, seconds_data = 0, 0.0
                 bar.update()
+                if self._profiler is not None:
+                    self._profiler.step()
                 if stop or (c.max_steps is not None and p.step >= c.max_steps):
                     break
                 if c.checkpoint_every and p.step % c.checkpoint_every == 0 and p.step_in_epoch < total:
                     if self._look(bar):
                         break
-                    self._save()
+                    with record_function(BETWEEN):
+                        self._save()
             self._look(bar)
             seconds = time.perf_counter() - last_logged
             p.seconds_in_epoch += seconds

@@ -23,6 +23,7 @@ from ddpkit.train import TrainConfig
 
 PRECISIONS = ("mixed", "float32", "float64")
 SOURCES = ("generated", "generated_crystals", "files")
+MOST_PROFILED = 1000  # steps: a trace takes about a megabyte for each
 
 # keys, what their values must fulfil, and how that is said
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
@@ -52,6 +53,7 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: value > 0,
         "greater than 0",
     ),
+    (("profile",), lambda value: 0 <= value <= MOST_PROFILED, f"0 or more and at most {MOST_PROFILED}"),
     (("train.ema_decay",), lambda value: 0 <= value < 1, "0 or more and less than 1"),
 )
 
@@ -133,6 +135,7 @@ class RunConfig:
         run_dir: the run folder; by default `runs/<date>-<time>-<model>-<strategy>`.
         resume: a run folder to continue in.
         init_from: a run folder whose best weights to start from.
+        profile: trace so many steps of rank 0, and tabulate where their time went, in `profile/` of the run folder; 0: none.
         loss: weights of the terms.
         train: how long, how large, how often.
     """
@@ -154,6 +157,7 @@ class RunConfig:
     run_dir: str | None = None
     resume: str | None = None
     init_from: str | None = None
+    profile: int = 0
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

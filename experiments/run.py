@@ -9,7 +9,7 @@ Overrides set configuration keys, for example:
   compiler=inductor|public|interpreted nccl_algo=Ring|Tree      strategy.ranks=64 strategy.order=ring (emulated)
   seed=1  data.seed=1  precision=mixed|float32|float64     deterministic=true|false   device=auto|cpu|cuda
   train.max_epochs=10  train.max_steps=1000  train.batch_size=16  train.log_every=1
-  run_dir=DIR  resume=DIR  experiment=spice_stage1|spice_stage2|mptrj
+  profile=20  run_dir=DIR  resume=DIR  experiment=spice_stage1|spice_stage2|mptrj
 
 `ddpkit-run --cfg` prints the whole configuration. Everything a run leaves behind is in its folder: config.yaml,
 environment.json, steps.csv, epochs.csv, summary.json and checkpoints/. One run at a time writes into it, and nothing that was
@@ -55,6 +55,7 @@ _MAY_CHANGE = (
     "train.rows_late",
     "train.turns",
     "device",
+    "profile",
     "run_dir",
     "resume",
 )
@@ -316,5 +317,5 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
                     f"{word} is not what the run in {folder} was started with{which}: it has {key}={before.get(key)}; leave "
                     f"{word} out, or start a new run."
                 )
-    saved.resume, saved.run_dir = None, str(folder)
+    saved.resume, saved.run_dir, saved.profile = None, str(folder), config.profile
     return saved

@@ -24,6 +24,7 @@ from ddpkit.experiments.run_data import Data, changed, fingerprint, kept
 from ddpkit.experiments.turns import wait_for
 from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.loss import EnergyForcesLoss
+from ddpkit.profiler import StepProfiler
 from ddpkit.projection import Projection
 from ddpkit.ranks import phase
 from ddpkit.ranks.agree import agree, share
@@ -179,6 +180,9 @@ def build_trainer(
         model_spec=spec,
         data=seen,
         projection=None if folder is None else _projection(config, here, data, spec, model, criterion, folder, state),
+        profiler=StepProfiler(folder.path / "profile", config.profile, here.device)
+        if folder and config.profile
+        else None,
         after_epoch=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
     )
     if state is not None:
