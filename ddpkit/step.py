@@ -215,6 +215,16 @@ class Step:
         return 0 if self._recorded is None else self._recorded.count
 
     @property
+    def recordings(self) -> int:
+        """How many recordings have been made."""
+        return 0 if self._recorded is None else self._recorded.made
+
+    @property
+    def seconds_recording(self) -> float:
+        """Seconds spent on making them."""
+        return 0.0 if self._recorded is None else self._recorded.seconds
+
+    @property
     def seconds_compile(self) -> float:
         """Seconds spent on tracing, compiling and checking so far; 0 without `compile`."""
         return self._gradients.tally.seconds

@@ -182,6 +182,7 @@ class Progress:
     seconds_steps: float = 0.0  # of all steps, of this rank
     skipped: int = 0  # updates that were not applied on some rank, because its gradient was not finite
     eager_steps: int = 0  # in which some rank ran eager code although the step is compiled
+    captured_steps: int = 0  # that this rank replayed from a recording
 
 
 class Trainer:
@@ -302,7 +303,8 @@ class Trainer:
     def facts(self) -> dict[str, int]:
         """What `summary.json` tells of how far training has come and of what went otherwise than asked."""
         p = self.progress
-        return {"steps": p.step, "epochs": p.epoch, "skipped": p.skipped, "eager_steps": p.eager_steps}
+        names = ("skipped", "eager_steps", "captured_steps")
+        return {"steps": p.step, "epochs": p.epoch, **{name: getattr(p, name) for name in names}}
 
     def _is_done(self) -> bool:
         p, c = self.progress, self.config
@@ -341,7 +343,11 @@ class Trainer:
                 if drawn is None:
                     break
                 counts, micro_batches = drawn
-                result = self.step(micro_batches if len(micro_batches) > 1 else micro_batches[0])
+                captured = self.step.captured_steps
+                result = self.step(
+                    micro_batches if len(micro_batches) > 1 else micro_batches[0], planned=counts.capacity is not None
+                )
+                p.captured_steps += self.step.captured_steps - captured
                 due = (p.step + 1) % c.log_every == 0
                 self._ledger.note(keep=not due)
                 if self.ema is not None:

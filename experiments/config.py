@@ -125,6 +125,9 @@ class RunConfig:
         compile: compile the step, with its double backward, before training.
         compiler: `inductor`; `public`: by torch.compile (docs/torch.md); or `interpreted`: run the traced graph as it is, which
             tells tracing from compiling.
+        cuda_graphs: replay recorded steps, for which batches are filled up to a few sizes: `true`, `false`, or `auto`: on a GPU,
+            where the step is compiled and the strategy is `custom`, `ingraph` or `none`. On a CPU, recordings are kept operation
+            by operation, which shows that a step can be recorded and wins nothing.
         check_kernels: compare the model's kernels with its reference in plain PyTorch before training.
         precision: `mixed`, `float32` or `float64`.
         tf32: let float32 matrix products use TF32 on NVIDIA GPUs.
@@ -147,6 +150,7 @@ class RunConfig:
     seed: int = 1
     compile: bool = False
     compiler: str = "inductor"
+    cuda_graphs: Any = False
     check_kernels: bool = True
     precision: str = "mixed"
     tf32: bool = False
@@ -264,13 +268,16 @@ def _check(config: DictConfig) -> None:
         "device": ("auto", "cpu", "cuda"),
         "comm": ("torch", "mpi"),
         "compiler": ("inductor", "public", "interpreted"),
+        "cuda_graphs": ("auto", True, False),
         "data.source": SOURCES,
         "data.split_by": ("frame", "group"),
         "data.shifts": ("isolated", "fitted"),
     }.items():
         value = OmegaConf.select(config, key)
         if value not in allowed:
-            raise InputError(f"{key}={value} is unknown: use one of {', '.join(allowed)}.")
+            raise InputError(
+                f"{key}={value} is unknown: use one of {', '.join(str(word).lower() for word in allowed)}."
+            )
     for keys, fits, must in _BOUNDS:
         for key in keys:
             value = OmegaConf.select(config, key)
@@ -278,6 +285,8 @@ def _check(config: DictConfig) -> None:
                 raise InputError(f"{key}={value} is out of range: it must be {must}.")
     if not (config.loss.energy or config.loss.forces or config.loss.stress):
         raise InputError("All weights of the loss are 0: set loss.energy or loss.forces.")
+    if config.cuda_graphs is True and not config.compile:
+        raise InputError("cuda_graphs=true replays compiled steps: add compile=true, or use cuda_graphs=auto.")
     if config.data.source == "files" and config.data.path is None:
         raise InputError("data.path must be set with data=files: give a prepared set or a file that ASE reads.")
     split = list(config.data.split)

@@ -6,7 +6,8 @@ Overrides set configuration keys, for example:
 
   model=allegro_small|allegro_medium|nequip_small|...      data=generated|generated_crystals|files   data.path=FILE
   strategy=standard|custom|none|overlap|ingraph|emulated   compile=true|false   comm=torch|mpi
-  compiler=inductor|public|interpreted nccl_algo=Ring|Tree      strategy.ranks=64 strategy.order=ring (emulated)
+  compiler=inductor|public|interpreted cuda_graphs=auto|true|false
+  nccl_algo=Ring|Tree      strategy.ranks=64 strategy.order=ring (emulated)
   seed=1  data.seed=1  precision=mixed|float32|float64     deterministic=true|false   device=auto|cpu|cuda
   train.max_epochs=10  train.max_steps=1000  train.batch_size=16  train.log_every=1
   profile=20  run_dir=DIR  resume=DIR  experiment=spice_stage1|spice_stage2|mptrj
@@ -230,6 +231,9 @@ def _train(job: Job, lifeline: Lifeline) -> None:
     }
     if done.seconds_steps:
         print(f"waiting for data: {done.seconds_data / done.seconds_steps:.2%} of the step time", flush=True)
+    if done.captured_steps:
+        facts |= {"recordings": trainer.step.recordings, "seconds_recording": trainer.step.seconds_recording}
+        print(f"{done.captured_steps} of {done.step} steps replayed {trainer.step.recordings} recordings", flush=True)
     if done.eager_steps:
         print(
             f"{done.eager_steps} of {done.step} steps ran eager code on some rank, in full or in part: the compiled code does "

@@ -17,6 +17,7 @@ from torch import nn
 
 from ddpkit import checkpoint
 from ddpkit.average import moving_average
+from ddpkit.capture.padding import compare_padding, require_padding
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Capacities, Capacity, Loader, Sampler, Sweep, choose_capacities, statistics
 from ddpkit.errors import InputError, exhausted
@@ -31,6 +32,7 @@ from ddpkit.ranks.agree import agree, share
 from ddpkit.ranks.group import Environment
 from ddpkit.record import RunFolder
 from ddpkit.step import make_step
+from ddpkit.sync import acts_of
 from ddpkit.sync.emulated import EveryRank
 from ddpkit.train import Trainer
 
@@ -137,12 +139,13 @@ def build_trainer(
     r_max = float(config.model.r_max)
     seen = fingerprint(config, data)
     spec = state["model_spec"] if state else share(lambda: model_spec(config, data), "the statistics of the data")
+    filled = capacities(config, data, here) if records(config, here) else None
     with agree("building the model"):
         model = build_model(spec, config.seed).to(here.device)
         if config.init_from is not None and state is None:
             model.load_state_dict(_weights(config.init_from, spec, seen))
         optimizer = build_optimizer(config, model)
-        train = train_sampler(config, data, here)
+        train = train_sampler(config, data, here, None if filled is None else filled.levels)
         sweep = Sweep(
             data.validation, data.frames.atoms[data.validation], data.frames.edges(r_max)[data.validation],
             config.train.batch_size, world_size=here.world_size, rank=here.rank,
@@ -157,6 +160,7 @@ def build_trainer(
     step = make_step(
         model, criterion, optimizer,
         strategy=strategy_name(config), compile=config.compile, comm=config.comm, clip_norm=config.train.clip_norm,
+        cuda_graphs=filled is not None,
         **{"timeout": config.train.timeout, **{k: v for k, v in config.strategy.items() if k not in ("name", "_target_")}},
     )  # fmt: skip
     if config.compile or config.check_kernels:
@@ -164,6 +168,12 @@ def build_trainer(
             _, batches = next(loaders[0].epoch(0))
             if config.check_kernels:
                 compare_kernels(model, batches[0])
+            if filled is not None:
+                with agree("comparing batches that are filled up with others"):
+                    require_padding(compare_padding(model, criterion, batches[0], r_max))
+                if folder is not None:
+                    print(f"recorded steps: {filled}", flush=True)
+                    folder.summarize(capacities=asdict(filled))
             if config.compile:
                 step.prepare(batches)
     trainer = Trainer(
@@ -263,6 +273,14 @@ def train_sampler(
         most_neighbours=None if capacities is None else data.frames.most_neighbours(r_max)[data.train],
         capacities=capacities,
     )  # fmt: skip
+
+
+def records(config: DictConfig, here: Environment) -> bool:
+    """Whether steps of a run are recorded and replayed."""
+    if config.cuda_graphs == "auto":
+        acts = acts_of(strategy_name(config))
+        return bool(config.compile) and here.device.type == "cuda" and acts != "during backward"
+    return bool(config.cuda_graphs)
 
 
 def capacities(config: DictConfig, data: Data, here: Environment) -> Capacities:

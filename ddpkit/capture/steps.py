@@ -156,7 +156,9 @@ class RecordedSteps:
             steps: whether it holds the optimizer's step.
         """
         if not piece.is_made:
+            began = time.perf_counter()
             output = piece.run(batches)
+            self.seconds += time.perf_counter() - began
             piece.gradients = [p.grad for p in self._trained.parameters]
             return output
         if steps:

@@ -1,0 +1,60 @@
+"""Whether a model and a criterion leave out what fills a batch up."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ddpkit.batch import Batch, select_frames
+from ddpkit.compile.objective import Criterion, Objective, differentiable, loss_of
+from ddpkit.compile.parity import Difference, differences, tolerance_for
+from ddpkit.errors import InputError
+from ddpkit.padding import Capacity, own_sizes, pad
+
+_FRAMES = 3  # of a batch: eager code needs many times the memory of compiled code
+_ATOMS, _EDGES, _EMPTY = 7, 23, 2  # that fill them up
+
+
+def compare_padding(model: nn.Module, criterion: Criterion, batch: Batch, r_max: float) -> list[Difference]:
+    """Compares loss and gradients of a few frames as they are with those of the same frames in a batch that is filled up.
+
+    Args:
+        model: a model of the contract.
+        criterion: see `ddpkit.make_step`.
+        batch: frames to choose the smallest ones from.
+        r_max: cutoff in Å.
+    """
+    atoms = torch.bincount(batch.frame, minlength=batch.num_frames)
+    real = batch.real_frames().tolist()
+    chosen = [n for n in torch.argsort(atoms, stable=True).tolist() if real[n]][:_FRAMES]
+    few = select_frames(batch.replace(mask=None), chosen)
+    size = own_sizes(few)
+    edges, most = size.edges + _EDGES, max(1, size.most)
+    filled = pad(few, Capacity(size.atoms + _ATOMS + -(-_EDGES // most), edges, size.frames + _EMPTY, most + 1), r_max)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    as_they_are, filled_up = (_results(Objective(model, criterion), named, one) for one in (few, filled))
+    tolerance = tolerance_for([*named.values()])
+    return differences(filled_up, as_they_are, list(named), tolerance, f"{len(chosen)} frames")
+
+
+def _results(objective: Objective, named: dict[str, nn.Parameter], batch: Batch) -> dict[str, torch.Tensor | None]:
+    result, _ = objective(batch)
+    gradients = torch.autograd.grad(differentiable(result), list(named.values()), allow_unused=True)
+    return {"loss": loss_of(result).detach(), **dict(zip(named, gradients, strict=True))}
+
+
+def require_padding(measured: Sequence[Difference]) -> None:
+    """Raises where what fills a batch up changes something.
+
+    Raises:
+        InputError: names the worst tensor.
+    """
+    bad = [d for d in measured if not d.is_fine]
+    if not bad:
+        return
+    worst = max(bad, key=lambda d: d.error)
+    raise InputError(
+        f"cuda_graphs fills batches up to few sizes, and this model or criterion does not leave that out: {worst.name!r} changes "
+        f"by {worst.error:.2g} relative (allowed {worst.tolerance:.0e}). Leave atoms out where batch.mask is False, frames "
+        "without other atoms, and edges longer than the cutoff; or use cuda_graphs=false."
+    )
