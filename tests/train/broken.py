@@ -12,10 +12,10 @@ steps = 0  # begun by this process, since the last model was built
 _call = Step.__call__
 
 
-def _counted(step, batch):
+def _counted(step, batch, **plan):
     global steps  # noqa: PLW0603
     steps += 1
-    return _call(step, batch)
+    return _call(step, batch, **plan)
 
 
 Step.__call__ = _counted
