@@ -117,10 +117,11 @@ def _draw(task: tuple[str, int, float, int]) -> tuple[float, float, float]:
     path, size, r_max, epochs = task
     torch.set_num_threads(1)
     frames = PreparedSet(path)
-    plan = {"most_neighbours": frames.most_neighbours(r_max)}
-    common = np.arange(len(frames)), frames.atoms, frames.edges(r_max), size
-    levels = choose_capacities(Sampler(*common, **plan)).levels
-    loader = Loader(frames, Sampler(*common, **plan, capacities=levels), frames.species, r_max)
+    plan = partial(
+        Sampler, np.arange(len(frames)), frames.atoms, frames.edges(r_max), size,
+        most_neighbours=frames.most_neighbours(r_max),
+    )  # fmt: skip
+    loader = Loader(frames, plan(capacities=choose_capacities(plan()).levels), frames.species, r_max)
     rates = []
     for some in (range(1), range(1, epochs)):
         began, processor = time.perf_counter(), time.process_time()

@@ -152,18 +152,14 @@ def _atoms_for(batches: Sizes, edges: int, most: int) -> int:
     return int((batches[:, 0] - (batches[:, 1] - edges) // max(1, most)).max())
 
 
-def _measured(capacities: tuple[Capacity, ...], steps: Sequence[Sizes]) -> Capacities:
-    wasted = []
+def _measured(levels: tuple[Capacity, ...], steps: Sequence[Sizes]) -> Capacities:
+    ratios = []
     for step in steps:
-        capacity = holding(capacities, step)
+        capacity = holding(levels, step)
         if capacity is not None:
             atoms, edges, _, most = np.maximum(step.max(0), 1).tolist()
-            wasted.append(
-                (
-                    capacity.edges / edges - 1,
-                    capacity.atoms / atoms - 1,
-                    capacity.atoms * capacity.most / (atoms * most) - 1,
-                )
+            ratios.append(
+                (capacity.edges / edges, capacity.atoms / atoms, capacity.atoms * capacity.most / (atoms * most))
             )
-    means = np.mean(wasted, axis=0) if wasted else np.full(3, np.inf)
-    return Capacities(capacities, len(steps), *means.tolist(), 1 - len(wasted) / len(steps))
+    edges, atoms, table = np.mean(ratios, axis=0).tolist() if ratios else [np.inf] * 3
+    return Capacities(levels, len(steps), edges - 1, atoms - 1, table - 1, 1 - len(ratios) / len(steps))

@@ -91,7 +91,8 @@ class Loader:
             InputError: what collating raised in the thread, when its batch is asked for.
         """
         worker = self._worker_at(epoch, start)
-        ended, following = False, []
+        ended = False
+        following: list[_Item] = []  # the next one, if it has been made
         try:
             while True:
                 item = following.pop() if following else self._sent(worker.items.get())
@@ -138,8 +139,8 @@ class Loader:
             batches.append(batch)
         if self._stream is None:
             return _Made(step, batches)
-        buffers, batches = zip(*(pack(batch, pin=True) for batch in batches), strict=True)
-        return _Made(step, list(batches), list(buffers))
+        packed = [pack(batch, pin=True) for batch in batches]
+        return _Made(step, [batch for _, batch in packed], [buffer for buffer, _ in packed])
 
     def _collate(self, numbers: list[int]) -> Batch:
         frames = [self.frames.frame(number) for number in numbers]
@@ -152,9 +153,9 @@ class Loader:
         if self._stream is None or not isinstance(item, _Made):
             return item
         with torch.cuda.stream(self._stream):
-            pairs = zip(item.buffers, item.batches, strict=True)
-            buffers, batches = zip(*(moved(*pair, self.device) for pair in pairs), strict=True)
-            return _Made(item.step, list(batches), list(buffers), self._stream.record_event())
+            there = [moved(*pair, self.device) for pair in zip(item.buffers, item.batches, strict=True)]
+            copied = self._stream.record_event()
+        return _Made(item.step, [batch for _, batch in there], [buffer for buffer, _ in there], copied)
 
     def _arrived(self, made: _Made) -> list[Batch]:
         """The batches of a step, whose copies what is launched from now on waits for."""

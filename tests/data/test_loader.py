@@ -197,3 +197,22 @@ def test_copies_to_a_gpu_go_ahead_and_steps_wait_for_them_on_the_device(frames, 
         for batch, other in zip(batches, others, strict=True):
             same(batch, other)
             assert flat_of(batch) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_host_waits_for_a_copy_to_a_gpu(frames):
+    plan = {"capacities": [], "most_neighbours": frames.most_neighbours(3.0)}
+    expected = [batch for _, [batch] in loader(frames, **plan).epoch(0)]
+    epoch = Loader(frames, loader(frames, **plan).sampler, frames.species, 3.0, device="cuda").epoch(0)
+    total = torch.zeros((), dtype=torch.float64, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = []
+        for _, [batch] in epoch:
+            total += batch.positions.sum()
+            found.append(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for batch, other in zip(found, expected, strict=True):
+        same(batch.to("cpu"), other)
+    torch.testing.assert_close(float(total), sum(float(other.positions.sum()) for other in expected))

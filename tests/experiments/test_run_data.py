@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -257,3 +258,11 @@ def test_on_two_ranks_with_exit_code_2(case, place, tmp_path):
     assert len(said) == 1, done.stderr
     assert expected in said[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_ends_between_epochs_leaves_no_thread(tmp_path):
+    save(tmp_path / "a.extxyz", images(40))
+    words = ["train.max_epochs=9", "train.early_stop.patience=1", "train.early_stop.threshold=1e9"]
+    run(tmp_path, f"data.path={tmp_path}/a.extxyz", f"run_dir={tmp_path}/run", *words)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "ddpkit-loader"]
