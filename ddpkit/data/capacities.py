@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpkit.errors import InputError
+
 if TYPE_CHECKING:
     from ddpkit.data.sampler import Sampler
 
@@ -96,7 +98,12 @@ def choose_capacities(sampler: "Sampler", *, waste: float = 0.1, levels: int = 8
         sampler: the plan; knows the most neighbours of each frame.
         waste: bound of `Capacities.edges`.
         levels: no more capacities than that; sets of very unlike frames in small batches may waste more with these.
+
+    Raises:
+        InputError: the plan does not know the most neighbours of its frames.
     """
+    if not len(sampler.most_neighbours):
+        raise InputError("capacities are to be chosen for a sampler without most_neighbours: give it")
     found = chain.from_iterable(sampler.sizes(epoch) for epoch in count())
     steps = list(islice(found, _CHOSEN_BY))
     others = list(islice(found, _MEASURED_ON))

@@ -117,6 +117,8 @@ def test_a_step_that_fits_nowhere_has_no_capacity_but_is_padded():
     assert all(step.capacity is None and step.is_padded for step in sampler.epoch(0))
     with pytest.raises(InputError, match="most_neighbours"):
         Sampler(np.arange(9), np.ones(9), np.ones(9), 2, capacities=[])
+    with pytest.raises(InputError, match="most_neighbours"):
+        choose_capacities(Sampler(np.arange(9), np.ones(9), np.ones(9), 2))
 
 
 def test_one_process_that_stands_for_all_ranks_has_their_capacities():
