@@ -1,13 +1,12 @@
 """What happened in the steps that ranks have not looked at together yet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpkit.step import Step
-from ddpkit.torch_private import copy_all
 
 
 class Ledger:
@@ -46,20 +45,21 @@ class Ledger:
         return taken
 
 
-@torch.no_grad()
-def pack(tensors: Sequence[Tensor], numbers: Sequence[float], device: torch.device) -> Tensor:
-    """`[tensors + numbers]` float64 on `device`: tensors `[]` of the model's device, then numbers of the host.
+def pack(groups: Iterable[Sequence[Tensor]], numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Groups of tensors `[]` of one device, then numbers of the host, as one tensor `[tensors + numbers]` float64 on `device`.
 
-    A GPU is not waited for, and gets one launch for each dtype among the tensors and one copy.
+    A GPU is not waited for, and gets a launch for each group (for each tensor, where they are not float64) and one copy.
     """
-    packed = torch.empty(len(tensors) + len(numbers), dtype=torch.float64, device=tensors[0].device)
-    places = packed.unbind()
-    for dtype in {tensor.dtype for tensor in tensors}:
-        chosen = [n for n, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        copy_all([places[n] for n in chosen], [tensors[n] for n in chosen])
+    present = [group for group in groups if group]
+    packed = torch.empty(
+        sum(map(len, present)) + len(numbers), dtype=torch.float64, device=present[0][0].device if present else device
+    )
+    end = 0
+    for group in present:
+        begin, end = end, end + len(group)
+        torch.stack(tuple(group), out=packed[begin:end])
     on_gpu = packed.device.type == "cuda"
-    host = torch.tensor(numbers, dtype=torch.float64, pin_memory=on_gpu)
-    packed[len(tensors) :].copy_(host, non_blocking=on_gpu)
+    packed[end:].copy_(torch.tensor(numbers, dtype=torch.float64, pin_memory=on_gpu), non_blocking=on_gpu)
     return packed.to(device)
 
 

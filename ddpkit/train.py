@@ -155,7 +155,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Arrived:
-    """What has come of a gather, `[ranks, ...]` each, by the names of what was sent."""
+    """What has come of a gather, `[ranks, ...]` each, by the names of what was sent; and how many updates were lost."""
 
     losses: np.ndarray
     norms: np.ndarray
@@ -163,6 +163,7 @@ class Arrived:
     seconds: np.ndarray
     signals: np.ndarray
     out_of_time: np.ndarray
+    lost: int
 
 
 @dataclass
@@ -423,7 +424,7 @@ class Trainer:
         left = None if limit is None else limit - (time.monotonic() - self._started)
         out_of_time = left is not None and self._late * seconds > left
         values = pack(
-            [*losses, *norms, *([lr] if on_device else [])],
+            (losses, norms, [lr] if on_device else []),
             [seconds, float(self.stop_signal or 0), float(out_of_time), *eager],
             self._gather.device,
         )
@@ -483,8 +484,8 @@ class Trainer:
         losses = 0 if sent.row is None else len(LOSS_COLUMNS)
         ends = accumulate([losses, sent.steps, int(sent.lr_is_sent), 1, 1, 1, sent.steps], initial=0)
         *parts, eager = (everyone[:, begin:end] for begin, end in pairwise(ends))
-        arrived = Arrived(*parts)
-        self.progress.skipped += _count_bad(arrived.norms)
+        arrived = Arrived(*parts, lost=_count_bad(parts[1]))
+        self.progress.skipped += arrived.lost
         self.progress.eager_steps += int(eager.any(axis=0).sum())
         return arrived, sent
 
@@ -512,7 +513,7 @@ class Trainer:
             step: the number of the last of them.
         """
         loss, norms = arrived.losses[:, :1], arrived.norms
-        if np.isfinite(loss).all() and np.isfinite(norms).all():
+        if not arrived.lost and np.isfinite(loss).all():
             return
         norm_first = not np.isfinite(norms[:, :-1]).all()  # what came first is the cause
         last = step
