@@ -155,7 +155,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Arrived:
-    """What has come of a gather, `[ranks, ...]` each, by the names of what was sent; and how many updates were lost."""
+    """What has come of a gather, `[ranks, ...]` each, by the names of what was sent."""
 
     losses: np.ndarray
     norms: np.ndarray
@@ -163,7 +163,11 @@ class Arrived:
     seconds: np.ndarray
     signals: np.ndarray
     out_of_time: np.ndarray
-    lost: int
+
+    @cached_property
+    def lost(self) -> int:
+        """How many updates were lost."""
+        return _count_bad(self.norms)
 
 
 @dataclass
@@ -484,7 +488,7 @@ class Trainer:
         losses = 0 if sent.row is None else len(LOSS_COLUMNS)
         ends = accumulate([losses, sent.steps, int(sent.lr_is_sent), 1, 1, 1, sent.steps], initial=0)
         *parts, eager = (everyone[:, begin:end] for begin, end in pairwise(ends))
-        arrived = Arrived(*parts, lost=_count_bad(parts[1]))
+        arrived = Arrived(*parts)
         self.progress.skipped += arrived.lost
         self.progress.eager_steps += int(eager.any(axis=0).sum())
         return arrived, sent
