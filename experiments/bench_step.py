@@ -394,7 +394,7 @@ def _print_row(row: dict[str, Any], *, header: bool) -> None:
     if header:
         words = ("device", "precision", "mode", "frames", "atoms", "edges", "ms", "train", "MiB")
         print(_line("model", *words, "peer ms", "train", "peer MiB", "ratio", "train"))
-    peer = ("", "", "", "", "")
+    peer: tuple[str, ...] = ("", "", "", "", "")
     if row["ratio"] is not None:
         peer = (
             *(f"{1e3 * row[key]:.1f}" for key in ("peer_seconds", "peer_seconds_train")),
