@@ -81,16 +81,18 @@ def make_step(
         raise InputError("The model has no parameter to train: give one with requires_grad.")
     others = beside(model, criterion, optimizer)
     trained = Trained(optimizer, model, *others)
-    acts = acts_of(strategy)
     core = None
-    if compile and acts == "during backward":
+    if compile and acts_of(strategy) == "during backward":
         from ddpkit.compile.forces import CompiledForces
 
         core = CompiledForces(model, tolerance=tolerance, examples=examples)
-    sync = (
-        None if acts == "in graph" and not compile else attach(strategy, core or model, *others, comm=comm, **options)
-    )
-    if sync is None or (sync.acts == "in graph" and not compile):
+    sync = attach(strategy, core or model, *others, comm=comm, **options)
+    if compile and core is None and sync.acts == "during backward":
+        raise InputError(
+            f"strategy={name_of(strategy)} makes a {sync.name}, which acts during the backward pass, and compile=True has to know "
+            "that beforehand: give its class, or a functools.partial of it."
+        )
+    if sync.acts == "in graph" and not compile:
         raise InputError(f"strategy={name_of(strategy)} is part of the compiled step: use compile=True.")
     update = Update(trained, optimizer, clip_norm)
     if core is None and compile:

@@ -1,6 +1,7 @@
 """A strategy of one's own inside the compiled step, written from the docstrings alone, against `custom`."""
 
 import contextlib
+import functools
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import ddpkit
 from ddpkit.compile.backend import using
 from ddpkit.errors import InputError, ParityError
+from ddpkit.sync.standard import StandardSync
 from ddpkit.testing import run_ranks
 
 COMPILED = "sum and scale"  # the others' graphs are interpreted
@@ -165,6 +167,21 @@ def test_it_is_part_of_compiled_steps_alone():
     model(rows(0, 6))["energy"].sum().backward()
     with pytest.raises(InputError, match=r"strategy=SumAndScale averages inside the compiled step"):
         made(model).synchronize()
+
+
+def wrapped(module, **options):
+    return StandardSync(module, **options)
+
+
+def test_a_function_does_not_tell_that_its_strategy_acts_during_the_backward_pass():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ddpkit.make_step(model, criterion, optimizer, strategy=wrapped)(rows(0, 6))
+    with pytest.raises(InputError, match=r"strategy=wrapped makes a standard, which acts .*: give its class, or a functools.partial"):
+        ddpkit.make_step(model, criterion, optimizer, strategy=wrapped, compile=True)
+    with interpreted():
+        partial = functools.partial(StandardSync)
+        ddpkit.make_step(model, criterion, optimizer, strategy=partial, compile=True)(rows(0, 6))
 
 
 def test_one_that_does_not_say_what_follows_is_refused():
