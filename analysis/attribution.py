@@ -70,35 +70,35 @@ def table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _key(one: Run, other: Run, mine: Settings, its: Settings) -> Key | None:
+def _key(one: Run, other: Run, first: Settings, second: Settings) -> Key | None:
     """What alone sets two runs apart; None where it is more than one thing."""
     seeds, order = one.seed != other.seed, one.data_seed != other.data_seed
-    differing = mine.differing(its)
+    differing = first.differing(second)
     if seeds + order + len(differing) > 1:
         return None
     if seeds or order:
-        return (_NEW_SEED if seeds else _NEW_ORDER), "two seeds", _held(mine, ""), False
+        return (_NEW_SEED if seeds else _NEW_ORDER), "two seeds", _held(first, ""), False
     if not differing:
-        zero = mine.deterministic
+        zero = first.deterministic
         if one.code != other.code and None not in (one.code, other.code):
-            return ANEW, "two codes", _held(mine, ""), False
-        return (NOTHING if zero else SCATTER), "reruns", _held(mine, ""), zero
+            return ANEW, "two codes", _held(first, ""), False
+        return (NOTHING if zero else SCATTER), "reruns", _held(first, ""), zero
     (name,) = differing
     if name == "mode":
-        source = _MODES.get(frozenset({mine.mode, its.mode}))
-        compared = ", ".join(sorted((mine.mode, its.mode), key=_MODE_ORDER.index)) if source else ""
-        return (source, compared, _held(mine, name), False) if source else None
+        source = _MODES.get(frozenset({first.mode, second.mode}))
+        compared = ", ".join(sorted((first.mode, second.mode), key=_MODE_ORDER.index)) if source else ""
+        return (source, compared, _held(first, name), False) if source else None
     source = _SOURCES[name]
-    if name == "strategy" and mine.mode != "eager" and _runs_another_graph(mine.strategy, its.strategy):
+    if name == "strategy" and first.mode != "eager" and _runs_another_graph(first.strategy, second.strategy):
         source = _OTHER_GRAPH
     zero = (
         source == _ORDER_OF_SUMS
-        and mine.deterministic
+        and first.deterministic
         and 0 < (one.world_size or 0) <= 2
-        and {mine.strategy, its.strategy} <= _LOSSLESS  # `none` averages nothing, so its ranks part ways
+        and {first.strategy, second.strategy} <= _LOSSLESS  # `none` averages nothing, so its ranks part ways
     )
-    compared = ", ".join(sorted(_shown(which, name) for which in (mine, its)))
-    return source, compared, _held(mine, name), zero
+    compared = ", ".join(sorted(_shown(which, name) for which in (first, second)))
+    return source, compared, _held(first, name), zero
 
 
 def _runs_another_graph(one: str, other: str) -> bool:

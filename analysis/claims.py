@@ -53,13 +53,13 @@ class Weighed:
 
     Attributes:
         declared: the claim.
-        found: what the seeds say.
+        evidence: what the seeds say.
         test: its p-values.
         untested: why there is no test; empty where there is one.
     """
 
     declared: Declared
-    found: Evidence
+    evidence: Evidence
     test: Test
     untested: str
 
@@ -73,14 +73,14 @@ def numerics_claims(study: Study) -> list[Claim]:
 
 def weigh(study: Study, claim: Declared) -> Weighed:
     """What the runs say of one claim, without regard to the others."""
-    found = evidence(study, claim.endpoint, claim.arm)
-    untested = _untested(study, claim, found)
-    test = equivalence(found.values, margin(claim.endpoint), two_sided=claim.endpoint == FORCE_ERROR)
+    seen = evidence(study, claim.endpoint, claim.arm)
+    untested = _untested(study, claim, seen)
+    test = equivalence(seen.values, margin(claim.endpoint), two_sided=claim.endpoint == FORCE_ERROR)
     if untested:
         test = Test(test.estimate, 1.0, 1.0)
-    elif found.failed or found.baseline_failed:
+    elif seen.failed or seen.baseline_failed:
         test = Test(test.estimate, 1.0, test.outside)
-    return Weighed(claim, found, test, untested)
+    return Weighed(claim, seen, test, untested)
 
 
 def margin(endpoint: str) -> float:
@@ -98,7 +98,7 @@ def says_nothing(study: Study, arm: str) -> bool:
     return set(mine.differing(its)) <= _ORDER_ALONE and mine.mode == "eager" and lossless
 
 
-def _untested(study: Study, claim: Declared, found: Evidence) -> str:
+def _untested(study: Study, claim: Declared, seen: Evidence) -> str:
     fewest, seeds = FEWEST[claim.endpoint], len(study.blocks)
     if not any(study.members(claim.arm)):
         return f"there is no run of {claim.arm}"
@@ -108,9 +108,9 @@ def _untested(study: Study, claim: Declared, found: Evidence) -> str:
         return f"there {'is 1 seed' if seeds == 1 else f'are {seeds} seeds'}, and a test needs {fewest}"
     if absent := sorted(set(study.plan.runs) - {run.label for run in study.runs}):
         return f"{len(absent)} of {len(study.plan.runs)} planned runs are not there"
-    if found.missing:
+    if seen.missing:
         what = "validation errors" if claim.endpoint == FORCE_ERROR else "reruns and distances"
-        return f"{found.missing} of {seeds} seeds lack complete runs with {what}"
+        return f"{seen.missing} of {seeds} seeds lack complete runs with {what}"
     return ""
 
 
@@ -125,10 +125,10 @@ def _numerics_claim(study: Study, one: Weighed, inside: float, outside: float) -
     if one.untested:
         verdict = f"{OPEN}: {one.untested}"
     elif inside <= LEVEL:
-        verdict = f"{HOLDS}: identical" if one.found.identical else HOLDS
+        verdict = f"{HOLDS}: identical" if one.evidence.identical else HOLDS
     elif outside <= LEVEL:
         verdict = FAILS
-    elif one.found.failed or one.found.baseline_failed:
+    elif one.evidence.failed or one.evidence.baseline_failed:
         verdict = f"{OPEN}: runs failed"
     else:
         verdict = f"{OPEN}: the interval reaches over the margin"
@@ -143,51 +143,51 @@ def _numerics_claim(study: Study, one: Weighed, inside: float, outside: float) -
 def _failures_said(study: Study, one: Weighed) -> list[str]:
     said = []
     of_arm = sum(1 for _ in study.members(one.declared.arm))
-    if one.found.failed:
+    if one.evidence.failed:
         said.append(
-            f"{len(one.found.failed)} of {of_arm} runs of {one.declared.arm} failed ({', '.join(one.found.failed)})"
+            f"{len(one.evidence.failed)} of {of_arm} runs of {one.declared.arm} failed ({', '.join(one.evidence.failed)})"
         )
-    if one.found.baseline_failed:
-        said.append(f"of the runs to compare with {', '.join(one.found.baseline_failed)} failed")
+    if one.evidence.baseline_failed:
+        said.append(f"of the runs to compare with {', '.join(one.evidence.baseline_failed)} failed")
     return said
 
 
 def _force_said(one: Weighed) -> str:
-    found = one.found
-    usable = found.values[np.isfinite(found.values)]
+    seen = one.evidence
+    usable = seen.values[np.isfinite(seen.values)]
     if not len(usable):
         return "no seed has both validation errors"
-    if found.identical:
+    if seen.identical:
         return f"the validation force errors are equal to the last bit (seeds: {len(usable)})"
     percent = 100 * np.expm1(usable)
-    others = "of the others, " if found.failed else ""
+    others = "of the others, " if seen.failed else ""
     text = f"{others}validation force RMSE {100 * np.expm1(usable.mean()):+.3g} % against the baseline's"
     return text + _seeds_said(one, percent, 100 * np.expm1(margin(FORCE_ERROR)), "%")
 
 
 def _distance_said(study: Study, one: Weighed) -> str:
-    found, arm = one.found, one.declared.arm
-    usable = found.values[np.isfinite(found.values)]
+    seen, arm = one.evidence, one.declared.arm
+    usable = seen.values[np.isfinite(seen.values)]
     sizes = units(study, arm)
     apart = f"{number(sizes.relative)} of the {'parameters' if study.by_projection else 'loss'}"
     apart += f" ({number(sizes.roundings)} roundings of float32"
     apart += f", {number(sizes.of_new_seed)} of a new seed's distance)" if np.isfinite(sizes.of_new_seed) else ")"
-    if found.exact and found.identical:
+    if seen.exact and seen.identical:
         return (
             f"reruns are exact, and {arm} agrees with its baselines too, to rounding in float64 (seeds: {len(usable)})"
         )
-    if found.exact:
+    if seen.exact:
         return f"reruns are exact, so there is no ratio: {arm} differs by {apart}"
     if not len(usable):
         return f"no seed has both distances; {arm} differs by {apart}" if np.isfinite(sizes.relative) else ""
-    others = "of the others, " if found.failed else ""
+    others = "of the others, " if seen.failed else ""
     text = f"{others}distance {number(float(np.exp(usable.mean())))} times a rerun's"
     return text + _seeds_said(one, np.exp(usable), float(np.exp(margin(DISTANCE))), "times") + f"; it is {apart}"
 
 
 def _seeds_said(one: Weighed, values: np.ndarray, limit: float, unit: str) -> str:  # type: ignore[type-arg]
     """The interval, the range of single seeds, and how many of all seeds may deviate unseen."""
-    test, count = one.test, len(one.found.values)
+    test, count = one.test, len(one.evidence.values)
     text = ""
     if np.isfinite(test.estimate.low):
         bounds = (test.estimate.low, test.estimate.high)
@@ -226,10 +226,10 @@ def speed_claims(data: speed.Study) -> list[Claim]:
         if claim.endpoint == TIME
         for size in dict.fromkeys((sizes[0], sizes[-1]))
     ]
-    found = [speed.relative(data, cell) for cell in cells]
-    untested = [_untimed(data, cell, one.estimate.count) for cell, one in zip(cells, found, strict=True)]
-    p_values = holm([1.0 if why else one.p for one, why in zip(found, untested, strict=True)])
-    return [_speed_claim(data, *each) for each in zip(cells, found, untested, p_values, strict=True)]
+    measured = [speed.relative(data, cell) for cell in cells]
+    untested = [_untimed(data, cell, one.estimate.count) for cell, one in zip(cells, measured, strict=True)]
+    p_values = holm([1.0 if why else one.p for one, why in zip(measured, untested, strict=True)])
+    return [_speed_claim(data, *each) for each in zip(cells, measured, untested, p_values, strict=True)]
 
 
 def _cell(arm: str) -> tuple[str, bool]:

@@ -57,9 +57,9 @@ def divergence(study: Study, arm: str) -> Divergence:
     growths, saturated, probes = [], [], []
     for block in study.blocks:
         runs = [run for run in block.arms.get(arm, []) if study.outcomes[run.label].kind == "complete"]
-        found = [growth(*curve(block.baseline, run), study.steps) for run in runs]
-        found = [g for g in found if np.isfinite(g)]
-        growths += [float(np.mean(found))] if found else []
+        exponents = [growth(*curve(block.baseline, run), study.steps) for run in runs]
+        exponents = [g for g in exponents if np.isfinite(g)]
+        growths += [float(np.mean(exponents))] if exponents else []
         for run in runs:
             saturated.append(_saturates(block, run))
             probes.append(_probe(block.baseline, run))
@@ -97,10 +97,10 @@ def spikes(study: Study, arm: str) -> Spikes:
     """Steps whose loss difference stands out from those before and after, and from rounding in float32."""
     count, total, largest, runs = 0, 0, 0.0, 0
     for block, run in study.members(arm):
-        _, mine, its = differences(arm, block, run)
-        found = spike_steps(mine - its, its)
-        size = np.abs(mine - its)[found]
-        count, total, runs = count + len(size), total + len(mine), runs + bool(len(size))
+        _, losses, baseline = differences(arm, block, run)
+        steps = spike_steps(losses - baseline, baseline)
+        size = np.abs(losses - baseline)[steps]
+        count, total, runs = count + len(size), total + len(losses), runs + bool(len(size))
         largest = max(largest, float(size.max(initial=0.0)))
     return Spikes(count, total, largest, runs)
 

@@ -66,28 +66,28 @@ def evidence(study: Study, endpoint: str, arm: str) -> Evidence:
     for block in study.blocks:
         runs = block.arms.get(arm, [])
         compared = [block.baseline, *(block.arms.get(RERUN, []) if endpoint == DISTANCE and arm != RERUN else [])]
-        mine = [study.outcomes[run.label].kind for run in runs]
-        its = [study.outcomes[run.label].kind for run in compared]
-        failed += [run.label for run, kind in zip(runs, mine, strict=True) if kind == "failed"]
-        baseline_failed += [run.label for run, kind in zip(compared, its, strict=True) if kind == "failed"]
+        ended = [study.outcomes[run.label].kind for run in runs]
+        compared_ended = [study.outcomes[run.label].kind for run in compared]
+        failed += [run.label for run, kind in zip(runs, ended, strict=True) if kind == "failed"]
+        baseline_failed += [run.label for run, kind in zip(compared, compared_ended, strict=True) if kind == "failed"]
         lacks_rerun = endpoint == DISTANCE and len(compared) < 2
-        if not runs or lacks_rerun or "interrupted" in (*mine, *its):
+        if not runs or lacks_rerun or "interrupted" in (*ended, *compared_ended):
             missing += 1
-        elif "failed" in its:
+        elif "failed" in compared_ended:
             continue
-        elif "failed" in mine:
+        elif "failed" in ended:
             values.append(np.inf)
             seeds.append(block.seed)
         else:
-            found = (
+            measured = (
                 _force_error(block, runs) if endpoint == FORCE_ERROR else _distances(study, block, runs, compared[1:])
             )
-            if found is None:
+            if measured is None:
                 missing += 1
                 continue
-            values.append(found[0])
-            exact.append(found[1])
-            identical.append(found[2])
+            values.append(measured[0])
+            exact.append(measured[1])
+            identical.append(measured[2])
             seeds.append(block.seed)
     whole = len(values) == len(exact) > 0
     return Evidence(
@@ -143,9 +143,11 @@ def _distances(
     study: Study, block: Block, runs: Sequence[Run], reruns: Sequence[Run]
 ) -> tuple[float, bool, bool] | None:
     everyone = (*runs, *reruns)
-    mine, its = (np.array([study.distance(block.baseline, run, *everyone) for run in rs]) for rs in (runs, reruns))
+    of_runs, of_reruns = (
+        np.array([study.distance(block.baseline, run, *everyone) for run in rs]) for rs in (runs, reruns)
+    )
     floor = EXACT * study.size(block.baseline)
-    if not (np.isfinite(mine).all() and np.isfinite(its).all() and floor > 0):
+    if not (np.isfinite(of_runs).all() and np.isfinite(of_reruns).all() and floor > 0):
         return None
-    logs = [float(np.mean(np.log(np.maximum(distances, floor)))) for distances in (mine, its)]
-    return logs[0] - logs[1], bool((its <= floor).all()), bool((mine <= floor).all())
+    logs = [float(np.mean(np.log(np.maximum(distances, floor)))) for distances in (of_runs, of_reruns)]
+    return logs[0] - logs[1], bool((of_reruns <= floor).all()), bool((of_runs <= floor).all())

@@ -68,12 +68,12 @@ def table(data: Study) -> pd.DataFrame:
 
 
 def _row(data: Study, block: Block, arm: str, run: Run) -> dict[str, object]:
-    _, mine, its = differences(arm, block, run)
+    _, losses, baseline = differences(arm, block, run)
     values = published_numerics(run, block.baseline)
     ended = data.outcomes[run.label]
     return {
         "run": run.label,
-        **summarize(mine - its, its),
+        **summarize(losses - baseline, baseline),
         "arm": arm,
         "baseline": block.baseline.label,
         "strategy": run.strategy,

@@ -45,7 +45,7 @@ def numerics_facts(study: Study) -> Table:
 
 def _resolution(study: Study) -> list[tuple[str, str]]:
     """Half the 90 % interval of the widest declared claim of each kind: smaller differences cannot be told apart."""
-    found = []
+    resolutions = []
     for endpoint, what in ((FORCE_ERROR, "force error"), (DISTANCE, "distance")):
         arms = [claim.arm for claim in study.plan.primary if claim.endpoint == endpoint]
         reaches = [mean_interval(evidence(study, endpoint, arm).values, 1 - 2 * LEVEL).reach for arm in arms]
@@ -55,8 +55,8 @@ def _resolution(study: Study) -> list[tuple[str, str]]:
             text = f"±{100 * np.expm1(max(reaches)):.2g} % (margin ±{100 * MARGINS[endpoint]:g} %)"
         elif reaches:
             text = f"a factor of {np.exp(max(reaches)):.3g} (margin {1 + MARGINS[endpoint]:g})"
-        found.append((what, text))
-    return found
+        resolutions.append((what, text))
+    return resolutions
 
 
 def numerics(values: pd.DataFrame, study: Study) -> list[Table]:
@@ -179,20 +179,20 @@ def divergences(study: Study) -> Table:
     """Growth along the runs, saturation, and single-step spikes."""
     rows = []
     for arm in study.names:
-        found = divergence(study, arm)
-        grows = found.growth
+        arms_divergence = divergence(study, arm)
+        grows = arms_divergence.growth
         rows.append(
             [
                 arm,
                 "-" if grows is None else f"{grows.value:.2f}",
                 "-" if grows is None else _bounds(grows, 3),
-                "-" if found.saturates is None else f"step {found.saturates:.0f}",
-                percent(100 * found.probe, 4)
-                if np.isfinite(found.probe) and found.probe >= 1e-6
-                else number(found.probe),
-                f"{found.spikes.count} of {found.spikes.steps}",
-                number(found.spikes.largest) if found.spikes.count else "-",
-                str(found.spikes.runs),
+                "-" if arms_divergence.saturates is None else f"step {arms_divergence.saturates:.0f}",
+                percent(100 * arms_divergence.probe, 4)
+                if np.isfinite(arms_divergence.probe) and arms_divergence.probe >= 1e-6
+                else number(arms_divergence.probe),
+                f"{arms_divergence.spikes.count} of {arms_divergence.spikes.steps}",
+                number(arms_divergence.spikes.largest) if arms_divergence.spikes.count else "-",
+                str(arms_divergence.spikes.runs),
             ]
         )
     explained = (

@@ -241,16 +241,16 @@ def require_equal(runs: Sequence[Run], *, free: Sequence[str] = ()) -> None:
     """
     first = runs[0]
     for other in runs[1:]:
-        mine, its = _must_equal(first), _must_equal(other)
-        for key in sorted({*mine, *its}):
+        of_first, of_other = _must_equal(first), _must_equal(other)
+        for key in sorted({*of_first, *of_other}):
             if any(key == f or key.startswith(f"{f}.") for f in free):
                 continue
-            if key.startswith("environment.") and not (key in mine and key in its):
+            if key.startswith("environment.") and not (key in of_first and key in of_other):
                 continue  # a folder that lost its environment.json is not refused for that
-            if mine.get(key) != its.get(key):
+            if of_first.get(key) != of_other.get(key):
                 raise InputError(
-                    f"runs {first.label} and {other.label} cannot be compared: {key} is {_show(mine, key)} in the one and "
-                    f"{_show(its, key)} in the other; keep runs that differ in it in folders of their own"
+                    f"runs {first.label} and {other.label} cannot be compared: {key} is {_show(of_first, key)} in the one and "
+                    f"{_show(of_other, key)} in the other; keep runs that differ in it in folders of their own"
                 )
 
 
@@ -263,13 +263,13 @@ def require_same_frames(runs: Sequence[Run]) -> None:
     for column in ("atoms", "edges"):
         usable = [run for run in runs if column in run.steps and run.steps[column].notna().any()]
         for other in usable[1:]:
-            steps, mine, its = common(usable[0], other, column)
-            differs = np.isfinite(mine) & np.isfinite(its) & (mine != its)
+            steps, counts, counts_of_other = common(usable[0], other, column)
+            differs = np.isfinite(counts) & np.isfinite(counts_of_other) & (counts != counts_of_other)
             if differs.any():
                 at = int(np.argmax(differs))
                 raise InputError(
                     f"runs {usable[0].label} and {other.label} cannot be compared: their batches differ at step {steps[at]} "
-                    f"({mine[at]:.0f} and {its[at]:.0f} {column}); compare runs with the same data and data.seed"
+                    f"({counts[at]:.0f} and {counts_of_other[at]:.0f} {column}); compare runs with the same data and data.seed"
                 )
 
 

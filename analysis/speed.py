@@ -200,8 +200,8 @@ def table(data: Study) -> pd.DataFrame:
     """One row for each cell, columns `COLUMNS`; percentages relative to standard eager of the same size."""
     rows = []
     for cell, times in data.times.items():
-        found = relative(data, cell)
-        change = found.estimate.percent()
+        measured = relative(data, cell)
+        change = measured.estimate.percent()
         runs = data.runs[cell]
         seconds = [s for epochs in times.values() for s in epochs.values()]
         values = published_speed(cell.parameters, runs[0].type_embedding_dim, cell.strategy, cell.compiled) or {}
@@ -214,8 +214,8 @@ def table(data: Study) -> pd.DataFrame:
                 "relative_percent": change.value,
                 "relative_low": change.low,
                 "relative_high": change.high,
-                "between_percent": found.between,
-                "within_percent": np.nan if found.within is None else found.within,
+                "between_percent": measured.between,
+                "within_percent": np.nan if measured.within is None else measured.within,
                 "launches": len(times),
                 "epochs": len(seconds),
                 "steps_per_epoch": data.steps,
@@ -305,27 +305,27 @@ def interaction(data: Study) -> list[tuple[Cell, Estimate]]:
     100 ((strategy compiled / strategy eager) / (standard compiled / standard eager) - 1), the mean of paired logarithms;
     zero where the two act independently.
     """
-    found = []
+    interactions = []
     for cell in data.times:
         if not cell.compiled or cell.strategy == "standard":
             continue
         cells = (cell, _with(cell, compiled=False), _with(data.reference(cell), compiled=True), data.reference(cell))
         estimate = _contrast(data, cells, lambda t: np.log(t[0] / t[1]) - np.log(t[2] / t[3]))
         if estimate:
-            found.append((cell, estimate.percent()))
-    return found
+            interactions.append((cell, estimate.percent()))
+    return interactions
 
 
 def exposed_communication(data: Study) -> list[tuple[Cell, Estimate]]:
     """Seconds of an epoch that a strategy takes beyond `none`, which computes the same and sends nothing."""
-    found = []
+    exposed = []
     for cell in data.times:
         silent = Cell(cell.parameters, "none", cell.compiled)
         if cell.strategy != "none" and not cell.again and silent in data.times:
             estimate = _contrast(data, (cell, silent), lambda t: t[0] - t[1])
             if estimate:
-                found.append((cell, estimate))
-    return found
+                exposed.append((cell, estimate))
+    return exposed
 
 
 def growth(data: Study) -> list[Growth]:
@@ -334,7 +334,7 @@ def growth(data: Study) -> list[Growth]:
     if len(sizes) < 2:
         return []
     small, large = sizes[0], sizes[-1]
-    found = []
+    grown = []
     for cell in data.times:
         before = _with(cell, parameters=small)
         if cell.parameters != large or cell.again or before not in data.times:
@@ -346,8 +346,8 @@ def growth(data: Study) -> list[Growth]:
             cells = (cell, before, *silent)
             compute = _contrast(data, cells, lambda t: 100 * (t[2] - t[3]) / t[1])
             communication = _contrast(data, cells, lambda t: 100 * ((t[0] - t[2]) - (t[1] - t[3])) / t[1])
-        found.append(Growth(cell, total, compute, communication))
-    return found
+        grown.append(Growth(cell, total, compute, communication))
+    return grown
 
 
 def _contrast(data: Study, cells: Sequence[Cell], of: Callable[[NDArray], NDArray]) -> Estimate | None:

@@ -89,8 +89,8 @@ def make_step(
     sync = attach(strategy, core or model, *others, comm=comm, **options)
     if compile and core is None and sync.acts == "during backward":
         raise InputError(
-            f"strategy={name_of(strategy)} makes a {sync.name}, which acts during the backward pass, and compile=True has to know "
-            "that beforehand: give its class, or a functools.partial of it."
+            f"strategy={name_of(strategy)} makes a {sync.name}, which acts during the backward pass, and compile=True has to "
+            "know that beforehand: give its class, or a functools.partial of it."
         )
     if sync.acts == "in graph" and not compile:
         raise InputError(f"strategy={name_of(strategy)} is part of the compiled step: use compile=True.")

@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
 def times(comms: dict[str, Comm], tensor: torch.Tensor, repeats: int) -> dict[str, list[float]]:
     """Seconds of single all-reduces that all ranks begin together, of the slowest rank; the comms in turn."""
     here = environment()
-    found: dict[str, list[float]] = {name: [] for name in comms}
+    seconds_of: dict[str, list[float]] = {name: [] for name in comms}
     for repeat in range(repeats + 2):
         for name, comm in comms.items():
             dist.barrier()
@@ -101,12 +101,12 @@ def times(comms: dict[str, Comm], tensor: torch.Tensor, repeats: int) -> dict[st
             if here.device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat >= 2:
-                found[name].append(time.perf_counter() - start)
-    for name, seconds in found.items():
+                seconds_of[name].append(time.perf_counter() - start)
+    for name, seconds in seconds_of.items():
         slowest = torch.tensor(seconds, dtype=torch.float64, device=here.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        found[name] = slowest.tolist()
-    return found
+        seconds_of[name] = slowest.tolist()
+    return seconds_of
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:

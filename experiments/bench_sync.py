@@ -155,7 +155,7 @@ def measure(size: int, chosen: list[Scheme], args: argparse.Namespace) -> list[d
     parameters = sum(p.numel() for p in model.parameters())
     syncs: dict[Scheme, list[list[float]]] = {scheme: [] for scheme in chosen}
     steps: dict[Scheme, list[list[float]]] = {scheme: [] for scheme in chosen}
-    moved: dict[Scheme, int] = {}
+    bytes_sent: dict[Scheme, int] = {}
     repeats = args.repeats * max(1, min(10, round(4e6 / size)))  # short ones scatter more
     for block in range(args.blocks):
         for scheme in chosen[block % len(chosen) :] + chosen[: block % len(chosen)]:
@@ -164,7 +164,7 @@ def measure(size: int, chosen: list[Scheme], args: argparse.Namespace) -> list[d
             for _ in range(2):  # buckets are rebuilt after the first
                 step()
             steps[scheme].append([_timed(step) for _ in range(repeats)])
-            moved[scheme] = sync.stats.bytes
+            bytes_sent[scheme] = sync.stats.bytes
             if sync.separable and scheme.name != "none":
                 prepare = _gradients(model, in_place=scheme.in_place)
                 syncs[scheme].append([_timed(sync.synchronize, prepare) for _ in range(repeats)])
@@ -188,7 +188,9 @@ def measure(size: int, chosen: list[Scheme], args: argparse.Namespace) -> list[d
                 "bucket_mb": scheme.bucket_mb,
                 "ranks": here.world_size,
                 "seconds_sync": statistics.median(sync_alone) if sync_alone else None,
-                "gigabytes_per_second": moved[scheme] / statistics.median(sync_alone) / 1e9 if sync_alone else None,
+                "gigabytes_per_second": bytes_sent[scheme] / statistics.median(sync_alone) / 1e9
+                if sync_alone
+                else None,
                 "seconds_step": statistics.median(whole[scheme]),
                 "seconds_exposed": statistics.median(exposed[scheme]) if scheme is not chosen[0] else None,
                 "sync_relative_to_cat": _ratio(sync_alone, own[chosen[1]]) if sync_alone else None,

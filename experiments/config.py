@@ -305,8 +305,8 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     while cause.__cause__ is not None and not isinstance(error, OmegaConfBaseException):
         cause = cause.__cause__
     text = " ".join(str(error).split())
-    if found := re.search(r"Could not (?:override|find) '([^']+)'", text):
-        name = found[1]
+    if match := re.search(r"Could not (?:override|find) '([^']+)'", text):
+        name = match[1]
         if "/" in name:
             group, option = name.split("/", 1)
             available = sorted(
@@ -318,14 +318,14 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
             choices = f"use one of {', '.join(available)}" if available else f"see the configs of {group}"
             return f"{group}={option} is unknown: {choices}."
         return f"{name} is no configuration key: {_nearest(name)}"
-    if found := re.search(r"Key '([^']+)' (?:is )?not in", text):
-        full = next((o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].endswith(found[1])), found[1])
+    if match := re.search(r"Key '([^']+)' (?:is )?not in", text):
+        full = next((o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].endswith(match[1])), match[1])
         return f"{full} is no configuration key: {_nearest(full)}"
-    if found := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
-        return f"{found[1]} is a key already: write {found[1]}=... without the +."
+    if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
+        return f"{match[1]} is a key already: write {match[1]}=... without the +."
     why = (str(cause) or str(error)).splitlines()[0].rstrip(".")
-    if found := re.search(r"Error (?:merging|parsing) override '?([^']+)", text):
-        return f"The override {found[1]} cannot be used: {why}."
+    if match := re.search(r"Error (?:merging|parsing) override '?([^']+)", text):
+        return f"The override {match[1]} cannot be used: {why}."
     return f"The configuration cannot be composed: {why}; correct the overrides."
 
 

@@ -331,17 +331,17 @@ def _backends(joined: Any) -> list[tuple[str, Callable[[Any], Any]]]:
 
     from ddpkit.sync.comm import MpiComm
 
-    found: list[tuple[str, Callable[[Any], Any]]] = []
+    backends: list[tuple[str, Callable[[Any], Any]]] = []
     if joined.world_size == 1:
-        return found
-    found.append((joined.backend, dist.all_reduce))
+        return backends
+    backends.append((joined.backend, dist.all_reduce))
     if joined.backend != "gloo":
         group = dist.new_group(backend="gloo")
-        found.append(("gloo", lambda tensor: dist.all_reduce(tensor, group=group)))
+        backends.append(("gloo", lambda tensor: dist.all_reduce(tensor, group=group)))
     with suppress(InputError):
         comm = MpiComm()
-        found.append(("MPI", lambda tensor: comm.all_reduce(tensor)))  # noqa: PLW0108  (its result is not waited for)
-    return found
+        backends.append(("MPI", lambda tensor: comm.all_reduce(tensor)))  # noqa: PLW0108  (its result is not waited for)
+    return backends
 
 
 def _timed(name: str, add: Callable[[Any], Any], joined: Any, screen: Screen) -> str:

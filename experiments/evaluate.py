@@ -119,11 +119,11 @@ def _evaluate(args: argparse.Namespace, here: Environment) -> None:
             _make(out)
     phase.enter("validation")
     if chosen is not None:
-        found = evaluate(model, chosen.frames, chosen.indices, here, batch_size=args.batch_size, progress=True)
+        evaluation = evaluate(model, chosen.frames, chosen.indices, here, batch_size=args.batch_size, progress=True)
         with agree("writing the tables"):
             if here.is_first:
-                _tell_accuracy(chosen, found, out, _notes(args, chosen), beside)
-                _write_worst(chosen, found, model, here, out, args.worst)
+                _tell_accuracy(chosen, evaluation, out, _notes(args, chosen), beside)
+                _write_worst(chosen, evaluation, model, here, out, args.worst)
     if fragments:
         _barriers(model, fragments, here, out, args)
     with agree("leaving"):
@@ -245,56 +245,58 @@ def _notes(args: argparse.Namespace, chosen: Chosen) -> list[str]:
     ]
 
 
-def _errors(chosen: Chosen, found: Evaluation) -> accuracy.Frames:
-    frames, indices = chosen.frames, found.indices
+def _errors(chosen: Chosen, evaluation: Evaluation) -> accuracy.Frames:
+    frames, indices = chosen.frames, evaluation.indices
     return accuracy.Frames(
-        frames.subset_index[indices], frames.subsets, frames.atoms[indices], found.energy - frames.array("energy")[indices],
-        found.forces_abs, found.forces_square,
+        frames.subset_index[indices], frames.subsets, frames.atoms[indices], evaluation.energy - frames.array("energy")[indices],
+        evaluation.forces_abs, evaluation.forces_square,
     )  # fmt: skip
 
 
-def _tell_accuracy(chosen: Chosen, found: Evaluation, out: Path, notes: list[str], beside: pd.DataFrame | None) -> None:
-    errors = _errors(chosen, found)
-    values, elements = accuracy.by_subset(errors), accuracy.by_element(found.species, found.by_species)
+def _tell_accuracy(
+    chosen: Chosen, evaluation: Evaluation, out: Path, notes: list[str], beside: pd.DataFrame | None
+) -> None:
+    errors = _errors(chosen, evaluation)
+    values, elements = accuracy.by_subset(errors), accuracy.by_element(evaluation.species, evaluation.by_species)
     shown = [accuracy.subset_table(values, notes, beside), accuracy.element_table(elements)]
     tables.write(out, "accuracy", values, shown)
     tables.write_csv(out / "elements.csv", elements)
-    reference = np.asarray(chosen.frames.array("energy")[found.indices])
-    tables.write_csv(out / "frames.csv", accuracy.by_frame(errors, found.indices, reference))
-    figures.save(_parity(chosen.frames, found), out / "parity.png")
+    reference = np.asarray(chosen.frames.array("energy")[evaluation.indices])
+    tables.write_csv(out / "frames.csv", accuracy.by_frame(errors, evaluation.indices, reference))
+    figures.save(_parity(chosen.frames, evaluation), out / "parity.png")
     print("\n\n".join(table.text() for table in shown))
 
 
-def _parity(frames: PreparedSet, found: Evaluation) -> Any:
-    atoms, energy = frames.atoms[found.indices], frames.array("energy")[found.indices]
+def _parity(frames: PreparedSet, evaluation: Evaluation) -> Any:
+    atoms, energy = frames.atoms[evaluation.indices], frames.array("energy")[evaluation.indices]
     some = np.unique(np.linspace(0, len(atoms) - 1, _ENERGY_POINTS).astype(np.int64))
-    labels = np.concatenate([frames.array("forces")[slice(*frames.atom_range(int(i)))] for i in found.kept])
+    labels = np.concatenate([frames.array("forces")[slice(*frames.atom_range(int(i)))] for i in evaluation.kept])
     return accuracy.parity(
-        np.stack([energy / atoms, found.energy / atoms], axis=1)[some],
-        np.stack([labels.reshape(-1), found.forces.reshape(-1)], axis=1),
+        np.stack([energy / atoms, evaluation.energy / atoms], axis=1)[some],
+        np.stack([labels.reshape(-1), evaluation.forces.reshape(-1)], axis=1),
         len(atoms),
         int(atoms.sum()),
     )
 
 
-def _write_worst(chosen: Chosen, found: Evaluation, model: Any, here: Environment, out: Path, count: int) -> None:
+def _write_worst(chosen: Chosen, evaluation: Evaluation, model: Any, here: Environment, out: Path, count: int) -> None:
     """Extended XYZ of the frames with the largest errors, worst first; labels as `energy` and `forces`, predictions beside."""
     from ase import Atoms
     from ase.calculators.singlepoint import SinglePointCalculator
     from ase.io import write
 
-    errors = _errors(chosen, found)
+    errors = _errors(chosen, evaluation)
     for name, size in (("forces", errors.forces_rmse), ("energy", np.abs(errors.energy_per_atom_error))):
         images = []
         for place in np.argsort(-size, kind="stable")[:count].tolist():
-            frame = chosen.frames.frame(int(found.indices[place]))
+            frame = chosen.frames.frame(int(evaluation.indices[place]))
             batch = collate([frame], model.species, model.r_max).to(here.device)
             atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
             atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces, stress=frame.stress)
             atoms.arrays["predicted_forces"] = model(batch)["forces"].detach().to(torch.float64).cpu().numpy()
             atoms.info |= {
-                "frame": int(found.indices[place]),
-                "predicted_energy": float(found.energy[place]),
+                "frame": int(evaluation.indices[place]),
+                "predicted_energy": float(evaluation.energy[place]),
                 "energy_error_per_atom": float(errors.energy_per_atom_error[place]),
                 "forces_rmse": float(errors.forces_rmse[place]),
                 **{key: text for key, text in (("subset", frame.subset), ("group", frame.group)) if text},

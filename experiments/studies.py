@@ -41,15 +41,15 @@ class Numerics:
 
     def blocks(self, seeds: int | None = None) -> list[list[Arm]]:
         """The runs, seed by seed."""
-        found = []
+        blocks = []
         for seed in range(1, (seeds or self.seeds) + 1):
             own = f"seed={seed}", f"data.seed={seed}"
             block = [_seeded(arm, seed).numbered(seed, *own) for arm in self.arms]
             Random(seed).shuffle(block)
-            found.append(block)
+            blocks.append(block)
         rerun = next((arm.overrides for arm in self.arms if arm.label == "rerun"), ())
         again = [Arm("spread", rerun).numbered(n, "seed=1", "data.seed=1") for n in range(1, self.spread + 1)]
-        return [*found, again] if again else found
+        return [*blocks, again] if again else blocks
 
 
 @dataclass(frozen=True)

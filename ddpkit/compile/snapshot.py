@@ -185,10 +185,10 @@ class Snapshot:
         if not self._inside:
             self.modules.append(module)
         self._inside += 1
-        mine = vars(module)
-        self.homes.append((path, ".{}", mine))
+        attributes = vars(module)
+        self.homes.append((path, ".{}", attributes))
         for name in ("_parameters", "_buffers", "_modules"):
-            part = mine[name]
+            part = attributes[name]
             if isinstance(part, dict):
                 self._visit_dict(part, path, ".{}")
             else:  # of a ScriptModule
@@ -196,10 +196,10 @@ class Snapshot:
                 for key, value in part.items():
                     self._visit(value, f"{path}.{key}", part, key)
         for name in _HOOKS:
-            if name in mine:
-                self._visit_dict(mine[name], f"{path}.{name}", "[{}]")
-        self._sized.append(mine)
-        self._visit_items(mine, path, ".{}", _INTERNAL)
+            if name in attributes:
+                self._visit_dict(attributes[name], f"{path}.{name}", "[{}]")
+        self._sized.append(attributes)
+        self._visit_items(attributes, path, ".{}", _INTERNAL)
         self._inside -= 1
 
     def _visit_plain(self, value: Any, path: str) -> None:

@@ -161,16 +161,16 @@ def run_cases(
         needed = NEEDS.get(known, {}).get(name, {})
         setting = Setting(strategy, comm, options | needed, here.rank, here.world_size)
         torch.manual_seed(here.rank)
-        mine = ""
+        failure = ""
         try:
             with torch.device(here.device):
                 CASES[name](setting)
         except Exception as error:  # noqa: BLE001  (reported)
             where = traceback.extract_tb(error.__traceback__)[-1]
-            mine = f"rank {here.rank}: {type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+            failure = f"rank {here.rank}: {type(error).__name__}: {error} ({where.name}, line {where.lineno})"
         for made in setting.made:
             made.close()
-        everyone = _exchange(name, mine, here.rank, here.world_size)
+        everyone = _exchange(name, failure, here.rank, here.world_size)
         if any(everyone):
             return [*reports, (name, "failed", "; ".join(filter(None, everyone)))]
         reports.append((name, "passed", ", ".join(f"{k}={v}" for k, v in needed.items())))
@@ -180,10 +180,10 @@ def run_cases(
 _exchanges = itertools.count()
 
 
-def _exchange(name: str, mine: str, rank: int, size: int) -> list[str]:
+def _exchange(name: str, failure: str, rank: int, size: int) -> list[str]:
     """What each rank has to say, through the store: after a failure, collectives may be out of step."""
     shared, here = store(), f"conformance/{next(_exchanges)}/{name}"
-    shared.set(f"{here}/{rank}", mine or " ")
+    shared.set(f"{here}/{rank}", failure or " ")
     keys = [f"{here}/{other}" for other in range(size)]
     shared.wait(keys, timedelta(seconds=60))
     return [shared.get(key).decode().strip() for key in keys]
@@ -472,10 +472,10 @@ def further_modules(setting: Setting) -> None:
         *(f"{kind}.{n}" for kind in ("Weights", "Weights_2") for n in ("energy", "forces")),
     ]
     assert list(sync.parameters) == expected, f"{list(sync.parameters)} instead of {expected}"
-    mine = nn.ModuleList([model, criterion, second])
-    assert_equal_on_ranks(setting, [*mine.parameters(), *mine.buffers()])
-    reference = copy.deepcopy(mine)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5) for m in (mine, reference)]
+    trained = nn.ModuleList([model, criterion, second])
+    assert_equal_on_ranks(setting, [*trained.parameters(), *trained.buffers()])
+    reference = copy.deepcopy(trained)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5) for m in (trained, reference)]
     for step in range(4):
         parts = setting.points(setting.rank, step).tensor_split(1 + step % 2)
         for part in parts[:-1]:
@@ -491,11 +491,11 @@ def further_modules(setting: Setting) -> None:
         points = setting.all_points(step)
         output = reference[0](points)
         _backward((reference[1](output, points) + reference[2](output, points)).sum() / len(points))
-        assert_gradients(mine, reference)
+        assert_gradients(trained, reference)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=step % 2 == 0)
-    assert_equal_on_ranks(setting, list(mine.parameters()))
+    assert_equal_on_ranks(setting, list(trained.parameters()))
 
 
 @case(ranks=2)
@@ -862,7 +862,7 @@ def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  
         model_2, criterion_2 = copy.deepcopy((model, criterion))
         reference = optimizer_of(model_2, criterion_2)
         both = (model, criterion, optimizer), (model_2, criterion_2, reference)
-        mine, theirs = nn.ModuleList([model, criterion]), nn.ModuleList([model_2, criterion_2])
+        trained, expected = nn.ModuleList([model, criterion]), nn.ModuleList([model_2, criterion_2])
         for number in range(6):
             for one, loss_of, opt in both:
                 one.potential.inner.requires_grad_(number not in (1, 2))
@@ -872,14 +872,14 @@ def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  
                     opt.add_param_group({"params": [one.potential.outer.bias]})
             count = torch.tensor(float(len(setting.all_points(number))), dtype=torch.float64)
             step({"points": setting.points(setting.rank, number), "count": count / setting.size})
-            theirs.zero_grad()
+            expected.zero_grad()
             whole = {"points": setting.all_points(number), "count": count}
             _backward(criterion_2(model_2(whole), whole))
             reference.step()
-            for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+            for (name, p), q in zip(trained.named_parameters(), expected.parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=_naming(f"{name} at step {number}"))
                 assert p.requires_grad or p.grad is None, f"{name} is frozen and has a gradient at step {number}"
-        assert_equal_on_ranks(setting, list(mine.parameters()))
+        assert_equal_on_ranks(setting, list(trained.parameters()))
 
 
 @compiled

@@ -177,7 +177,9 @@ def test_a_function_does_not_tell_that_its_strategy_acts_during_the_backward_pas
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ddpkit.make_step(model, criterion, optimizer, strategy=wrapped)(rows(0, 6))
-    with pytest.raises(InputError, match=r"strategy=wrapped makes a standard, which acts .*: give its class, or a functools.partial"):
+    with pytest.raises(
+        InputError, match=r"strategy=wrapped makes a standard, which acts .*: give its class, or a functools.partial"
+    ):
         ddpkit.make_step(model, criterion, optimizer, strategy=wrapped, compile=True)
     with interpreted():
         partial = functools.partial(StandardSync)

@@ -180,17 +180,17 @@ class Campaign:
             folder.mkdir(parents=True)
             with strikes.small_disk(folder / "disk") as disk:
                 try:
-                    found = self._attempt(trial, reference, folder, disk, 0.5**attempt)
+                    outcome = self._attempt(trial, reference, folder, disk, 0.5**attempt)
                 except Exception as error:  # noqa: BLE001  (the other trials go on)
                     (folder / "error.txt").write_text(traceback.format_exc())
-                    found = {"verdict": "failed", "why": f"the campaign itself failed: {error!r}"}
-                if found["verdict"] == "failed":
+                    outcome = {"verdict": "failed", "why": f"the campaign itself failed: {error!r}"}
+                if outcome["verdict"] == "failed":
                     shutil.copytree(folder / "disk", folder / "kept", dirs_exist_ok=True)
-            if found["verdict"] != "missed":
+            if outcome["verdict"] != "missed":
                 break
-        if found["verdict"] == "passed":
+        if outcome["verdict"] == "passed":
             shutil.rmtree(folder, ignore_errors=True)
-        return row | found
+        return row | outcome
 
     def _attempt(
         self, trial: Trial, reference: Reference, folder: Path, disk: Path | None, earlier: float
@@ -212,18 +212,18 @@ class Campaign:
             if hit and not strikes.strike(trial.fault, job, trial.rank, full):
                 hit = ""
             end = _end(job, bound, run, folder / "struck.txt")
-        found = {
+        outcome = {
             "phase_hit": hit, "ended": int(end.ended), "seconds": f"{end.seconds:.1f}", "exit_code": end.code,
             "status": end.status, "sentence": end.sentence, "processes_left": len(end.left),
         }  # fmt: skip
         if not hit:
-            return found | {"verdict": "missed", "why": "the run had ended, or was about to"}
+            return outcome | {"verdict": "missed", "why": "the run had ended, or was about to"}
         if full is not None:
             strikes.make_room(full)
         wrong = judge.faults_of_end(trial, end)
         how, more = self._go_on(trial, reference, folder, words, end, compiler)
         verdict = "failed" if wrong or more else "passed"
-        return found | {"went_on": how, "equal": int(not more), "verdict": verdict, "why": "; ".join([*wrong, *more])}
+        return outcome | {"went_on": how, "equal": int(not more), "verdict": verdict, "why": "; ".join([*wrong, *more])}
 
     def _go_on(
         self, trial: Trial, reference: Reference, folder: Path, words: list[str], end: End, compiler: Path
@@ -321,16 +321,16 @@ def _await(job: Job, trial: Trial, reference: Reference, earlier: float, deadlin
 
 def _phases(job: Job, deadline: float) -> list[tuple[str, float]]:
     """The phases that rank 0 goes through, with their seconds."""
-    found: list[tuple[str, float]] = []
+    phases: list[tuple[str, float]] = []
     now, began = "", time.monotonic()
     while now != "gone" and time.monotonic() < deadline:
         then = job.phase(0)
         if then != now:
             if now:
-                found.append((now, time.monotonic() - began))
+                phases.append((now, time.monotonic() - began))
             now, began = then, time.monotonic()
         time.sleep(pause_in(now))
-    return found
+    return phases
 
 
 def _end(job: Job, bound: float, run: Path, output: Path) -> End:

@@ -89,12 +89,12 @@ class Job:
 
     def left(self) -> dict[int, str]:
         """Number and command line of each process of the job that is still there."""
-        found = {}
+        commands = {}
         for number in _processes():
             if _environment(number).get(MARK) == self._mark:
                 with contextlib.suppress(OSError):
-                    found[number] = Path(f"/proc/{number}/cmdline").read_text().replace("\0", " ").strip()
-        return found
+                    commands[number] = Path(f"/proc/{number}/cmdline").read_text().replace("\0", " ").strip()
+        return commands
 
     def wait(self, seconds: float) -> bool:
         """Waits until mpirun and every rank have ended; whether they did in time."""
