@@ -19,6 +19,7 @@ from ddpkit.batch import Batch
 from ddpkit.compile.layout import Layout, describe, sizes_of
 from ddpkit.compile.parity import Difference, differences, named, samples
 from ddpkit.errors import InputError, ParityError
+from ddpkit.ranks.switches import tf32
 
 # Rounding of float32 was at most 2e-5 on our models, the smallest fault that was published 1e-2.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 5e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -47,7 +48,8 @@ def check_kernels(model: nn.Module, batch: Any, tolerance: float | None = None) 
     reference = make_reference()
     compared: list[Difference] = []
     chosen = samples(batch)
-    with _full_precision(), _buffers_kept(model):
+    # Rounding to TF32 would hide what a kernel does wrong.
+    with tf32(allowed=False), _buffers_kept(model):
         for small in [chosen[0], chosen[-1]] if len(chosen) > 1 else chosen:
             shape = describe(sizes_of(Layout.of([small]), small))
             try:
@@ -111,17 +113,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Inside, products of float32 matrices are not rounded to TF32, which would hide what a kernel does wrong."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from ddpkit.errors import InputError
 from ddpkit.experiments.models_table import CRYSTAL_SPECIES, build, default_species, model_spec
 from ddpkit.experiments.peers import Peer, PlainStep, optimizer, peer_model, with_kernels
 from ddpkit.padding import own_sizes, pad
+from ddpkit.ranks.switches import deterministic_algorithms, tf32, threads
 from ddpkit.step import Step
 
 COLUMNS = (
@@ -84,12 +85,15 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("the peer embeds geometry in float64: compare with --precision mixed or float64.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; use --device cpu or a CUDA build of torch.")
-    torch.set_num_threads(args.threads)
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.memory_of:
-        print(json.dumps(_peak_bytes(args)))
-        return
+    with threads(args.threads), tf32(allowed=args.tf32):
+        if args.memory_of:
+            print(json.dumps(_peak_bytes(args)))
+        else:
+            _print_table(args)
+
+
+def _print_table(args: argparse.Namespace) -> None:
     rows = []
     for number, name in enumerate(args.model):
         for row in _measure(name, args):
@@ -280,16 +284,14 @@ def _measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if peer is not None:
         peer.warm_up()
     for mode, deterministic in modes.items():
-        torch.use_deterministic_algorithms(mode=deterministic)
-        own = Timed(step, built.filled)
-        own.warm_up()
+        with deterministic_algorithms(wanted=deterministic):
+            own = Timed(step, built.filled)
+            own.warm_up()
         for _ in range(args.repeats):
             if peer is not None:
-                torch.use_deterministic_algorithms(mode=False)
                 peer.turn()
-                torch.use_deterministic_algorithms(mode=deterministic)
-            own.turn()
-        torch.use_deterministic_algorithms(mode=False)
+            with deterministic_algorithms(wanted=deterministic):
+                own.turn()
         yield {
             "model": name,
             "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu ({args.threads} threads)",

@@ -37,12 +37,12 @@ def main(overrides: Sequence[str]) -> None:
         ParityError: what was compared differs by more than rounding explains.
     """
     config = read(list(overrides))
-    setup.set_numerics(config)  # before NCCL, which reads its environment once
-    phase.enter("rendezvous")
-    here = group.init_process_group(None if config.device == "auto" else config.device)
-    with alive(here, doing="ddpkit check"):
-        failure = _compare(config, here)
-    group.shutdown()
+    with setup.numerics(config):
+        phase.enter("rendezvous")
+        here = group.init_process_group(None if config.device == "auto" else config.device)
+        with alive(here, doing="ddpkit check"):
+            failure = _compare(config, here)
+        group.shutdown()
     if failure is not None:
         raise failure
 

@@ -74,7 +74,12 @@ def main(overrides: Sequence[str]) -> None:
         print(OmegaConf.to_yaml(config), end="")
         return
     started = _as_started(config, overrides)
-    setup.set_numerics(started)  # before NCCL, which reads its environment once
+    with setup.numerics(started):
+        _run(config, started, overrides)
+
+
+def _run(config: DictConfig, started: DictConfig, overrides: Sequence[str]) -> None:
+    """Meets the other ranks and trains; `started` is the configuration that a resumed run was started with."""
     phase.enter("rendezvous")
     here = group.init_process_group(
         None if started.device == "auto" else started.device, timeout=timedelta(seconds=started.train.timeout)

@@ -3,7 +3,8 @@
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ddpkit.projection import Projection
 from ddpkit.ranks import phase
 from ddpkit.ranks.agree import agree, share
 from ddpkit.ranks.group import Environment
+from ddpkit.ranks.switches import deterministic_algorithms, tf32, variables
 from ddpkit.record import RunFolder
 from ddpkit.step import make_step
 from ddpkit.sync import acts_of
@@ -40,20 +42,30 @@ PROBE = 8
 """Frames of the fixed batch whose loss is recorded beside the projection: the first ones to validate."""
 
 
-def set_numerics(config: DictConfig) -> None:
-    """Switches that hold for the whole process, set before a communicator is made: determinism, TF32, NCCL, the compiler."""
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    torch.backends.cudnn.allow_tf32 = config.tf32
-    if config.compile:
-        from ddpkit.compile.backend import use
+_REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}  # NVLS sums in no fixed order
 
-        use(config.compiler)
-    if config.nccl_algo is not None:
-        os.environ["NCCL_ALGO"] = config.nccl_algo
+
+@contextmanager
+def numerics(config: DictConfig) -> Iterator[None]:
+    """Sets what holds for the whole process while this is open: determinism, TF32, NCCL, the compiler.
+
+    It is opened before a communicator is made: NCCL reads its environment once.
+    """
+    chosen: dict[str, str] = {}
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NCCL_ALGO", "Ring")  # NVLS sums in no fixed order
-        torch.use_deterministic_algorithms(mode=True)
+        chosen = {name: os.environ.get(name, value) for name, value in _REPEATABLE.items()}
+    if config.nccl_algo is not None:
+        chosen["NCCL_ALGO"] = config.nccl_algo
+    with ExitStack() as switches:
+        switches.enter_context(variables(chosen))
+        switches.enter_context(tf32(allowed=config.tf32))
+        if config.deterministic:
+            switches.enter_context(deterministic_algorithms(wanted=True))
+        if config.compile:
+            from ddpkit.compile.backend import using
+
+            switches.enter_context(using(config.compiler))
+        yield
 
 
 def model_spec(config: DictConfig, data: Data) -> dict[str, Any]:

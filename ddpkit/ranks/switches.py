@@ -1,4 +1,4 @@
-"""What is set for the whole process so that it can be one of several ranks: each is undone at the end of its context."""
+"""What is set for the whole process, as one of several ranks or for its numbers: each is undone at the end of its context."""
 
 import atexit
 import os
@@ -34,6 +34,29 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def tf32(*, allowed: bool) -> Iterator[None]:
+    """Allows products of float32 matrices and convolutions to be taken in TF32, or forbids it."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
+@contextmanager
+def deterministic_algorithms(*, wanted: bool) -> Iterator[None]:
+    """Has torch take kernels that repeat to the bit and refuse operations that have none, or whatever is fastest."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(mode=wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode=before, warn_only=warns)
 
 
 @contextmanager

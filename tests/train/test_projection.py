@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import os
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddpkit.compile import backend
 from ddpkit.errors import InputError
 from ddpkit.experiments import run
 from ddpkit.projection import COLUMNS, WIDTH, Projection, is_due
@@ -100,18 +102,46 @@ def test_switches_are_set_before_a_communicator_is_made(monkeypatch, tmp_path, r
         config = run.read([*words, f"run_dir={tmp_path}"])
         (tmp_path / "config.yaml").write_text(run.OmegaConf.to_yaml(config))
         words = [f"resume={tmp_path}"]
+    with pytest.raises(Reached):
+        run.main(words)
+    assert seen == {"algo": "Ring", "deterministic": True, "device": "cpu", "timeout": 7}
+
+
+def switches():
+    """What a run sets for its whole process."""
+    return (
+        os.environ.get("NCCL_ALGO"),
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        backend.interprets(),
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_set_for_a_run_is_undone_after_it(monkeypatch, fails):
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    words = ["deterministic=true", "tf32=true", "compile=true", "compiler=interpreted"]
     try:
-        with pytest.raises(Reached):
-            run.main(words)
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        before = switches()
+        with contextlib.suppress(Reached), run.setup.numerics(run.read(words)):
+            assert switches() == ("Ring", ":16:8", True, False, True, True, True)
+            if fails:
+                raise Reached
+        assert switches() == before
     finally:
         torch.use_deterministic_algorithms(mode=False)
-    assert seen == {"algo": "Ring", "deterministic": True, "device": "cpu", "timeout": 7}
-    monkeypatch.delenv("NCCL_ALGO", raising=False)
 
 
 def test_an_algorithm_of_nccl_can_be_forced(monkeypatch):
     monkeypatch.setenv("NCCL_ALGO", "NVLS")
-    run.setup.set_numerics(run.read(["nccl_algo=Tree"]))
-    assert os.environ["NCCL_ALGO"] == "Tree"
+    for words in (["nccl_algo=Tree"], ["nccl_algo=Tree", "deterministic=true"]):
+        with run.setup.numerics(run.read(words)):
+            assert os.environ["NCCL_ALGO"] == "Tree"
+        assert os.environ["NCCL_ALGO"] == "NVLS"
     with pytest.raises(InputError, match="compiler=gcc is unknown: use one of inductor, public, interpreted"):
         run.read(["compiler=gcc"])
