@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import platform
@@ -20,6 +21,8 @@ from ddpkit.lock import FolderLock
 from ddpkit.ranks.group import Environment
 from ddpkit.summary import record_failure as record_failure  # noqa: PLC0414  (part of what this module offers)
 from ddpkit.summary import write_atomically
+
+_log = logging.getLogger(__name__)
 
 STEP_COLUMNS = (
     "step", "epoch", "loss", "loss_energy", "loss_forces", "loss_stress", "lr", "grad_norm", "atoms", "edges",
@@ -175,9 +178,10 @@ class RunFolder:
             last = drop_rows_after(path / "steps.csv", "step", step)
             drop_rows_after(path / "epochs.csv", "epoch", epoch)
             if last + self._log_every <= step:
-                _say(
-                    f"{path / 'steps.csv'} ends at step {last}, but the checkpoint is of step {step}: the rows between are lost."
-                )
+                _log.warning(
+                    "%s ends at step %d, but the checkpoint is of step %d: the rows between are lost.",
+                    path / "steps.csv", last, step,
+                )  # fmt: skip
             self._steps = CsvLog(path / "steps.csv", STEP_COLUMNS)
             self._epochs = CsvLog(path / "epochs.csv", EPOCH_COLUMNS)
         self._board = _board(path / "tensorboard", step) if self._with_board else None
@@ -268,7 +272,7 @@ def _move_aside(path: Path) -> None:
     for name in _OF_A_RUN:
         if (path / name).exists():
             (path / name).rename(target / name)
-    _say(f"{path} held a run that ended without a checkpoint: its files are in {target} now.")
+    _log.warning("%s held a run that ended without a checkpoint: its files are in %s now.", path, target)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -278,10 +282,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
-
-
-def _say(sentence: str) -> None:
-    print(f"ddpkit: {sentence}", file=sys.stderr, flush=True)
 
 
 def _board(path: Path, step: int) -> Any:

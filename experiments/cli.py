@@ -4,14 +4,15 @@ import argparse
 import atexit
 import difflib
 import importlib
+import logging
 import os
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from ddpkit import __version__
 from ddpkit.errors import InputError, ParityError, RankDisagreementError, RankLostError, own, unusable_path
@@ -146,7 +147,8 @@ class _Parser(argparse.ArgumentParser):
 def _leave(work: Callable[[], None]) -> None:
     """Runs a command and ends the process with the exit code it earned."""
     try:
-        work()
+        with _logs_printed():
+            work()
         _end()
     except (InputError, RankDisagreementError) as error:
         _abandon(2, str(error), error)
@@ -184,6 +186,20 @@ def _end() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)
+
+
+@contextmanager
+def _logs_printed() -> Iterator[None]:
+    """While this is open, what the library logs is printed on stderr, as the commands' own sentences are."""
+    log, printer = logging.getLogger("ddpkit"), logging.StreamHandler()
+    printer.setFormatter(logging.Formatter("ddpkit: %(message)s"))
+    log.addHandler(printer)
+    before, log.propagate = log.propagate, False  # a handler of the root would print it a second time
+    try:
+        yield
+    finally:
+        log.propagate = before
+        log.removeHandler(printer)
 
 
 def _abandon(code: int, sentence: str, error: BaseException) -> None:

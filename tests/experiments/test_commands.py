@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import logging
 from contextlib import suppress
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from ddpkit.data import Frame, write_prepared
 from ddpkit.errors import InputError
 from ddpkit.experiments import setup
-from ddpkit.experiments.cli import VERBS, _dispatch
+from ddpkit.experiments.cli import VERBS, _dispatch, _leave
 from ddpkit.experiments.config import read
 
 GROUPS = sorted({verb.split()[0] for verb in VERBS if " " in verb})
@@ -37,6 +38,20 @@ def test_a_group_has_an_overview_of_its_own(group, capsys):
     for words in ([group], [group, "nothing"]):
         with pytest.raises(InputError, match=f"no command '{' '.join(words)}': use one of {group} "):
             _dispatch(words)
+
+
+def test_what_the_library_logs_is_printed_once_while_a_command_runs(capsys):
+    def work():
+        logging.getLogger("ddpkit.record").warning("%s is 1 %% full.", "It")
+        logging.getLogger("ddpkit").info("no need to know")
+
+    log = logging.getLogger("ddpkit")
+    before = [*log.handlers], log.propagate
+    _leave(work)
+    assert capsys.readouterr().err == "ddpkit: It is 1 % full.\n"
+    _leave(work)
+    assert capsys.readouterr().err == "ddpkit: It is 1 % full.\n"
+    assert (log.handlers, log.propagate) == before
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -61,7 +61,8 @@ def test_a_running_run_is_left_alone_and_a_failed_one_kept(endless, ddpkit_run, 
     assert (run / "config.yaml").read_text() == before
     assert pd.read_csv(run / "steps.csv").step.is_monotonic_increasing
     done = ddpkit_run(f"run_dir={run}", "seed=5")  # the first one has no checkpoint
-    assert f"its files are in {run / 'previous-1'} now" in done.stderr
+    said = f"ddpkit: {run} held a run that ended without a checkpoint: its files are in {run / 'previous-1'} now.\n"
+    assert done.stderr.count(said) == 1
     assert (run / "previous-1" / "steps.csv").read_bytes() == rows
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert pd.read_csv(run / "steps.csv").step.tolist() == list(range(1, 13))

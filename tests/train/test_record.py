@@ -114,13 +114,15 @@ def contents(path):
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def test_what_a_failed_run_logged_is_moved_aside(tmp_path, capsys):
+def test_what_a_failed_run_logged_is_moved_aside(tmp_path, caplog):
     run = tmp_path / "run"
     started(run, steps=2)
     (run / "notes.txt").write_text("the user's")
     first = contents(run)
     started(run, steps=3)
-    assert f"{run / 'previous-1'}" in capsys.readouterr().err
+    assert caplog.messages == [
+        f"{run} held a run that ended without a checkpoint: its files are in {run / 'previous-1'} now."
+    ]
     second = contents(run)
     assert {f"previous-1/{name}" for name in first} - {"previous-1/notes.txt"} == {n for n in second if "/" in n}
     assert all(second[f"previous-1/{name}"] == text for name, text in first.items() if name != "notes.txt")
@@ -177,13 +179,15 @@ def test_a_resumed_run_keeps_what_it_ran_on_before(tmp_path):
     assert environment == {"world_size": 3, "earlier": [{"world_size": 1}, {"world_size": 2}]}
 
 
-def test_rows_that_are_missing_before_the_checkpoint_are_told(tmp_path, capsys):
+def test_rows_that_are_missing_before_the_checkpoint_are_told(tmp_path, caplog):
     for name in ("run", "other"):
         started(tmp_path / name, steps=4)
     RunFolder(tmp_path / "run", resume_from=5, log_every=2).begin()
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
     RunFolder(tmp_path / "other", resume_from=9, log_every=2).begin()
-    assert "steps.csv ends at step 4" in capsys.readouterr().err
+    assert caplog.messages == [
+        f"{tmp_path / 'other' / 'steps.csv'} ends at step 4, but the checkpoint is of step 9: the rows between are lost."
+    ]
 
 
 def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
