@@ -19,9 +19,7 @@ from ddpkit.analysis.published import published_speed
 from ddpkit.analysis.runs import NDArray
 from ddpkit.analysis.tables import number, percent
 
-BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442",
-)  # fmt: skip
+BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
 GREY = "#595959"
 _CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000")
 _LINES = ("-", "--", "-.", ":")

@@ -227,11 +227,6 @@ class CompiledForces(nn.Module):
         self._begun = True
         self._situations.ignore(now.state.rewritten)
 
-    @property
-    def _variants(self) -> Variants[ForcesCode]:
-        """The code for the present state."""
-        return self._situations.now().variants
-
     def _call(self, state: State, code: ForcesCode, sizes: dict[str, int], batch: Flat) -> Any:
         leaves = [leaf.detach() for leaf in batch.tensors()]
         return code.facts.result.fill(iter(_Apply.apply(code, sizes, leaves, *state.tensors())))  # type: ignore[no-untyped-call]
