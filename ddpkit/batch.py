@@ -23,22 +23,22 @@ def _size(name: str) -> dict[str, str]:
 
 @dataclass
 class Batch:
-    """Frames put one after another, with their edges.
+    """Several frames (molecules or cells), concatenated, with their edges.
 
     Edge `e` points from centre `i = edge_index[0, e]` to neighbour `j = edge_index[1, e]`; its vector is
     `positions[j] + edge_shift[e] - positions[i]`. Edges are sorted by centre.
 
-    `neighbours` is the same list seen from the atoms: row `i` holds the numbers of the edges whose centre is atom `i`, and
-    `edges` (one past the last) where it is padded. Models that contract over the edges of a centre use it. `incoming` is its
-    mirror, of the same shape: the edges whose neighbour is the atom. `with_neighbours()` makes both where they are missing.
+    `neighbours` is the same list by atom: row `i` holds the indices of the edges whose centre is atom `i`, padded with the number
+    of edges (one past the last index). Models that contract over the edges of a centre use it. `incoming` has the same shape and
+    holds the edges whose neighbour is the atom. `with_neighbours()` makes both if they are missing.
 
-    `frames_total` and `atoms_total` are the counts of the whole global batch (all ranks, all accumulated micro-batches), which
-    the sampler knows; a loss divides by them (`ddpkit.global_mean`). Where they are missing the batch is the whole.
-    `stress_total` counts the frames that have a stress; where it is missing, all have one.
+    `frames_total` and `atoms_total` are the counts of the global batch (all ranks, all accumulated micro-batches). The sampler
+    sets them, and a loss divides by them (`ddpkit.global_mean`); if they are None, this batch is the global one. `stress_total`
+    counts the frames with a stress label; if it is None, all have one.
 
-    In a padded batch (`ddpkit.padding`), `mask` is False for atoms that only fill it up. The last frame is never a real one: it
-    holds those atoms, with edges that are longer than any cutoff. There may be empty frames before it. A loss leaves out what
-    `mask` leaves out, and frames without a real atom.
+    In a padded batch (`ddpkit.padding`), `mask` is False for padding atoms. They belong to the last frame, which holds no real
+    atom; edges between them are longer than any cutoff. There may be empty frames before it. A loss leaves out what `mask`
+    leaves out, and frames without a real atom.
     """
 
     positions: Tensor = field(metadata=_shape("atoms", 3))  # float64, Å

@@ -12,10 +12,10 @@ _FILE_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """An input that cannot be used: an argument, a configuration key, a file or an environment.
 
-    The message is one sentence that names the thing and the remedy. Commands print it and end with exit code 2 on every
-    rank. `everywhere` is set once all ranks are known to raise it.
+    The message is one sentence that names the input and the remedy. Commands print it and end with exit code 2 on every
+    rank. `everywhere` is True if all ranks are known to raise it.
     """
 
     everywhere = False

@@ -29,13 +29,13 @@ class EnergyForcesLoss:
     """Weighted sum of mean squared errors of energy per atom, force components and stress components.
 
     With `huber_delta`, an error e beyond it costs `huber_delta * (2 |e| - huber_delta)` in place of `e^2` (twice the function of
-    Huber, Ann. Math. Statist. 35, 73 (1964)): its gradient stays that of an error of `huber_delta`, so that a few frames with
-    forces a thousand times the usual ones cannot carry the whole step.
+    Huber, Ann. Math. Statist. 35, 73 (1964)): its gradient is that of an error of `huber_delta`, so that a few frames with
+    forces a thousand times the usual ones do not dominate a step.
 
-    Called with a model's output and its batch, returns this rank's share (`global_mean`) of `loss` and of its terms
+    Called with a model's output and its batch, it returns this rank's share (`global_mean`) of `loss` and of its terms
     `loss_energy` [eV^2], `loss_forces` [eV^2/Å^2] and, with a stress weight, `loss_stress` [eV^2/Å^6], each 0-d. A frame whose
-    stress is NaN has no such label: it adds nothing, and the mean is over the others (`Batch.stress_total`). In a padded batch,
-    atoms that `Batch.mask` leaves out add nothing, nor do frames of such atoms alone, whatever stands there.
+    stress is NaN has no stress label: it adds nothing, and the mean is over the other frames (`Batch.stress_total`). In a
+    padded batch, padding atoms and frames of such atoms alone add nothing, whatever their values are.
     """
 
     energy: float = 1.0

@@ -32,18 +32,18 @@ def compile_forces(
 ) -> "CompiledForces":
     """Compiles a model that computes forces (or other derivatives) inside, so that a loss on them can be differentiated.
 
-    The result is called like the model and trained like it: its parameters are the model's. Gradients by parameters are
-    compiled; those by the batch are not there. In evaluation mode, or without gradients, the model itself runs.
+    The result is called like the model and trained like it: its parameters are the model's. The code computes gradients with
+    respect to parameters, and none with respect to the batch. In evaluation mode, or without gradients, the model itself runs.
 
-    All ranks come by together: one on each host compiles, the others find the code on its disk.
+    All ranks must call it. One rank on each host compiles; the others load the code from its disk.
 
     Args:
-        model: called with a batch, returns a tensor or a pytree of tensors; calls `torch.autograd.grad(..., create_graph=True)`
-            inside as it likes.
+        model: called with a batch, returns a tensor or a pytree of tensors. It may call
+            `torch.autograd.grad(..., create_graph=True)`.
         example_batch: a `Batch`, or any pytree of tensors. Sizes may change afterwards.
         tolerance: by how much compiled and eager code may differ, relative; by default 1e-10 in float64 and 1e-4 in float32.
-        examples: batches of other shapes. In a `Batch` it is known what may vary; for other batches they tell, and what they
-            do not tell costs another compilation later.
+        examples: batches of other shapes. Which sizes of a `Batch` may vary is known. For other types of batch the examples show
+            it, and a size that varies later without having varied in them costs another compilation.
 
     Raises:
         ParityError: compiled code computes something else than eager code.
@@ -211,7 +211,7 @@ class CompiledForces(nn.Module):
         return self.model(batch) if ready is None else self._call(now.state, *ready, flat)
 
     def prepare(self, batch: Any) -> None:
-        """Traces, compiles and checks, if that has not been done. All ranks come by together for the first time.
+        """Traces, compiles and checks, if that has not been done. All ranks must make the first call together.
 
         Args:
             batch: one that is going to be trained on.

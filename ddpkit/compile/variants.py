@@ -117,7 +117,7 @@ class Variants(Generic[C]):
 
         Args:
             batch: one that it is for.
-            together: whether all ranks come by, so that one on each host compiles.
+            together: whether all ranks call this, so that one on each host compiles.
             before_check: is told of the code before that is compared.
 
         Raises:

@@ -27,7 +27,7 @@ _exchanges = 0
 def agree(what: str = "this") -> Iterator[None]:
     """Makes an error on any rank an error on every rank.
 
-    All ranks must come by. The ranks wait for one another through the store, so that one of them may take its time.
+    All ranks must enter it. They wait for one another through the store, without a collective, so that one of them may take long.
 
     Raises:
         InputError: where a rank raised one, or could not use a file; the message is that rank's.

@@ -35,7 +35,7 @@ def find_strategy(strategy: Strategy) -> Callable[..., GradientSync]:
         strategy: `standard`, `custom`, `overlap`, `ingraph`, `none`; an import path such as `"mypackage.MySync"`; or a callable.
 
     Raises:
-        InputError: it cannot be found or is not a strategy.
+        InputError: it cannot be imported or is not a strategy.
     """
     if not isinstance(strategy, str):
         kind: Any = strategy
@@ -68,8 +68,8 @@ def acts_of(strategy: Strategy) -> Acts:
 def make_sync(strategy: Strategy, module: nn.Module, *others: nn.Module, **options: Any) -> GradientSync:
     """Attaches a strategy to a module, and to further ones with trained parameters.
 
-    All ranks call it, in the same order where there are several. It verifies that they hold the same model, and gives all of them
-    rank 0's parameters and buffers.
+    All ranks must call it, and in the same order if they make several strategies. It verifies that all ranks hold the same model,
+    and copies rank 0's parameters and buffers to all of them.
 
     Args:
         strategy: a name, an import path, a class or a callable (see `find_strategy`).

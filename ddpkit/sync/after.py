@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class AfterGradients:
-    """Copies each gradient to the tensor where it stays: what follows for strategies that average in `synchronize()`.
+    """What a compiled step does with its gradients. This base copies each one into a tensor, which becomes its `.grad`.
 
-    Made by `GradientSync.after_gradients`, once for each set of trained parameters. Everywhere, gradients come as a list with one
-    for each of them, in the order of `trained`.
+    `GradientSync.after_gradients` makes one for each set of trained parameters. In every method, `gradients` has one entry for
+    each trained parameter, in the order of `trained`.
 
     Args:
         trained: the trained parameters by name.
-        places: where the gradients go; without, tensors are made once.
+        places: the tensors that the gradients are written to, one for each parameter; None to allocate them.
 
     Attributes:
-        communicates: whether ranks communicate in it, so that all of them compile it together and run it equally often.
-        no_eager: why a batch cannot be run without compiled code, as a part of a sentence; empty where it can.
-        updates: parameters that it updates, so that the optimizer need not.
+        communicates: whether it communicates. If so, all ranks compile it together and run it equally often.
+        no_eager: why eager code cannot replace the compiled step, as a clause of an error message; empty if it can.
+        updates: the parameters that it updates itself, instead of `optimizer.step()`.
     """
 
     communicates: ClassVar[bool] = False
@@ -50,25 +50,25 @@ class AfterGradients:
 
     @cached_property
     def places(self) -> list[Tensor]:
-        """Where each gradient is in the end: what becomes `.grad`."""
+        """The tensors that hold the gradients after the step, and become `.grad`."""
         return [torch.empty_like(p) for p in self.trained.values()] if self._given is None else list(self._given)
 
     def tensors(self) -> list[Tensor]:
-        """What `trace` is given to read and to write beside gradients; the same memory at every step."""
+        """The tensors that `trace` reads and writes beside the gradients; the same memory at every step."""
         return self.places
 
     def trace(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]
     ) -> Tensor | None:
-        """Becomes part of the graph: brings the gradients to their places, by operations that can be traced.
+        """Writes the gradients to their places, by operations that can be traced. It becomes part of the graph.
 
         Args:
-            parameters: the trained ones.
-            gradients: of this rank; None where the loss does not depend on a parameter. They are not to be changed.
-            tensors: what stands for `tensors()` while tracing; write into these (`copy_`).
+            parameters: the trained parameters.
+            gradients: those of this rank; None if the loss does not depend on a parameter. They must not be modified.
+            tensors: the traced counterparts of `tensors()`; write into these (`copy_`).
 
         Returns:
-            None; or, where it has updated the parameters, `[]`, the norm of the global gradient before clipping.
+            None. If it updates the parameters: `[]`, the norm of the global gradient before clipping.
         """
         del parameters
         for place, gradient in zip(tensors, gradients, strict=True):
@@ -78,28 +78,28 @@ class AfterGradients:
 
     @torch.no_grad()
     def run(self, gradients: Sequence[Tensor | None]) -> None:
-        """The same without a graph, for batches that the compiled code does not hold for; updates nothing.
+        """Does the same in eager mode, for batches that the compiled code does not serve. Updates no parameters.
 
-        Also called with the sums over several micro-batches, where each was followed by `for_each` alone.
+        With several micro-batches it is called once, with the sums that `for_each` has accumulated.
 
         Args:
-            gradients: of this rank; one may be its own place.
+            gradients: those of this rank; an entry may be the very tensor of `places`.
         """
         self.trace(list(self.trained.values()), gradients, self.tensors())
 
     @property
     def for_each(self) -> "AfterGradients":
-        """What follows the gradients of each of several micro-batches instead; they are added up in its `places`."""
+        """What replaces this for each one of several micro-batches, whose gradients are summed in its `places`."""
         return self
 
     def finish(self) -> None:
-        """Called when all gradients of a step are in their places."""
+        """Called after all gradients of a step were written to their places."""
 
     def present(self, used: Sequence[bool]) -> list[bool]:
-        """Which parameters get a `.grad`.
+        """Which parameters get a `.grad`; the others keep None.
 
         Args:
-            used: which have a gradient on this rank.
+            used: which parameters have a gradient on this rank.
         """
         return list(used)
 
@@ -109,37 +109,37 @@ class AfterGradients:
         """Called before the first code for these parameters is traced.
 
         Args:
-            first: whether it is the first code of the step at all.
-            several: whether it is for several micro-batches.
+            first: whether nothing has been compiled for this step yet.
+            several: whether the code is for several micro-batches.
         """
 
     def note_used(self, used: Sequence[bool]) -> None:
-        """Called with what the first code for these parameters has told, before it is run.
+        """Called once for these parameters, after the first code was traced and before it runs.
 
         Args:
             used: which parameters have a gradient on this rank.
         """
 
     def expected(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """What compiled code has to bring to the places, computed in another way: the check compares the two.
+        """What compiled code should write to the places, computed in another way. The parity check compares the two.
 
         Args:
-            gradients: of this rank, from eager code.
+            gradients: those of this rank, from eager code.
         """
         return list(gradients)
 
     def stand_in(self) -> None:
-        """Communicates as a check does (`expected`, then the code), for a rank that has no batch to check with."""
+        """Runs the collectives of a check (those of `expected`, then those of the code) on a rank without a batch to check."""
 
     def differences(
         self, updated: Sequence[Tensor], gradients: Sequence[Tensor], tolerance: float, shape: str
     ) -> "list[Difference]":
-        """How far the update is from what it should be; called with all as it was before the code ran.
+        """How far the update is from the expected one. Parameters and optimizer are as before the code ran when this is called.
 
         Args:
-            updated: what the code has made of `updates`.
-            gradients: what it has brought to the places.
-            tolerance: allowed.
+            updated: the parameters `updates` as the compiled code left them.
+            gradients: what the code wrote to the places.
+            tolerance: relative difference that is allowed.
             shape: the sizes of the batch, in words.
         """
         del updated, gradients, tolerance, shape
@@ -147,13 +147,13 @@ class AfterGradients:
 
 
 class AverageInGraph(AfterGradients):
-    """Averages the gradients over the ranks inside the compiled step; here by one all-reduce for each.
+    """Averages the gradients over the ranks inside the compiled step, by one all-reduce for each gradient.
 
-    A strategy of your own that lives in the graph derives from this and overrides `trace`, for which there are
-    `start_average` and `wait`, or any other operation that can be traced (`torch.ops._c10d_functional`). All ranks must
-    communicate alike in it, so what is None on this rank counts as zero. Where it keeps tensors of its own (buffers, what
-    compression has left over), `tensors()` lists them, and `places` are among them or slices of them. Where the result is not
-    the mean to within rounding, `expected` says what it is instead.
+    To write a strategy that acts in the graph, derive from this class and override `trace`. Use `start_average` and `wait`, or
+    any other operation that can be traced (`torch.ops._c10d_functional`). All ranks must run the same collectives, so a gradient
+    that is None on this rank counts as zero. If the strategy owns tensors (buffers, the residual of a compression), override
+    `tensors()` to list them; the `places` are among them or are slices of them. If the result is not the mean up to rounding,
+    override `expected` to say what it is.
 
     ```python
     class Mine(ddpkit.GradientSync):
@@ -185,7 +185,7 @@ class AverageInGraph(AfterGradients):
     # --- running --------------------------------------------------------------------------------------------------
 
     def start_average(self, tensor: Tensor) -> Tensor:
-        """Starts averaging a contiguous tensor over the ranks, as a node of the graph; `wait` gives the result."""
+        """Adds the start of an average of a contiguous tensor over the ranks to the graph; `wait` returns the result."""
         sync = self._sync
         if sync.world_size == 1:
             return tensor
@@ -197,13 +197,13 @@ class AverageInGraph(AfterGradients):
         return functional_collectives().all_reduce(scaled, "avg" if averages else "sum", group)  # type: ignore[no-any-return]
 
     def wait(self, started: Tensor) -> Tensor:
-        """The average that `start_average` has begun."""
+        """The result of `start_average`."""
         return started if self._sync.world_size == 1 else functional_collectives().wait_tensor(started)
 
     def trace(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]
     ) -> Tensor | None:
-        """Starts all averages, then brings each to its place."""
+        """Starts all averages, then writes each to its place."""
         started = [
             self.start_average(torch.zeros_like(p) if gradient is None else gradient.contiguous())
             for p, gradient in zip(parameters, gradients, strict=True)
@@ -214,11 +214,11 @@ class AverageInGraph(AfterGradients):
 
     @cached_property
     def for_each(self) -> "AfterGradients":
-        """Copies them to the same places; nothing is averaged before the last micro-batch."""
+        """Writes to the same places without averaging, which is done after the last micro-batch."""
         return AfterGradients(self.trained, self.places)
 
     def present(self, used: Sequence[bool]) -> list[bool]:
-        """Alike on all ranks, lest their optimizers do different things."""
+        """The same parameters on all ranks, so that their optimizers do the same."""
         del used
         known = self._used or self._sync.used
         return [known.get(name, True) for name in self.trained]
@@ -226,7 +226,7 @@ class AverageInGraph(AfterGradients):
     # --- compiling and checking -----------------------------------------------------------------------------------
 
     def before_compiling(self, *, first: bool, several: bool) -> None:
-        """Waits until all ranks have come to compile the same.
+        """Waits until all ranks compile the same code.
 
         Raises:
             InputError: some train other parameters, or have been given several micro-batches where others have not.
@@ -254,7 +254,7 @@ class AverageInGraph(AfterGradients):
         )
 
     def note_used(self, used: Sequence[bool]) -> None:
-        """Asks which parameters have a gradient on any rank (one collective); warns of those that have none on this one."""
+        """Finds out which parameters have a gradient on any rank (one collective); warns of those without one on this rank."""
         self._used = self._used_anywhere(dict(zip(self.trained, used, strict=True)))
         self._sync.used |= self._used
 
@@ -276,7 +276,7 @@ class AverageInGraph(AfterGradients):
 
     @torch.no_grad()
     def expected(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The mean over the ranks, by one collective for each parameter outside of a graph."""
+        """The mean over the ranks, by one eager collective for each parameter."""
         averages = [
             torch.zeros_like(p) if gradient is None else gradient.clone()
             for p, gradient in zip(self.trained.values(), gradients, strict=True)
@@ -287,7 +287,7 @@ class AverageInGraph(AfterGradients):
 
     @torch.no_grad()
     def stand_in(self) -> None:
-        """Adds zeros to the other ranks' gradients, and leaves everything as it was."""
+        """Contributes zeros to the other ranks' averages, and restores its own tensors."""
         nothing: list[Tensor | None] = [None] * len(self.trained)
         tensors = self.tensors()
         before = [tensor.clone() for tensor in tensors]

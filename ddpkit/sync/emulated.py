@@ -18,13 +18,14 @@ MIB = 2**20
 
 
 class EmulatedSync(GradientSync):
-    """Adds the gradients of many shards, computed one after another by this process, in the order of a collective.
+    """Emulates many ranks in one process: computes their gradients in turn and adds them in the order of a collective.
 
-    Each step gets one micro-batch for every emulated rank (`EveryRank` deals them out), whose gradient is set aside when its
-    `no_sync()` ends, or by `synchronize()` for the last. They are laid out as `custom` lays them out, its flags included, since a
-    ring's order depends on where in the buffer a number stands. Takes memory for the gradients of all ranks.
+    A step takes one micro-batch for each emulated rank (from `EveryRank`). The gradient of each is stored when its `no_sync()`
+    ends; that of the last by `synchronize()`. The buffer has the layout of `custom`, flags included, because the order in which a
+    ring adds depends on an element's position. The gradients of all emulated ranks are held in memory at once.
 
-    The bits are those of real ranks where their number is a power of two; otherwise they scale by 1 / ranks, and round.
+    Results equal those of real ranks bit for bit if their number is a power of two. Otherwise real ranks multiply by 1 / ranks,
+    which rounds.
 
     Args:
         module: any module.

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 class InGraphSync(GradientSync):
     """Averages gradients inside the compiled step, so that the compiler schedules communication together with computation.
 
-    Gradients lie in flat buckets, those that the backward pass finishes first in the first bucket.
-    `make_step(..., strategy="ingraph", compile=True)` traces the all-reduces of the buckets right after the gradients.
+    Gradients are stored in flat buckets; the first bucket holds those that the backward pass finishes first.
+    `make_step(..., strategy="ingraph", compile=True)` traces an all-reduce of each bucket after the gradients.
 
     Args:
         module: any module.
         others: further modules with trained parameters.
         buckets: how many buckets, for each device and dtype, of about the same number of bytes.
         optimizer_in_graph: trace the optimizer's update (Adam, AdamW or SGD) into the step as well. A batch that the compiled
-            code does not hold for is then an error, since a rank that updated by other code would drift away from the others.
-            `.grad` holds the average before clipping. Accumulated micro-batches are averaged and applied outside the graph.
+            code does not serve is then an error: updated by other code, a rank's parameters would differ from the other ranks'.
+            `.grad` holds the average before clipping. With several micro-batches, the average and the update are eager.
         comm: `"torch"`.
         timeout: of ddpkit's own collectives; those in the graph wait as long as the process group says
             (`ddpkit.init_process_group(timeout=...)`).

@@ -6,7 +6,7 @@ from ddpkit.sync.base import GradientSync
 
 
 class NoSync(GradientSync):
-    """Leaves every rank its own gradients, so that ranks diverge: separates compute from communication in a study of speed.
+    """Averages nothing: every rank keeps its own gradients, so the ranks diverge. For timing a step without communication.
 
     Args:
         module: any module.

@@ -16,22 +16,21 @@ MIB = 2**20
 
 
 class OverlapSync(FlatSync):
-    """No wrapper: each bucket is all-reduced as soon as its gradients have arrived, while autograd goes on with the others.
+    """All-reduces each bucket during the backward pass, as soon as its gradients are complete. Needs no wrapper.
 
-    Buckets are persistent flat buffers as in `FlatSync`, with the same flags. They are cut in the order in which gradients
-    arrived in the first step on rank 0, and all ranks launch them in that order; what the backward pass leaves (unused
-    parameters) `synchronize()` launches.
+    Buckets are persistent flat buffers as in `FlatSync`, with the same flags. They are filled in the order in which gradients
+    became complete in the first step on rank 0, and all ranks start them in that order. Buckets with unused parameters are
+    started by `synchronize()`.
 
-    A gradient is taken when it arrives. Between `backward()` and `synchronize()` a `.grad` may already be on its way to the
-    average: leave it alone there.
+    Do not modify a `.grad` between `backward()` and `synchronize()`: its all-reduce may be running already.
 
     Args:
         module: any module.
         others: further modules with trained parameters.
-        bucket_mb: size of a bucket, MiB. Without it 25, and on a GPU 64: starting a collective costs the host as long as that
-            many bytes travel, and the host is what small batches wait for.
-        first_bucket_mb: size of the first one, MiB: a small one begins to travel early. Where all gradients fit into one bucket,
-            another collective would cost more than that saves, and they leave together in `synchronize()`, as in `FlatSync`.
+        bucket_mb: size of a bucket, MiB; by default 25, on a GPU 64. Starting a collective takes the host about as long as
+            sending that many bytes, and with small batches the device waits for the host.
+        first_bucket_mb: size of the first bucket, MiB; a small one starts early. If all gradients fit into one bucket,
+            `synchronize()` averages them with one all-reduce, as in `FlatSync`: a second one would cost more than it saves.
         comm: `"torch"` or `"mpi"`.
         timeout: as in `GradientSync`.
         check_every: as in `GradientSync`.

@@ -16,20 +16,19 @@ from ddpkit.torch_private import count_buckets
 
 
 class StandardSync(GradientSync):
-    """`DistributedDataParallel`: buckets, all-reduced while the backward pass goes on.
+    """Torch's `DistributedDataParallel`: gradients are all-reduced in buckets during the backward pass.
 
-    The forward pass must go through `sync.module`, the wrapper. What torch's wrapper cannot do stays so: it needs
-    `find_unused_parameters=True` where a parameter may go unused, and never picks up parameters that were frozen when it was
-    built.
+    Call `sync.module`, the wrapper, instead of the model. The wrapper's limits hold here too: it needs
+    `find_unused_parameters=True` if a parameter may be unused, and it ignores parameters that were frozen when it was made.
 
     Args:
-        module: any module with trainable parameters; the wrapper is around this one.
+        module: any module with trainable parameters; this one is wrapped.
         others: further modules with trained parameters, whose gradients `synchronize()` averages.
         comm: `"torch"`.
-        timeout: how long the wrapper's collectives wait is the process group's affair (`ddpkit.init_process_group(timeout=...)`);
-            this one is for ddpkit's own.
+        timeout: seconds that ddpkit's own collectives wait for other ranks. The wrapper's wait as long as the process group says
+            (`ddpkit.init_process_group(timeout=...)`).
         check_every: as in `GradientSync`.
-        reduce_dtype: None, or `"bfloat16"` to halve what float32 gradients send.
+        reduce_dtype: None, or `"bfloat16"` to send float32 gradients in half the bytes.
         options: those of `DistributedDataParallel` (`bucket_cap_mb`, `find_unused_parameters`, `static_graph` ...).
     """
 
