@@ -193,6 +193,10 @@ def folder_of_cache() -> str:
     return cache_dir()
 
 
+LOADED = ".load_ok"
+"""From torch 2.14 on, an empty file with this ending beside a library in the compiler's cache says that it could be loaded."""
+
+
 def clear_caches() -> None:
     """Has the compiler forget what this process has loaded from its cache; publicly, all that it has compiled."""
     try:

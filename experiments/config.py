@@ -98,10 +98,10 @@ class LossConfig:
     """Weights of the mean squared errors, and from which error on they grow linearly.
 
     Attributes:
-        energy: of the energy per atom, eV^-2.
-        forces: of the force components, Å^2/eV^2.
-        stress: of the stress components, Å^6/eV^2.
-        huber_delta: errors beyond it (eV, eV/Å, eV/Å^3) cost in proportion; None: all cost their square.
+        energy: weight of the energy per atom, eV^-2.
+        forces: weight of the force components, Å^2/eV^2.
+        stress: weight of the stress components, Å^6/eV^2.
+        huber_delta: errors above it (eV, eV/Å, eV/Å^3) count linearly; None: all count quadratically.
     """
 
     energy: float = 1.0
@@ -123,8 +123,8 @@ class RunConfig:
         optimizer: a group: `adamw`, or `optimizer._target_` with an import path.
         seed: initialises the weights.
         compile: compile the step, with its double backward, before training.
-        compiler: `inductor`; `public`: by torch.compile (docs/torch.md); or `interpreted`: run the traced graph as it is, which
-            tells tracing from compiling.
+        compiler: `inductor`; `public`: by torch.compile (docs/torch.md); or `interpreted`: run the traced graph uncompiled, to
+            separate the effect of tracing from that of compiling.
         cuda_graphs: replay recorded steps, for which batches are filled up to a few sizes: `true`, `false`, or `auto`: on a GPU,
             where the step is compiled and the strategy is `custom`, `ingraph` or `none`. On a CPU, recordings are kept operation
             by operation, which shows that a step can be recorded and wins nothing.
@@ -133,7 +133,7 @@ class RunConfig:
         tf32: let float32 matrix products use TF32 on NVIDIA GPUs.
         device: `auto`, `cpu` or `cuda`.
         comm: `torch` (NCCL or gloo), or `mpi` (mpi4py; strategies custom and overlap).
-        deterministic: bitwise repeatable steps.
+        deterministic: steps that are repeatable bit for bit.
         nccl_algo: `Ring`, `Tree` ...: forces NCCL's algorithm, and with it the order of its sums.
         run_dir: the run folder; by default `runs/<date>-<time>-<model>-<strategy>`.
         resume: a run folder to continue in.

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ddpkit.errors import InputError
-from ddpkit.torch_private import clear_caches, folder_of_cache
+from ddpkit.torch_private import LOADED, clear_caches, folder_of_cache
 
 _SEAL = ".seal"
 _looked_through: set[str] = set()
@@ -110,7 +110,7 @@ def _files(folder: Path) -> list[Path]:
         paths += [
             Path(place) / name
             for name in names
-            if not name.startswith(".") and not name.endswith((".lock", ".tmp", ".o"))
+            if not name.startswith(".") and not name.endswith((".lock", ".tmp", ".o", LOADED))
         ]
     return paths
 
@@ -160,12 +160,12 @@ def _is_whole_library(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Removes a damaged file, and what it was made of."""
+    """Removes a damaged file, what it was made of, and the note that it could be loaded."""
     with contextlib.suppress(OSError):
         if "triton" in path.parts:  # its files are there all together or not at all
             shutil.rmtree(path.parent)
             return
         source = path.with_suffix(".cpp")
         for other in (path, source) if path.suffix == ".so" else (path,):
-            _seal_of(other).unlink(missing_ok=True)
-            other.unlink(missing_ok=True)
+            for belongs in (_seal_of(other), other.with_name(f"{other.name}{LOADED}"), other):
+                belongs.unlink(missing_ok=True)
