@@ -141,7 +141,7 @@ def load_model(path: Path) -> nn.Module:
 
 
 class Writer:
-    """Writes checkpoints behind the training loop's back: the loop waits for the copy to the CPU alone.
+    """Writes checkpoints in a background thread. The training loop waits only for the copy to the CPU.
 
     Args:
         timeout: seconds that a write may take.
@@ -169,7 +169,7 @@ class Writer:
             self._error = error
 
     def wait(self) -> None:
-        """Waits for the write under way and raises what went wrong in it.
+        """Waits for the write that is running, and raises its error if it failed.
 
         Raises:
             InputError: what `save` raises, or the write takes longer than the timeout.

@@ -39,12 +39,12 @@ DRAWN = "ddpkit_drawn"
 
 
 class Symbols(ABC):
-    """Symbolic sizes, and tensors without values that have them.
+    """Symbolic sizes, and tensors without values whose shapes they are.
 
     Attributes:
-        sizes: symbolic, by name.
+        sizes: the symbolic sizes by name.
         leaves: the tensors of a batch.
-        symbols: the symbol of each size.
+        symbols: the sympy symbol of each size.
     """
 
     sizes: dict[str, Any]
@@ -57,15 +57,15 @@ class Symbols(ABC):
 
     @abstractmethod
     def without_values(self) -> AbstractContextManager[Any]:
-        """Inside, functions can be called with such tensors."""
+        """A context in which functions can be called with tensors without values."""
 
     @abstractmethod
     def conditions(self) -> list[tuple[sympy.Basic, str | None]]:
-        """Which sizes what was made with these symbols holds for, each with the line of the model that asked if there is one."""
+        """The conditions on sizes under which the trace is valid, each with the line of the model that imposed it, if known."""
 
     @abstractmethod
     def are_fixed(self) -> bool:
-        """Whether a size was taken to be one number."""
+        """Whether a symbolic size was specialised to a number."""
 
 
 @dataclass
@@ -74,9 +74,9 @@ class Traced:
 
     Attributes:
         graph: the graph.
-        symbols: what its sizes are.
-        inputs: the tensors without values and symbolic sizes it was traced with.
-        outputs: those that came out, None where the function returned None.
+        symbols: the symbolic sizes.
+        inputs: the symbolic sizes and tensors without values that it was traced with.
+        outputs: the tensors without values that the function returned; None where it returned None.
     """
 
     graph: fx.GraphModule
@@ -86,15 +86,15 @@ class Traced:
 
 
 class Backend(ABC):
-    """Traces functions, and makes code of the graphs."""
+    """Traces functions to graphs, and compiles the graphs."""
 
     @abstractmethod
     def symbols(self, layout: Layout, sizes: Mapping[str, int], fixed: Sequence[Tensor]) -> Symbols:
         """Symbolic sizes.
 
         Args:
-            layout: names the sizes.
-            sizes: of the batch at hand; generated code is tuned for them.
+            layout: the form of the batches, which names the sizes.
+            sizes: those of an example batch; the code is tuned for them.
             fixed: tensors of fixed shape.
         """
 
@@ -106,7 +106,7 @@ class Backend(ABC):
 
     @abstractmethod
     def is_changed(self, x: Tensor) -> bool:
-        """Whether a tensor that a traced function was given, or made by copying, has been changed in place."""
+        """Whether an input of a traced function, or a copy of one, was changed in place."""
 
     @abstractmethod
     def prepare(self, graph: fx.GraphModule, symbols: Symbols, *, inference: bool) -> None:
@@ -123,25 +123,25 @@ class Backend(ABC):
         backward: bool,
         inference: bool,
     ) -> Kernel:
-        """Makes code of a graph, which may be rewritten: see `ddpkit.compile.graph.lower`."""
+        """Compiles a graph, which may be modified: see `ddpkit.compile.graph.lower`."""
 
     @abstractmethod
     def strides(self, kernel: Kernel, symbols: Symbols) -> list[tuple[Any, ...] | None]:
-        """The strides of each output of code, as symbolic sizes; None where they are those of the trace or there are none."""
+        """The strides of each output of the code, as symbolic sizes; None for those of the trace, and for what is no tensor."""
 
     @abstractmethod
     def halves(
         self, joint: Traced, kept: int, changed: Collection[int]
     ) -> tuple[fx.GraphModule, fx.GraphModule, list[Source]]:
-        """Cuts a graph that was traced with tangents in two.
+        """Splits a joint graph, traced with tangents, into a forward and a backward graph.
 
         Args:
-            joint: the graph.
-            kept: how many of its outputs the first half returns, before what it saves; the second returns the others.
-            changed: places among the inputs of what is overwritten before the second half runs.
+            joint: the joint graph.
+            kept: number of its outputs that the forward graph returns, before what it saves; the backward graph returns the rest.
+            changed: indices of inputs that are overwritten before the backward graph runs.
 
         Returns:
-            Both, and where the inputs of the second come from.
+            The forward graph, the backward graph, and where the inputs of the latter come from.
         """
 
 
@@ -157,7 +157,7 @@ def use(compiler: str) -> None:
 
 @contextlib.contextmanager
 def using(compiler: str) -> Iterator[None]:
-    """Chooses the compiler while this is open."""
+    """A context in which graphs are compiled by the chosen compiler."""
     before = _compiler
     use(compiler)
     try:
@@ -172,7 +172,7 @@ def interprets() -> bool:
 
 
 def backend() -> Backend:
-    """What traces and compiles."""
+    """The backend that the chosen compiler and this release of torch call for."""
     if _compiler != "public" and (inductor := _inductor()) is not None:
         return inductor
     from ddpkit.compile.public import Public

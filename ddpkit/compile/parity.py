@@ -24,7 +24,7 @@ class Difference:
     Attributes:
         name: `loss`, `energy`, `forces` or a parameter.
         error: norm of the difference over the norm of the eager value.
-        tolerance: what is allowed.
+        tolerance: the largest error that is allowed.
         shape: the sizes of the batch.
         is_finite: False for a loss or gradient that is NaN or infinite in both, so that nothing can be compared.
     """
@@ -37,19 +37,19 @@ class Difference:
 
     @property
     def is_fine(self) -> bool:
-        """Whether it is within the tolerance, or finite in neither; NaN in one of them is a difference."""
+        """Whether the error is within the tolerance, or neither value is finite. NaN in only one of them is a difference."""
         return not self.is_finite or self.error <= self.tolerance
 
 
 @dataclass
 class Tally:
-    """What all code of a model has cost and shown.
+    """Costs and check results of all code that was compiled for a model.
 
     Attributes:
-        examples: batches of other shapes than the first, to tell what varies in them and to check with.
-        differences: what the checks have measured so far, good or bad.
-        seconds: spent on tracing, compiling and checking.
-        eager: batches so far for which eager code had to do.
+        examples: batches of other shapes than the first, which show what varies and are checked too.
+        differences: all that the checks measured so far, within the tolerance or not.
+        seconds: time spent on tracing, compiling and checking.
+        eager: number of batches that were run eagerly so far.
     """
 
     examples: list[Any] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Tally:
 
 
 def tolerance_for(tensors: Sequence[Tensor]) -> float:
-    """What rounding explains: 1e-10 relative where all is float64, 1e-4 for float32, more for TF32 and what is coarser."""
+    """The relative difference that rounding explains: 1e-10 in float64, 1e-4 in float32, more in TF32 and half precision."""
     kinds = {t.dtype for t in tensors if t.is_floating_point()}
     if kinds & {torch.bfloat16, torch.float16}:
         return 5e-2

@@ -16,11 +16,11 @@ _STEADY = 50  # steps that a further one must have stood for
 
 @dataclass
 class Situation:
-    """What is made for a state.
+    """What was made for one state of some objects.
 
     Attributes:
         state: the tensors of the objects.
-        steps_to_wait: before anything is compiled for it.
+        steps_to_wait: number of steps before code is compiled for it.
     """
 
     state: State
@@ -31,15 +31,15 @@ S = TypeVar("S", bound=Situation)
 
 
 class Situations(Generic[S]):
-    """Finds, or makes, what belongs to the present state of some objects.
+    """Looks up, or makes, the situation for the present state of some objects.
 
     Args:
         roots: the objects by name.
-        make: a snapshot of them -> what belongs to that state.
-        beside: whatever else it depends on, hashable.
+        make: a snapshot of them -> the situation.
+        beside: returns what else the situation depends on, hashable.
 
     Attributes:
-        unsteady: the path of what has last changed too often to be compiled for at once.
+        unsteady: path of the last attribute that changed too often for code to be compiled at once.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Situations(Generic[S]):
         self.unsteady = ""
 
     def now(self) -> S:
-        """What belongs to the present state."""
+        """The situation for the present state."""
         other = self._beside()
         if self._snapshot is not None and other == self._other and self._snapshot.stands():
             return self._current
@@ -75,7 +75,7 @@ class Situations(Generic[S]):
         return self._current
 
     def ignore(self, paths: set[str]) -> None:
-        """Leaves out what the objects change themselves when they are called."""
+        """Ignores attributes from now on that the objects change themselves when they are called."""
         if paths <= self._ignored:
             return
         self._ignored |= paths
@@ -102,7 +102,7 @@ class Situations(Generic[S]):
         return _STEADY
 
     def _forget(self) -> None:
-        """Lets go of what was used least recently, and of what has never been compiled."""
+        """Drops the situations that were used least recently, and those for which nothing was compiled."""
         for key in [k for k, made in self._made.items() if made.steps_to_wait and made is not self._current]:
             del self._made[key]
         while len(self._made) > _KEPT:

@@ -41,12 +41,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What comparing code with eager code has told.
+    """The result of comparing code with eager code.
 
     Attributes:
-        differences: of all tensors on all batches, good or bad.
-        ones: sizes for which 1 has been tried and is right.
-        is_checked: whether some batch has told anything.
+        differences: of all tensors on all batches, within the tolerance or not.
+        ones: names of the sizes for which the code was found right at 1.
+        is_checked: whether at least one batch could be compared.
         fixed_at: the line of the model that fixed or compared a size, if the code does not hold for some batch.
     """
 
@@ -61,20 +61,20 @@ T = TypeVar("T")
 
 
 class Variants(Generic[C]):
-    """What has been compiled of a function of batches.
+    """All code that was compiled of one function, for batches of different forms and sizes.
 
-    A batch is taken apart (`Flat.of`), looked up, and run. Code is made and compared with eager code beside that.
+    A batch is flattened (`Flat.of`), its code is looked up and run. Compiling and checking are separate from that.
 
     Args:
         trace: example batches and sizes to tune for -> a graph.
         lower: the graph -> code.
         compare: code, batch, its sizes -> differences from eager code.
-        tally: shared with what has been compiled for other states of the model.
-        stand_in: where comparing communicates, does so in place of a comparison for which this rank has no batch. All code is
-            then made and checked by all ranks together.
+        tally: shared with the code for other states of the model.
+        stand_in: if comparing communicates: runs the same collectives on a rank that has no batch to compare. All ranks then
+            compile and check all code together. None if comparing does not communicate.
 
     Attributes:
-        codes: what there is, the latest first.
+        codes: the code so far, the latest first.
     """
 
     def __init__(
@@ -91,18 +91,18 @@ class Variants(Generic[C]):
     # --- choosing -------------------------------------------------------------------------------------------------
 
     def look_up(self, batch: Flat) -> tuple[C, dict[str, int]] | None:
-        """The checked code that holds for a batch, and the batch's sizes; None where there is none."""
+        """The checked code that serves a batch, and the batch's sizes; None if there is none."""
         for code in self.codes:
             if code.is_checked and (sizes := code.sizes(batch)) is not None:
                 return code, sizes
         return None
 
     def find(self, batch: Flat) -> tuple[C, dict[str, int]] | None:
-        """The same; makes or checks code where that is still to do. None where eager code has to do."""
+        """The same; first compiles and checks code if none serves the batch. None if the batch must be run eagerly."""
         return self.look_up(batch) or self._get_ready(batch)
 
     def cause(self, batch: Flat) -> str:
-        """Why no code holds for a batch, as the end of a sentence; empty where no line of the model is why."""
+        """Why no code serves a batch, as the end of a sentence; empty if no line of the model is the reason."""
         for code in self.codes:
             sizes = code.layout.sizes(batch.leaves, batch.structure)
             line = None if sizes is None else code.conditions.broken_at(sizes)
@@ -116,9 +116,9 @@ class Variants(Generic[C]):
         """Traces, compiles and checks the first code.
 
         Args:
-            batch: one that it is for.
+            batch: an example.
             together: whether all ranks call this, so that one on each host compiles.
-            before_check: is told of the code before that is compared.
+            before_check: called with the code before it is compared.
 
         Raises:
             InputError: the model fixes sizes, so that the code would hold for no other batch; or, with `together`, its loss is

@@ -59,7 +59,7 @@ class EmulatedSync(GradientSync):
         super().__init__(module, *others, **options)
 
     def attach(self) -> None:
-        """Lays out what shards leave.
+        """Allocates the buffers for the gradients of all emulated ranks.
 
         Raises:
             InputError: there are other ranks.
@@ -84,14 +84,14 @@ class EmulatedSync(GradientSync):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, the gradient of one shard comes about; it is set aside in the end."""
+        """Around the forward and backward pass of one emulated rank; stores its gradient at the end."""
         with super().no_sync():
             yield
         self._take()
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Adds the shards up.
+        """Adds the gradients of all emulated ranks.
 
         Raises:
             InputError: there were more or fewer shards than emulated ranks.
@@ -129,7 +129,7 @@ class EmulatedSync(GradientSync):
 
 
 class EveryRank(Sampler):
-    """Deals out the micro-batches of all ranks, rank by rank, to one process. Arguments are those of `Sampler`."""
+    """Gives the micro-batches of all ranks, rank by rank, to one process. Takes the arguments of `Sampler`."""
 
     def _shares(self, chosen: Indices) -> list[list[Indices]]:
         shares = super()._shares(chosen)
