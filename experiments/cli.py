@@ -50,16 +50,19 @@ _START = 8.0  # seconds that ranks may need longer than others to start
 def main() -> None:
     """Entry point of `ddpkit`."""
     _leave(lambda: _dispatch(sys.argv[1:]))
+    _end()
 
 
 def run() -> None:
     """Entry point of `ddpkit-run`."""
     _leave(lambda: _dispatch(["run", *sys.argv[1:]]))
+    _end()
 
 
 def analyze() -> None:
     """Entry point of `ddpkit-analyze`."""
     _leave(lambda: _dispatch(["analyze", *sys.argv[1:]]))
+    _end()
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
@@ -149,7 +152,6 @@ def _leave(work: Callable[[], None]) -> None:
     try:
         with _logs_printed():
             work()
-        _end()
     except (InputError, RankDisagreementError) as error:
         _abandon(2, str(error), error)
     except (FloatingPointError, ParityError, RankLostError) as error:

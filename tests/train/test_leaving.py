@@ -151,6 +151,7 @@ def work():
     print("done")
 
 cli._leave(work)
+cli._end()
 """
 
 
