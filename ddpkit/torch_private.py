@@ -137,6 +137,11 @@ def looks_at_number(operation: Any) -> bool:
     return str(operation.name()).partition(".")[0] in _LOOKS
 
 
+def writes_in_place(operation: Any) -> bool:
+    """Whether an operation that a `DispatchMode` sees changes one of its arguments."""
+    return bool(operation._schema.is_mutable)
+
+
 # --- torch.distributed --------------------------------------------------------------------------------------------------------
 
 

@@ -6,10 +6,14 @@ there (`from_nequip`), and both take turns in one process; `ratio` is the median
 `--cuda-graphs` ours replays recorded steps of batches that are filled up to a few sizes. Peak memory is measured in a process of
 its own for each, once all batches have been met: on a GPU what PyTorch has allocated at most, model and batches apart, on a CPU
 the growth of the resident set.
+
+`--sweep model.l_max=1,2,3` makes a row for each value, and tells the least time that the counted operations of matrix products
+and the bytes that uncompiled operations move would take at this machine's measured ceilings; `--plot` draws that.
 """
 
 import argparse
 import csv
+import ctypes
 import itertools
 import json
 import statistics
@@ -17,7 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,7 @@ from ddpkit.capture.steps import STEADY
 from ddpkit.data import Capacities, Frame, Sampler, choose_capacities, collate
 from ddpkit.data.capacities import holding
 from ddpkit.errors import InputError
+from ddpkit.experiments.counting import Ceilings, count, measure_ceilings
 from ddpkit.experiments.models_table import CRYSTAL_SPECIES, build, default_species, model_spec
 from ddpkit.experiments.peers import Peer, PlainStep, optimizer, peer_model, with_kernels
 from ddpkit.padding import own_sizes, pad
@@ -40,7 +47,11 @@ from ddpkit.step import Step
 COLUMNS = (
     "model", "device", "precision", "mode", "batches", "frames", "atoms", "edges", "seconds", "seconds_train", "seconds_first",
     "peak_bytes", "captured", "capacities", "waste", "peer_seconds", "peer_seconds_train", "peer_seconds_first",
-    "peer_peak_bytes", "ratio", "ratio_train",
+    "peer_peak_bytes", "ratio", "ratio_train", "sweep", "operations", "bytes", "seconds_operations", "seconds_bytes",
+)  # fmt: skip
+
+_OF_PEER = (
+    "peer_seconds", "peer_seconds_train", "peer_seconds_first", "peer_peak_bytes", "ratio", "ratio_train",
 )  # fmt: skip
 
 _SIZES = range(28, 43)  # atoms of the frames: about 35 in a molecule, about 30 in a crystal
@@ -67,7 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deterministic", action="store_true", help="another row for ours with bitwise repeatable steps"
     )
+    parser.add_argument(
+        "--sweep", metavar="KEY=V1,V2,...", help="a row for each value: of frames, or of a key such as model.l_max"
+    )
     parser.add_argument("--csv", type=Path, help="write the table here")
+    parser.add_argument("--plot", type=Path, help="draw the sweep here")
     parser.add_argument(
         "--memory-of", choices=["ours", "peer", "none"], help="measure only memory, and print it as JSON"
     )
@@ -94,16 +109,88 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _print_table(args: argparse.Namespace) -> None:
-    rows = []
-    for number, name in enumerate(args.model):
-        for row in _measure(name, args):
+    rows: list[dict[str, Any]] = []
+    ceilings: Ceilings | None = None
+    for name, (value, one) in itertools.product(args.model, _sweep(args)):
+        for row in _measure(name, one):
+            if value is not None:
+                ceilings = ceilings or measure_ceilings(torch.device(one.device), _dtype(one))
+                row |= {"sweep": value, **_counted(name, one, ceilings)}
             rows.append(row)
-            _print_row(row, header=number == 0 and len(rows) == 1)
+            _print_row(row, header=len(rows) == 1)
+    if args.plot:
+        _plot(args.plot, args.sweep.partition("=")[0], rows)
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _sweep(args: argparse.Namespace) -> list[tuple[str | None, argparse.Namespace]]:
+    """The values of a sweep, each with the options that it makes; one None without a sweep.
+
+    Raises:
+        InputError: the sweep cannot be read.
+    """
+    if args.sweep is None:
+        if args.plot:
+            raise InputError("--plot draws a sweep: add --sweep, such as --sweep frames=1,2,4.")
+        return [(None, args)]
+    key, _, values = args.sweep.partition("=")
+    parts = values.split(",")
+    if not all(parts) or not (key == "frames" or key.startswith("model.")):
+        raise InputError(f"--sweep {args.sweep} cannot be read: write such as frames=1,2,4 or model.l_max=1,2,3.")
+    if key == "frames":
+        if not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise InputError(f"--sweep {args.sweep}: frames are positive whole numbers.")
+        return [(part, argparse.Namespace(**vars(args) | {"frames": int(part)})) for part in parts]
+    return [
+        (part, argparse.Namespace(**vars(args) | {"overrides": [*args.overrides, f"{key}={part}"]})) for part in parts
+    ]
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype:
+    return torch.float64 if args.precision == "float64" else torch.float32
+
+
+def _counted(name: str, args: argparse.Namespace, ceilings: Ceilings) -> dict[str, Any]:
+    """Operations and bytes of a step, averaged over the batches, and what they would take at the ceilings."""
+    built = case(name, argparse.Namespace(**vars(args) | {"cuda_graphs": False, "peer": None}))
+    step = PlainStep(built.ours)
+    counts = [count(partial(step, batch)) for batch in built.batches]
+    operations, moved = (statistics.mean(column) for column in zip(*counts, strict=True))
+    return {
+        "operations": round(operations),
+        "bytes": round(moved),
+        "seconds_operations": operations / ceilings.operations,
+        "seconds_bytes": moved / ceilings.bytes,
+    }
+
+
+def _plot(path: Path, key: str, rows: list[dict[str, Any]]) -> None:
+    """Draws times and memory of a sweep, with what counted operations and bytes would take at the ceilings."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    for number, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        own = [row for row in rows if row["model"] == name]
+        values = [float(row["sweep"]) for row in own]
+        lines = (
+            ("seconds_train", "-", name),
+            ("seconds_operations", "--", f"{name}: counted operations of products at the ceiling"),
+            ("seconds_bytes", ":", f"{name}: bytes of uncompiled operations at the ceiling"),
+            *((("peer_seconds_train", "-.", f"{name}: original package"),) if own[0]["peer_seconds"] else ()),
+        )
+        for column, style, label in lines:
+            times.plot(values, [1e3 * row[column] for row in own], style, marker="o", color=f"C{number}", label=label)
+        memory.plot(values, [row["peak_bytes"] / 2**20 for row in own], marker="o", color=f"C{number}", label=name)
+    for axes, what in ((times, "ms a step, in a row"), (memory, "peak memory, MiB")):
+        axes.set(xlabel=key, ylabel=what, yscale="log")
+    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['precision']}, {rows[0]['mode']}")
+    figure.savefig(path, dpi=150)
 
 
 @dataclass(frozen=True)
@@ -316,7 +403,7 @@ def _measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _of_peer(name: str, args: argparse.Namespace, peer: Timed | None, own: Timed) -> dict[str, Any]:
     if peer is None:
-        return dict.fromkeys(COLUMNS[-6:])
+        return dict.fromkeys(_OF_PEER)
     return {
         "peer_seconds": statistics.median(peer.waited),
         "peer_seconds_train": statistics.median(peer.train),
@@ -361,13 +448,15 @@ def _memory_elsewhere(whose: str, name: str, args: argparse.Namespace) -> int:
 def _peak_bytes(args: argparse.Namespace) -> int:
     """What steps need at most beyond model and batches, once each batch has been met."""
     built = case(args.model[0], args, ours=args.memory_of == "ours")
+    if args.device == "cpu":
+        _forget_peak()
     before = _allocated(args)
     if args.memory_of == "ours":
         timed = Timed(_step(built.ours, args), built.filled)
     else:
         assert built.peer is not None
         timed = Timed(PlainStep(built.peer), built.batches)
-    if args.device == "cpu":  # what a resident set has been at most is not forgotten
+    if args.device == "cpu":
         for batch in timed.batches:
             timed.step(batch)
         return _resident("VmHWM") - before
@@ -377,6 +466,13 @@ def _peak_bytes(args: argparse.Namespace) -> int:
         timed.step(batch)
     _wait()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _forget_peak() -> None:
+    """Gives free memory back to the system, and has its account of the largest resident set begin anew."""
+    ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):  # some containers forbid it
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _allocated(args: argparse.Namespace) -> int:
