@@ -1,6 +1,8 @@
 """Clipping and the optimizer's step, without effect where the gradient is not finite."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +37,9 @@ class Update:
 
     def on_device(self) -> None:
         """The same where the optimizer can (`decides_on_device`), as device work alone."""
-        step_by_flag(self._optimizer, self._clip())
+        skip = self._clip()
+        with _said_to_be_capturable(self._optimizer):
+            step_by_flag(self._optimizer, skip)
 
     @property
     def decides_on_device(self) -> bool:
@@ -88,6 +92,22 @@ def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
             optimizer.step()
         return
     step_by_flag(optimizer, skip)
+
+
+@contextmanager
+def _said_to_be_capturable(optimizer: Optimizer) -> Iterator[None]:
+    """While a CUDA graph is captured, torch refuses to step an optimizer whose groups do not have this option.
+
+    Fused optimizers, which alone come here, keep all that they need on the device with and without it, and compute the same.
+    """
+    groups = [group for group in optimizer.param_groups if not group.get("capturable", True)]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
 
 
 def step_by_flag(optimizer: Any, skip: Tensor) -> None:
