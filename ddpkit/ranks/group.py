@@ -178,6 +178,7 @@ def _leave() -> None:
     def leave() -> None:
         if dist.is_initialized():
             say_left(getattr(sys, "last_value", None))  # the error that nobody has caught
+            _close_recordings()
             dist.destroy_process_group()
 
     leaving = threading.Thread(target=leave, daemon=True)
@@ -200,11 +201,16 @@ def shutdown() -> None:
     global _current, _peers, _shared
     if dist.is_initialized():
         say_left(None)
-        if "ddpkit.capture.steps" in sys.modules:
-            sys.modules["ddpkit.capture.steps"].close_all()
+        _close_recordings()
         dist.destroy_process_group()
     _current, _peers, _shared = None, [], None
     _switches.close()
+
+
+def _close_recordings() -> None:
+    """Destroys CUDA graphs: a communicator that one of them uses waits for its end, for ever."""
+    if "ddpkit.capture.steps" in sys.modules:
+        sys.modules["ddpkit.capture.steps"].close_all()
 
 
 def say_left(error: BaseException | None) -> None:
