@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ddpkit.capture.recording import as_one
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
+from ddpkit.ranks import phase
 from ddpkit.ranks.agree import name_ranks
 from ddpkit.sync import agreement
 from ddpkit.sync.after import AfterGradients
@@ -143,7 +144,8 @@ class FlatSync(GradientSync):
         if not self._buckets:
             return
         last = self._buckets[-1].wire
-        self._told = torch.empty((LATE + 1, tail), dtype=last.dtype, device="cpu", pin_memory=last.is_cuda)
+        # One row more than are waited for: a step whose recording failed has a number, and tells nothing.
+        self._told = torch.empty((LATE + 2, tail), dtype=last.dtype, device="cpu", pin_memory=last.is_cuda)
         self._steps = torch.zeros((), dtype=last.dtype, device=last.device)
         self._template = torch.ones(tail, dtype=last.dtype, device=last.device)
         self._template[len(numbers) :] = 0
@@ -406,11 +408,14 @@ class FlatSync(GradientSync):
 
     def _wait_for(self, event: torch.cuda.Event) -> None:
         """Waits for the device as long as the other ranks may take."""
+        if event.query():  # type: ignore[no-untyped-call]
+            return
         deadline = time.monotonic() + self.timeout
-        while not event.query():  # type: ignore[no-untyped-call]
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"The all-reduce of the last step has not ended after {self.timeout:.0f} s.")
-            time.sleep(1e-4)
+        with phase.waiting("the device and the other ranks' gradients"):
+            while not event.query():  # type: ignore[no-untyped-call]
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"The all-reduce of the last step has not ended after {self.timeout:.0f} s.")
+                time.sleep(1e-4)
 
     def _judge(self, values: list[float], call: int, *, stale: bool) -> None:
         """Raises what the tail of the all-reduced buffer says."""
