@@ -5,6 +5,7 @@ this is loaded.
 """
 
 import getpass
+import importlib
 import operator
 import os
 import re
@@ -118,6 +119,20 @@ def homes_of_buffers(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
 def note_step(optimizer: Optimizer) -> None:
     """Marks a step as taken that was not made by `step()`: torch's schedulers look for this and warn where it is missing."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+_OPTIMIZERS = importlib.import_module("torch.optim.optimizer")
+
+
+def hooks_of(optimizer: Optimizer) -> list[Callable[..., Any]]:
+    """What is called before and after each `step()` of an optimizer, of all optimizers included: torch tells nowhere else."""
+    places = [
+        (optimizer, "_optimizer_step_pre_hooks"),
+        (optimizer, "_optimizer_step_post_hooks"),
+        (_OPTIMIZERS, "_global_optimizer_pre_hooks"),
+        (_OPTIMIZERS, "_global_optimizer_post_hooks"),
+    ]
+    return [hook for home, name in places for hook in getattr(home, name, {}).values()]
 
 
 # Tracing, with proxies or fake tensors, goes through dispatch modes; eager code has none. `torch.compiler.is_compiling()` tells

@@ -52,12 +52,15 @@ class Cuda:
     def run(self) -> list[Tensor]:
         """Replays the graph."""
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 # Threads of the loader lock pages of memory meanwhile, which the default mode forbids to all threads.
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     self._results = self._body()
             except RuntimeError as error:
+                torch.cuda.set_stream(
+                    stream
+                )  # where the capture cannot even be ended, torch leaves its own stream in place
                 raise RecordingError(f"The step cannot be recorded as a CUDA graph: {error}") from error
             self._graph = graph
         self._graph.replay()

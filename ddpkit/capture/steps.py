@@ -24,15 +24,17 @@ from ddpkit.capture.recording import make
 from ddpkit.compile.gradients import CompiledGradients
 from ddpkit.compile.objective import Tree
 from ddpkit.errors import RecordingError
+from ddpkit.ranks import phase
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.guard import before_step
-from ddpkit.torch_private import copy_all, note_step, pytree
+from ddpkit.torch_private import copy_all, hooks_of, note_step, pytree
 from ddpkit.trained import Trained
 from ddpkit.update import Update
 
 MOST = 32  # recordings that are kept
 STEADY = 20  # steps that the optimizer's settings must have stood for before its update is recorded
 AHEAD = 8  # replays that the host may be ahead of the device
+_FIRST = 0.9  # share of the timeout after which this module speaks, before NCCL's own watchdog ends the process without a word
 
 
 class RecordedSteps:
@@ -57,14 +59,15 @@ class RecordedSteps:
         self._trained, self._gradients, self._sync, self._update = trained, gradients, sync, update
         self._optimizer = optimizer
         self._device = trained.parameters[0].device
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._pool: Any = None  # of the first recording, and again once all are closed
         self._recorded: OrderedDict[Hashable, _Piece] = OrderedDict()
         self._deadline = Deadline(self._device, sync.timeout)
         self._seen: set[Hashable] = set()
-        self._stepped: set[Hashable] = set()
+        self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()  # situations that have seen a step as it is
         self._settings: Hashable = None
         self._steps_alike = 0
         self._memory: list[int] = []
+        self._places: tuple[int | None, ...] = ()  # of the gradients at the last update outside of their recording
         self._refused = False
         self.count = self.made = 0
         self.seconds = 0.0
@@ -79,15 +82,15 @@ class RecordedSteps:
             batches: its micro-batches.
             planned: whether all ranks run batches of the same sizes at this step.
         """
-        steady = self._are_settings_steady() and self._update.decides_on_device
-        form = _form(batches)
+        steady = self._are_settings_steady() and self._update.decides_on_device and not self._has_hooks()
+        form = planned, _form(batches)  # what was not planned, other ranks have not seen
         if form not in self._seen:
             self._seen.add(form)
             return None
         average = self._sync.recordable_average() if planned or self._sync.world_size == 1 else None
         if self._refused or (average is None and self._sync.acts != "after backward"):
             return None
-        if self._gradients.trained_now not in self._stepped or not self._gradients.holds_for(batches):
+        if self._gradients.situation not in self._stepped or not self._gradients.holds_for(batches):
             return None
         self._forget_if_moved()
         where = form, self._gradients.situation
@@ -100,6 +103,7 @@ class RecordedSteps:
             if self._device.type != "cuda":  # a part of the step has been made
                 raise
             self._refused = True
+            self.close()
             warnings.warn(f"{error}. Steps run without recordings from now on.", stacklevel=4)
             return None
         self._deadline.begin()
@@ -108,7 +112,7 @@ class RecordedSteps:
 
     def note_plain(self) -> None:
         """Called after a step that was run as it is."""
-        self._stepped.add(self._gradients.trained_now)
+        self._stepped.add(self._gradients.situation)
 
     def _run_together(
         self, where: Hashable, batches: Sequence[Any], average: Callable[[], None], *, updates: bool
@@ -141,9 +145,10 @@ class RecordedSteps:
             return self._update.grad_norm
 
         norm = None
-        if updates:
-            present = tuple(p.grad is not None for p in self._trained.parameters)
-            norm = self._run_piece(self._piece(("update", self._settings, present), body, []), [], steps=True)
+        places = tuple(None if p.grad is None else p.grad.data_ptr() for p in self._trained.parameters)
+        before, self._places = self._places, places
+        if updates and places == before:  # a strategy of the user's may bring them to other places at every step
+            norm = self._run_piece(self._piece(("update", self._settings, places), body, []), [], steps=True)
         self._finish(norm)
         return output
 
@@ -156,6 +161,7 @@ class RecordedSteps:
             steps: whether it holds the optimizer's step.
         """
         if not piece.is_made:
+            self._deadline.wait()  # to record, torch waits for the device without a bound
             began = time.perf_counter()
             output = piece.run(batches)
             self.seconds += time.perf_counter() - began
@@ -183,12 +189,16 @@ class RecordedSteps:
     def _are_settings_steady(self) -> bool:
         """Whether the optimizer's settings have stood for a while: a recording holds for their values."""
         settings = tuple(
-            tuple((key, _value(value)) for key, value in group.items() if key != "params")
+            tuple((key, _value(value, self._device)) for key, value in group.items() if key != "params")
             for group in self._optimizer.param_groups
         )
         self._steps_alike = self._steps_alike + 1 if settings == self._settings else 0
         self._settings = settings
         return self._steps_alike >= STEADY
+
+    def _has_hooks(self) -> bool:
+        """Whether somebody wants to be called at each step of the optimizer: a replay calls nobody."""
+        return any(hook is not before_step for hook in hooks_of(self._optimizer))
 
     def _forget_if_moved(self) -> None:
         """Lets go of recordings once a tensor lies elsewhere: they write where it was."""
@@ -202,6 +212,9 @@ class RecordedSteps:
     def _piece(self, key: Hashable, body: Callable[[Sequence[Any]], Any], batches: Sequence[Any]) -> "_Piece":
         """The recording for a key, made by its first run."""
         if key not in self._recorded:
+            self._require_here(batches)
+            if self._pool is None and self._device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
             self._recorded[key] = _Piece(body, batches, self._device, self._pool)
             self.made += 1
         self._recorded.move_to_end(key)
@@ -210,11 +223,27 @@ class RecordedSteps:
             oldest.close()
         return self._recorded[key]
 
+    def _require_here(self, batches: Sequence[Any]) -> None:
+        """Refuses tensors on the host, which a recording would take for numbers that never change.
+
+        Raises:
+            RecordingError: names one.
+        """
+        leaves = [x for x in pytree.tree_leaves(list(batches)) if isinstance(x, Tensor)]
+        given = [(f"a tensor of the batch, of shape {tuple(x.shape)},", x) for x in leaves]
+        for name, x in (*given, *self._gradients.named_tensors()):
+            if x.device != self._device:
+                raise RecordingError(
+                    f"The step cannot be recorded: {name} lies on {x.device} and the parameters on {self._device}: move it there"
+                )
+
     def close(self) -> None:
         """Lets go of all recordings. On a GPU it comes before communicators are destroyed."""
         for piece in self._recorded.values():
             piece.close()
         self._recorded.clear()
+        # A pool that no graph uses any longer, but some tensor does (cuBLAS's workspace), is refused to further graphs.
+        self._pool = None
 
 
 class _Piece:
@@ -300,11 +329,26 @@ def _form(batches: Sequence[Any]) -> Hashable:
     return structure, kinds
 
 
-def _value(value: Any) -> Hashable:
-    """A setting by its value; a tensor by its identity, since the device reads it."""
+def _value(value: Any, device: torch.device) -> Hashable:
+    """A setting by its value; a tensor on the device by its identity, since the device reads it."""
     if isinstance(value, list | tuple):
-        return tuple(map(_value, value))
-    return value if isinstance(value, Hashable) else id(value)
+        return tuple(_value(item, device) for item in value)
+    if isinstance(value, Tensor):
+        return _Itself(value) if value.device == device else (value.shape, tuple(value.reshape(-1).tolist()))
+    return value if isinstance(value, Hashable) else _Itself(value)
+
+
+class _Itself:
+    """Something by its identity, which nothing else gets as long as this lives."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 class Deadline:
@@ -330,15 +374,26 @@ class Deadline:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._events.append((event, time.monotonic()))
-        if len(self._events) <= AHEAD:
-            return
-        oldest, began = self._events.popleft()
-        while not oldest.query():  # type: ignore[no-untyped-call]
-            if time.monotonic() - began > self._timeout:
-                raise dist.DistError(  # type: ignore[attr-defined]
-                    f"A replayed step has not ended after {self._timeout:.0f} s: another rank has stopped, or the device has."
-                )
-            time.sleep(5e-5)
+        self.wait(AHEAD)
+
+    def wait(self, keep: int = 0) -> None:
+        """Waits for all replays but the last `keep`.
+
+        Raises:
+            as `begin`.
+        """
+        while len(self._events) > keep:
+            oldest, began = self._events.popleft()
+            if oldest.query():  # type: ignore[no-untyped-call]
+                continue
+            with phase.waiting("the device and the other ranks' gradients"):
+                while not oldest.query():  # type: ignore[no-untyped-call]
+                    if (waited := time.monotonic() - began) > _FIRST * self._timeout:
+                        raise dist.DistError(  # type: ignore[attr-defined]
+                            f"A replayed step has not ended after {waited:.0f} s (timeout {self._timeout:g} s): another rank "
+                            "has stopped, or the device has."
+                        )
+                    time.sleep(5e-5)
 
 
 _all: "weakref.WeakSet[RecordedSteps]" = weakref.WeakSet()

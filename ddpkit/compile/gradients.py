@@ -200,11 +200,6 @@ class CompiledGradients:
         """Differs for all that code is made anew for, batches apart; as of the last `prepare`."""
         return self._now.state
 
-    @property
-    def trained_now(self) -> Hashable:
-        """The names of the parameters that are trained, as of the last `prepare`."""
-        return tuple(self._now.after.trained)
-
     def holds_for(self, batches: Sequence[Any]) -> bool:
         """Whether there is compiled code for all of these micro-batches, checked."""
         now = self._now
@@ -214,6 +209,11 @@ class CompiledGradients:
     def tensors(self) -> list[Tensor]:
         """All tensors that a step reads and writes, beside the batch; brings settings that are read on the device there."""
         return [*self._now.state.tensors(), *self._now.after.places, *self._now.after.tensors()]
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """Those of model and criterion."""
+        state = self._now.state
+        return list(zip(state.names, state.tensors(), strict=True))
 
     def finish(self) -> None:
         """Called where a recording has brought the gradients."""

@@ -9,6 +9,7 @@ from torch import nn
 from toy import Toy, random_batch
 
 import ddpkit
+from ddpkit.capture import recording, steps
 from ddpkit.capture.recording import Pretended, as_one
 from ddpkit.compile.backend import using
 from ddpkit.errors import InputError, RecordingError
@@ -168,6 +169,69 @@ def test_other_optimizers(optimizer, settings):
 
 def test_an_optimizer_that_cannot_skip_on_the_device_steps_outside():
     assert both(40, strategy="custom", settings={"fused": False}).captured_steps == 37
+
+
+def test_the_optimizer_steps_as_torch_demands_under_capture(monkeypatch):
+    seen = []
+
+    def check(optimizer):  # as on a GPU
+        capturable = [group["capturable"] for group in optimizer.param_groups]
+        if recording._Tape.current is not None:
+            assert all(capturable)
+        seen.append(capturable)
+
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # since 2.12; before
+        monkeypatch.setattr(torch.optim.Optimizer, name, check, raising=False)
+    training = Training(cuda_graphs=True, strategy="custom")
+    training.run(40)
+    assert [True] in seen
+    assert training.optimizer.param_groups[0]["capturable"] is False
+
+
+def test_hooks_of_the_optimizer_are_called_at_each_step():
+    calls = []
+
+    def before(training, n):
+        if n == 30:
+            training.optimizer.register_step_post_hook(lambda *_: calls.append(training))
+
+    step = both(60, before, strategy="custom")
+    assert len(calls) == 2 * 30
+    assert step.captured_steps == 57
+
+
+class Elsewhere(ddpkit.GradientSync):
+    """Brings gradients to other places at every step."""
+
+    def reduce(self):
+        self.kept = [p.grad for p in self.parameters.values()]  # so that nothing comes to lie where these do
+        for p in self.parameters.values():
+            p.grad = None if p.grad is None else p.grad * 2
+
+
+def test_gradients_that_a_strategy_brings_elsewhere():
+    assert both(60, strategy=Elsewhere).captured_steps == 57
+
+
+def test_settings_that_the_device_does_not_read_are_told_by_their_values():
+    group, gpu = {"lr": torch.tensor(0.1)}, torch.device("cuda", 0)
+    settings, on_device = steps._value([*group.values()], gpu), steps._value([*group.values()], torch.device("cpu"))
+    group["lr"].fill_(0.2)
+    assert settings != steps._value([*group.values()], gpu)
+    assert on_device == steps._value([*group.values()], torch.device("cpu"))
+    assert on_device != steps._value([group["lr"].clone()], torch.device("cpu"))
+
+
+def test_a_step_is_recorded_once_a_planned_one_of_its_sizes_has_run():
+    """Other ranks may not have seen what was not planned."""
+    training = Training(cuda_graphs=True, strategy="custom")
+    for _ in range(3):
+        training.step(BATCHES[0])
+    assert training.step.captured_steps == 2
+    training.step(BATCHES[0], planned=True)
+    assert training.step.captured_steps == 2
+    training.step(BATCHES[0], planned=True)
+    assert training.step.captured_steps == 3
 
 
 def test_what_cannot_be_recorded_is_refused():
