@@ -1,6 +1,32 @@
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of deterministic products; read once
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("gpu"):
+        number = mark.args[0] if mark.args else 1
+        if torch.cuda.device_count() < number:
+            pytest.skip(f"needs {number} GPU{'s' * (number > 1)}")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module")
+def device(request):
+    """Where tests that ask for it run: on the CPU, and once more on a GPU where there is one."""
+    return request.param
+
+
+@pytest.fixture
+def deterministic():
+    """Kernels whose sums have an order, as `deterministic=true` has them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

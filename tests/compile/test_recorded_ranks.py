@@ -1,4 +1,4 @@
-"""Recorded steps on two ranks against plain ones, bit for bit."""
+"""Recorded steps on several ranks against plain ones, bit for bit: on CPUs through gloo, on GPUs through NCCL."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.compile.backend import use
+from ddpkit.ranks.group import environment
 from ddpkit.testing import run_ranks
 
 ARMS = {
@@ -20,7 +21,7 @@ STEPS = 45
 
 
 def batch_of(step, rank, totals=(30, 120)):
-    """Of the same sizes on both ranks, but for every tenth, of which rank 1's is another (as if it were over capacity)."""
+    """Of the same sizes on all ranks, but for every tenth, of which rank 1's is another (as if it were over capacity)."""
     number = step % len(SIZES)
     if step % 10 == 9 and rank == 1:
         return random_batch([5, 2 + step % 7], seed=step, totals=totals)
@@ -32,9 +33,15 @@ def planned(step):
     return step % 10 != 9
 
 
+def begin():
+    """What a process does first. On a GPU the toy's sums over edges have no order otherwise."""
+    torch.use_deterministic_algorithms(True)
+    use("interpreted" if environment().device.type == "cpu" else "inductor")
+
+
 def train(options, *, cuda_graphs, plan=planned, bad_at=None):
-    rank = torch.distributed.get_rank()
-    model = Toy(dtype=torch.float32)
+    rank, device = torch.distributed.get_rank(), environment().device
+    model = Toy(dtype=torch.float32).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     step = ddpkit.make_step(
         model,
@@ -52,8 +59,9 @@ def train(options, *, cuda_graphs, plan=planned, bad_at=None):
             batch = batch_of(n, rank)
             if n == bad_at and rank == 1:
                 batch = batch.replace(energy=batch.energy * torch.nan)
-            output = step(batch, planned=plan(n))
-            seen.append({**output, "norm": step.grad_norm.clone(), "first": model.first.detach().clone()})
+            output = step(batch.to(device), planned=plan(n))
+            values = {**output, "norm": step.grad_norm, "first": model.first.detach()}
+            seen.append({name: value.cpu().clone() for name, value in values.items()})
     finally:
         captured, calls = step.captured_steps, step.sync.stats.calls if bad_at is None else 0
         step.sync.close()
@@ -61,7 +69,7 @@ def train(options, *, cuda_graphs, plan=planned, bad_at=None):
 
 
 def all_arms():
-    use("interpreted")
+    begin()
     results = {}
     for arm, options in ARMS.items():
         results[arm] = [train(options, cuda_graphs=recorded) for recorded in (False, True)]
@@ -71,14 +79,27 @@ def all_arms():
     return results
 
 
-@pytest.fixture(scope="module")
-def results():
-    return run_ranks(all_arms, 2, timeout=400)
+SIZED = [
+    (2, "cpu"),
+    pytest.param((2, "cuda"), marks=pytest.mark.gpu(2)),
+    pytest.param((4, "cuda"), marks=pytest.mark.gpu(4)),
+]
+
+
+def variables(device):
+    """Of ranks: without a GPU in sight, or with one each."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"NCCL_ALGO": "Ring"}
+
+
+@pytest.fixture(scope="module", params=SIZED, ids=lambda size: f"{size[0]}-{size[1]}")
+def results(request):
+    size, device = request.param
+    return run_ranks(all_arms, size, timeout=400, environment=variables(device))
 
 
 @pytest.mark.parametrize("arm", [*ARMS, "no plan"])
 def test_bits_are_those_of_plain_steps(results, arm):
-    for rank in range(2):
+    for rank in range(len(results)):
         (plain, none, calls), (recorded, captured, calls_too) = results[rank][arm]
         assert none == 0
         assert calls == calls_too
@@ -90,15 +111,17 @@ def test_bits_are_those_of_plain_steps(results, arm):
 
 def test_ranks_train_the_same_model(results):
     for arm in ["custom", "ingraph", "no plan"]:
-        one, two = (results[rank][arm][1][0] for rank in range(2))
-        assert all(torch.equal(a["first"], b["first"]) for a, b in zip(one, two, strict=True))
+        first, *others = (ranks[arm][1][0] for ranks in results)
+        for other in others:
+            assert all(torch.equal(a["first"], b["first"]) for a, b in zip(first, other, strict=True))
 
 
 def meets_a_bad_gradient():
-    use("interpreted")
+    begin()
     train(ARMS["custom"], cuda_graphs=True, bad_at=37)
 
 
-def test_a_bad_gradient_is_named_with_its_rank():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
+def test_a_bad_gradient_is_named_with_its_rank(device):
     with pytest.raises(Exception, match=r"number 38 the gradient of .* is NaN or infinite on rank 1"):
-        run_ranks(meets_a_bad_gradient, 2, timeout=120)
+        run_ranks(meets_a_bad_gradient, 2, timeout=120, environment=variables(device))

@@ -199,7 +199,7 @@ def test_copies_to_a_gpu_go_ahead_and_steps_wait_for_them_on_the_device(frames, 
             assert flat_of(batch) is not None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_no_host_waits_for_a_copy_to_a_gpu(frames):
     plan = {"capacities": [], "most_neighbours": frames.most_neighbours(3.0)}
     expected = [batch for _, [batch] in loader(frames, **plan).epoch(0)]

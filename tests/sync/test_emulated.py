@@ -163,7 +163,7 @@ def nccl_sums(sizes):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs or more")
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("algorithm", ["Ring", "Tree"])
 def test_nccl_adds_in_chains(algorithm):
     """On one host NCCL's ring adds along the ring from some rank on, and its tree is a chain: which start, its chunks decide.
