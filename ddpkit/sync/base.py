@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddpkit.capture.recording import as_one
 from ddpkit.errors import InputError
 from ddpkit.ranks.launchers import place
 from ddpkit.ranks.watch import Watch
@@ -186,7 +187,11 @@ class GradientSync:
         """Averages a contiguous tensor over the ranks, in place. On a GPU, the host does not wait."""
         if self.world_size > 1 and not self.comm.averages(tensor.device):
             tensor.mul_(1 / self.world_size)  # before adding, as DistributedDataParallel and NCCL do
-        work = self.comm.all_reduce(tensor)
+        as_one(self._communicate, [tensor])
+
+    def _communicate(self, tensors: list[Tensor]) -> None:
+        """The collective on one tensor as it is, waited for as the device waits; a recording repeats all of it."""
+        work = self.comm.all_reduce(tensors[0])
         if work is not None:
             work.wait()
 

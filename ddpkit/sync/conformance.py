@@ -8,7 +8,7 @@ import copy
 import itertools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpkit.errors import NonFiniteGradientError, RankDisagreementError
+from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
 from ddpkit.ranks.group import environment, store
-from ddpkit.sync import GradientSync, make_sync
+from ddpkit.sync import GradientSync, acts_of, make_sync
 
 TOLERANCE = 1e-10  # relative, float64
 
@@ -770,8 +770,12 @@ def compiled(function: Case) -> Case:
     return function
 
 
-def _compiled_step(setting: Setting, parts: int) -> None:
-    """Takes compiled steps of SGD, and compares what they change with gradients over the union of the ranks' batches."""
+def _compiled_step(setting: Setting, parts: int, steps: int = 3, **options: Any) -> int:
+    """Takes compiled steps of SGD, and compares what they change with gradients over the union of the ranks' batches.
+
+    Returns:
+        How many were replayed.
+    """
     from ddpkit.step import make_step
 
     def batches(rank: int, step: int) -> list[dict[str, Tensor]]:
@@ -786,15 +790,15 @@ def _compiled_step(setting: Setting, parts: int) -> None:
 
     torch.manual_seed(setting.rank)
     model = _OfDict(Potential())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     step = make_step(
         model, criterion, optimizer, strategy=setting.strategy, compile=True, comm=setting.comm,
-        examples=batches(setting.rank, 9), **({"timeout": 60.0} | setting.options),
+        examples=batches(setting.rank, 9), **({"timeout": 60.0} | setting.options | options),
     )  # fmt: skip
     setting.made.append(step.sync)
-    for number in range(3):
+    for number in range(steps):
         before = copy.deepcopy(model)
-        step(batches(setting.rank, number))
+        step(batches(setting.rank, number), planned=True)
         for rank in range(setting.size):
             for batch in batches(rank, number):
                 _backward(criterion(before(batch), batch) / setting.size)
@@ -806,6 +810,7 @@ def _compiled_step(setting: Setting, parts: int) -> None:
             for mine, theirs in zip(model.parameters(), before.parameters(), strict=True):
                 mine.copy_(theirs - 0.01 * (theirs - mine))
     assert_equal_on_ranks(setting, list(model.parameters()))
+    return step.captured_steps
 
 
 class _OfDict(nn.Module):
@@ -829,6 +834,26 @@ def compiled_union_batch(setting: Setting) -> None:
 def compiled_accumulation(setting: Setting) -> None:
     """Likewise with micro-batches."""
     _compiled_step(setting, 2)
+
+
+@compiled
+def recorded_steps(setting: Setting) -> None:
+    """Steps that are recorded and replayed follow it as well; a strategy that acts during the backward pass refuses them."""
+    from ddpkit.capture.steps import STEADY
+    from ddpkit.compile.backend import using
+
+    steps = STEADY + 6  # in the last ones the update is replayed too
+    with using("interpreted") if environment().device.type == "cpu" else nullcontext():
+        if acts_of(setting.strategy) == "during backward":
+            try:
+                _compiled_step(setting, 1, cuda_graphs=True)
+            except InputError as error:
+                assert "cuda_graphs" in str(error), error  # noqa: PT017  (no pytest here)
+                return
+            raise AssertionError("cuda_graphs=True was taken by a strategy whose steps cannot be recorded")
+        for parts in (1, 2):
+            replayed = _compiled_step(setting, parts, steps, cuda_graphs=True)
+            assert replayed >= steps - 2, f"{replayed} of {steps} steps were replayed"
 
 
 class _Weighted(Weights):

@@ -341,17 +341,12 @@ class FlatSync(GradientSync):
         gradients = self._gradients(self._order)
         for number, bucket in enumerate(self._buckets):
             self._fill(number, gradients, stale=False)
-            as_one(self._average_now, [bucket.wire])
+            as_one(self._communicate, [bucket.wire])
         self._hand_over(gradients)
         for bucket in self._buckets:
             bucket.unpack()
             bucket.begin()
         self._flag_on_device(self._buckets[-1].tail)
-
-    def _average_now(self, wire: list[Tensor]) -> None:
-        work = self.comm.all_reduce(wire[0])
-        if work is not None:
-            work.wait()
 
     @contextmanager
     def around_recorded(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.capture import recording, steps
-from ddpkit.capture.recording import Pretended, _Tape, as_one, make
+from ddpkit.capture.recording import as_one, make
 from ddpkit.compile.backend import using
 from ddpkit.errors import InputError, RecordingError
 
