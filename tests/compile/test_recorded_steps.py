@@ -31,7 +31,7 @@ here = torch.device("cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiler(device):
-    global here
+    global here  # noqa: PLW0603  (read where models and batches are made)
     here = torch.device(device)
     with using("interpreted" if device == "cpu" else "inductor"):
         yield

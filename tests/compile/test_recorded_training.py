@@ -157,7 +157,7 @@ def schedule(span):
     indirect=["device"],
 )
 def test_what_trainers_do_between_steps(device, strategy):
-    """OneCycleLR, ReduceLROnPlateau, half of the parameters frozen and unfrozen, a loaded optimizer, a bad gradient, an average."""
+    """OneCycleLR, ReduceLROnPlateau, half of the parameters frozen a while, a loaded optimizer, a bad gradient, an average."""
     span, batches = (26, padded(4)) if device == "cpu" else (80, padded(40))
     make = (lambda: Toy(dtype=torch.float32)) if device == "cpu" else (lambda: named("allegro_tiny"))
     plain, recorded = (

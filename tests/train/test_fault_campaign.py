@@ -46,6 +46,19 @@ def test_only_what_was_asked_for():
         Plan(0, only=["compile", "custom"])
 
 
+def test_recorded_runs_are_struck_where_they_are_asked_for():
+    plan = Plan(0, only=["kill", "step", "custom-recorded", "ingraph-recorded"])
+    assert [run.label for run in plan.runs] == ["custom-recorded", "ingraph-recorded"]
+    assert all(plan.trial(n).run.recorded and plan.trial(n).run.compiled for n in range(1, 9))
+    assert not any(run.recorded for run in Plan(0).runs)
+
+
+def test_a_record_of_other_columns_is_left_alone(tmp_path):
+    (tmp_path / "trials.csv").write_text(",".join(COLUMNS[:-1]) + "\n")
+    with pytest.raises(InputError, match="give another --out"):
+        Record(tmp_path / "trials.csv")
+
+
 KILLED = Trial(0, 1, "kill", "step", Run("custom", compiled=False), 1, 0.0, 0.0)
 SLOW = Trial(0, 1, "slow", "step", Run("custom", compiled=False), 1, 0.0, 0.0)
 GOOD = End(True, 1.0, 137, [], "failed", "At step 3 rank 1 (process 5 on host) ended without a word.", "")
@@ -212,6 +225,22 @@ def campaign(tmp_path_factory):
 )
 def test_a_struck_run_goes_on_bit_for_bit(campaign, fault, when, rank):
     row = campaign.run(Trial(0, 1, fault, when, Run("overlap", compiled=False), rank, 0.5, 0.5))
+    assert row["verdict"] == "passed", json.dumps(row, indent=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "fault", "strategy"),
+    [
+        pytest.param("cpu", "kill", "custom", marks=pytest.mark.long),
+        pytest.param("cpu", "nan", "ingraph", marks=pytest.mark.long),
+        pytest.param("cuda", "kill", "custom", marks=pytest.mark.gpu(2)),
+        pytest.param("cuda", "stop", "ingraph", marks=pytest.mark.gpu(2)),
+        pytest.param("cuda", "nan", "custom", marks=pytest.mark.gpu(2)),
+    ],
+)
+def test_a_replay_is_struck(tmp_path, device, fault, strategy):
+    run = Run(strategy, compiled=True, recorded=True)
+    row = Campaign(tmp_path, device=device, timeout=20.0).run(Trial(0, 1, fault, "step", run, 1, 0.7, 0.5))
     assert row["verdict"] == "passed", json.dumps(row, indent=1)
 
 

@@ -12,7 +12,13 @@ from ddpkit.experiments.config import read
 from ddpkit.ranks.group import Environment
 
 LOSSES = ["loss", "loss_energy", "loss_forces", "grad_norm"]
-COMPILED = ("compile=true", "compiler=interpreted", "precision=float64", "train.max_epochs=8", "check_kernels=false")
+COMPILED = ("compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true")
+HERE = {"cpu": ("device=cpu", "compiler=interpreted"), "cuda": ("device=cuda", "compiler=inductor")}
+SIZED = [
+    ("cpu", 2),
+    pytest.param(("cuda", 2), marks=pytest.mark.gpu(2)),
+    pytest.param(("cuda", 4), marks=pytest.mark.gpu(4)),
+]
 
 
 def steps(folder):
@@ -23,14 +29,21 @@ def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.fixture(scope="module", params=SIZED, ids=lambda sized: f"{sized[1]}-{sized[0]}")
+def sized(request):
+    device, ranks = request.param
+    return (*COMPILED, *HERE[device]), ranks
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(sized, tmp_path_factory):  # noqa: ARG001  (one for each)
     return tmp_path_factory.mktemp("recorded")
 
 
-def test_two_ranks_train_as_without(ddpkit_run, folder):
-    ddpkit_run(*COMPILED, f"run_dir={folder / 'plain'}", ranks=2)
-    done = ddpkit_run(*COMPILED, "cuda_graphs=true", f"run_dir={folder / 'recorded'}", ranks=2)
+def test_ranks_train_as_without(ddpkit_run, sized, folder):
+    compiled, ranks = sized
+    ddpkit_run(*compiled, f"run_dir={folder / 'plain'}", ranks=ranks)
+    done = ddpkit_run(*compiled, "cuda_graphs=true", f"run_dir={folder / 'recorded'}", ranks=ranks)
     assert "recorded steps:" in done.stdout
     assert "steps replayed" in done.stdout
     told = summary(folder / "recorded")
@@ -46,10 +59,11 @@ def test_two_ranks_train_as_without(ddpkit_run, folder):
     assert splits.iloc[-1].isna().all()
 
 
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(ddpkit_run, folder):
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(ddpkit_run, sized, folder):
+    compiled, ranks = sized
     run = folder / "parts"
-    ddpkit_run(*COMPILED, "cuda_graphs=true", "train.max_steps=39", f"run_dir={run}", ranks=2)
-    ddpkit_run(f"resume={run}", "train.max_steps=null", "train.max_epochs=8", ranks=2)
+    ddpkit_run(*compiled, "cuda_graphs=true", "train.max_steps=39", f"run_dir={run}", ranks=ranks)
+    ddpkit_run(f"resume={run}", "train.max_steps=null", "train.max_epochs=8", ranks=ranks)
     assert (steps(run)[["step", *LOSSES]] == steps(folder / "recorded")[["step", *LOSSES]]).all(axis=None)
     assert summary(run)["captured_steps"] > 30
 

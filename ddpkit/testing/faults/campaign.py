@@ -28,7 +28,7 @@ from ddpkit.testing.faults.report import latest, report
 
 COLUMNS = (
     "trial", "seed", "fault", "phase_asked", "phase_hit", "strategy", "compiled", "rank", "ended", "seconds", "exit_code",
-    "status", "sentence", "processes_left", "went_on", "equal", "verdict", "why",
+    "status", "sentence", "processes_left", "went_on", "equal", "verdict", "why", "recorded",
 )  # fmt: skip
 _TRIES = 3  # for a moment that the driver missed
 _WHOLE = 300.0  # seconds that an undisturbed run may take
@@ -110,6 +110,8 @@ class Campaign:
             f"data.path={self._data}", f"data.cache={cache}", "data.split=[0.8,0.1,0.1]", "train.batch_size=4",
             "train.max_epochs=3", "train.checkpoint_every=5", "train.ema_decay=0.9", f"train.timeout={self.timeout}",
             "deterministic=true", f"strategy={run.strategy}", f"compile={str(run.compiled).lower()}",
+            *(["cuda_graphs=true"] if run.recorded else []),
+            *(["compiler=interpreted"] if run.recorded and self.device == "cpu" else []),
         ]  # fmt: skip
 
     def reference(self, run: Run) -> Reference:
@@ -154,6 +156,8 @@ class Campaign:
                 return (
                     f"An undisturbed run of {run.label} does not finish here ({' '.join(why.split())}): see {folder}."
                 )
+            if run.recorded and not judge.replayed(folder / "run"):
+                return f"No step of an undisturbed run of {run.label} was replayed here: see {folder}."
         if not facts.exists():
             facts.write_text(json.dumps({"seconds": seconds, "phases": phases}))
         known = json.loads(facts.read_text())
@@ -168,7 +172,8 @@ class Campaign:
         """
         row: dict[str, Any] = {
             "trial": trial.number, "seed": trial.seed, "fault": trial.fault, "phase_asked": trial.phase,
-            "strategy": trial.run.strategy, "compiled": int(trial.run.compiled), "rank": trial.rank,
+            "strategy": trial.run.strategy, "compiled": int(trial.run.compiled), "recorded": int(trial.run.recorded),
+            "rank": trial.rank,
         }  # fmt: skip
         try:
             reference = self.reference(trial.run)
@@ -398,7 +403,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME",
-        help=f"faults ({', '.join(FAULTS)}), phases or runs (custom, custom-compiled, ...); the numbers of trials change",
+        help=f"faults ({', '.join(FAULTS)}), phases or runs (custom, custom-compiled, "
+        "custom-recorded, ...); the numbers of trials change",
     )  # fmt: skip
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="write the table of a campaign again; nothing is run"
@@ -447,6 +453,9 @@ class Record:
         self._path, self._lock = path, threading.Lock()
         if not path.exists():
             self._append(COLUMNS)
+        with path.open(newline="") as file:
+            if next(csv.reader(file), None) != [*COLUMNS]:
+                raise InputError(f"{path} has other columns than this version writes: give another --out.")
         made = [row for row in self.rows() if row["verdict"] in ("passed", "failed")]
         self.known = {(int(row["seed"]), int(row["trial"])) for row in made}
 
@@ -466,7 +475,7 @@ class Record:
 
 
 def _tell(row: dict[str, Any], done: int, count: int) -> None:
-    kind = row["strategy"] + " compiled" * row["compiled"]
+    kind = Run(row["strategy"], bool(row["compiled"]), bool(row["recorded"])).label
     hit = row.get("phase_hit") or row["phase_asked"]
     why = f"  {row['why']}" if row.get("why") else ""
     print(

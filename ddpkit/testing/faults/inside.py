@@ -8,10 +8,13 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 SLOW = 3.0  # seconds
 poisoned = False
 """Whether the model's next energies are NaN."""
+cells: list[Any] = []
+"""Tensors in the host's memory that the model on a GPU adds to its energies, in a replayed step too, and then sets to 0."""
 
 
 def _stick() -> None:
@@ -35,6 +38,8 @@ def _exhaust() -> None:
 def _poison() -> None:
     global poisoned  # noqa: PLW0603  (read by the model)
     poisoned = True
+    for cell in cells:
+        cell.fill_(float("nan"))
 
 
 ACTIONS = {"stuck": _stick, "frozen": _freeze, "memory": _exhaust, "slow": lambda: time.sleep(SLOW), "nan": _poison}

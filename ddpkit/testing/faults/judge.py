@@ -63,6 +63,11 @@ def read_summary(run: Path) -> tuple[str, str]:
     return str(facts.get("status") or ""), str(facts.get("error") or "")
 
 
+def replayed(run: Path) -> int:
+    """How many steps of a run were replayed."""
+    return int(json.loads((run / "summary.json").read_text())["captured_steps"])
+
+
 def faults_of_end(trial: Trial, end: End) -> list[str]:
     """What is wrong with the end of a struck run; empty if nothing."""
     fault, wrong = FAULTS[trial.fault], []

@@ -55,15 +55,22 @@ FAULTS = {
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """The kind of run that is struck."""
+    """The kind of run that is struck.
+
+    Attributes:
+        strategy: its name.
+        compiled: whether the step is compiled.
+        recorded: whether compiled steps are recorded and replayed.
+    """
 
     strategy: str
     compiled: bool
+    recorded: bool = False
 
     @property
     def label(self) -> str:
         """As in tables and names of folders."""
-        return self.strategy + "-compiled" * self.compiled
+        return f"{self.strategy}-{'recorded' if self.recorded else 'compiled'}" if self.compiled else self.strategy
 
 
 RUNS = (
@@ -75,6 +82,8 @@ RUNS = (
     Run("overlap", compiled=True),
     Run("ingraph", compiled=True),
 )
+RECORDED = (Run("custom", compiled=True, recorded=True), Run("ingraph", compiled=True, recorded=True))
+"""Struck where they are asked for by name: which trial has which number stays as it was before they came."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +125,15 @@ class Plan:
 
     def __init__(self, seed: int, ranks: int = 2, only: Iterable[str] = ()) -> None:
         words = set(only)
-        labels = [run.label for run in RUNS]
-        if unknown := sorted(words - {*FAULTS, *PHASES, *labels}):
-            known = ", ".join((*FAULTS, *PHASES, *labels))
+        every = {run.label: run for run in (*RUNS, *RECORDED)}
+        if unknown := sorted(words - {*FAULTS, *PHASES, *every}):
+            known = ", ".join((*FAULTS, *PHASES, *every))
             raise InputError(f"Nothing in the campaign is called {', '.join(unknown)}: choose from {known}.")
 
         def chosen(names: Iterable[str]) -> list[str]:
             return [name for name in names if name in words] or list(names)
 
-        kept = chosen(labels)
-        self.runs = [run for run in RUNS if run.label in kept]
+        self.runs = [run for label, run in every.items() if label in words] or list(RUNS)
         faults, phases = chosen(FAULTS), chosen(PHASES)
         self.cells = [
             (fault, phase)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ddpkit.errors import InputError
 from ddpkit.ranks.phase import PHASES
 from ddpkit.testing.faults.judge import rows
-from ddpkit.testing.faults.plan import FAULTS
+from ddpkit.testing.faults.plan import FAULTS, Run
 
 CONFIDENCE = 0.95
 
@@ -53,12 +53,8 @@ def report(out: Path) -> str:
             lines.append(f"| {kind.does} | {' | '.join(cells)} | {_score(mine)} |")
     totals = [_score([row for row in trials if row["phase_hit"] == phase]) for phase in phases]
     lines += [f"| all | {' | '.join(totals)} | {_score(trials)} |", ""]
-    runs = sorted({(row["strategy"], row["compiled"]) for row in trials})
-    by_run = [
-        f"{strategy}{' compiled' * (compiled == '1')} "
-        f"{_score([row for row in trials if (row['strategy'], row['compiled']) == (strategy, compiled)])}"
-        for strategy, compiled in runs
-    ]
+    runs = sorted({_kind(row) for row in trials})
+    by_run = [f"{kind} {_score([row for row in trials if _kind(row) == kind])}" for kind in runs]
     ways = sorted({row["went_on"] for row in trials})
     by_way = [f"{way} {sum(row['went_on'] == way for row in trials)}" for way in ways]
     seconds = sorted(float(row["seconds"]) for row in trials if row["seconds"])
@@ -72,12 +68,17 @@ def report(out: Path) -> str:
             lines.append(f"Not counted: {count} {verdict}.")
     lines += [
         f"- trial {row['trial']} of seed {row['seed']}: {row['fault']} in {row['phase_hit']}, rank {row['rank']}, "
-        f"{row['strategy']}{' compiled' * (row['compiled'] == '1')}: {row['why']}"
+        f"{_kind(row)}: {row['why']}"
         for row in failed
     ]
     text = "\n".join(lines) + "\n"
     (out / "report.md").write_text(text)
     return text
+
+
+def _kind(row: dict[str, str]) -> str:
+    """The kind of run of a trial; records of earlier versions have no column for recorded steps."""
+    return Run(row["strategy"], row["compiled"] == "1", row.get("recorded") == "1").label
 
 
 def _score(some: list[dict[str, str]]) -> str:
