@@ -68,8 +68,8 @@ def make_step(
         examples: with `compile`, batches of other shapes than the first. In a `Batch` it is known what may vary; for other
             batches they tell, and what they do not tell costs another compilation later.
         cuda_graphs: with `compile`, record steps in CUDA graphs and replay them, so that the device does not wait for the host: a
-            step whose batch has the sizes of an earlier one is recorded (`ddpkit.pad` brings batches to few sizes). On a CPU
-            recordings are kept operation by operation, which shows whether a step can be recorded and wins nothing.
+            step whose batch has the sizes of an earlier one is recorded (`ddpkit.padding.pad` brings batches to few sizes).
+            On a CPU recordings are kept operation by operation, which shows whether a step can be recorded and wins nothing.
         options: passed on to the strategy.
 
     Raises:
