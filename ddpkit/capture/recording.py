@@ -25,11 +25,18 @@ class Recording(Protocol):
     the same memory after every run.
     """
 
-    def run(self) -> list[Tensor]:
-        """Records the body when called for the first time; runs it, always. Returns what the body returned.
+    def record(self) -> None:
+        """Takes the body down without running it, where the device can do that; else `run` does when it is called first.
 
         Raises:
             RecordingError: the body does what cannot be recorded.
+        """
+
+    def run(self) -> list[Tensor]:
+        """Runs the body. Returns what it returned. `record` comes first.
+
+        Raises:
+            as `record`.
         """
 
     def close(self) -> None:
@@ -49,20 +56,22 @@ class Cuda:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: list[Tensor] = []
 
+    def record(self) -> None:
+        """Captures the graph."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Threads of the loader lock pages of memory meanwhile, which the default mode forbids to all threads.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._results = self._body()
+        except RuntimeError as error:
+            # Where the capture cannot even be ended, torch leaves its own stream in place.
+            torch.cuda.set_stream(stream)
+            raise RecordingError(f"The step cannot be recorded as a CUDA graph: {error}") from error
+        self._graph = graph
+
     def run(self) -> list[Tensor]:
         """Replays the graph."""
-        if self._graph is None:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                # Threads of the loader lock pages of memory meanwhile, which the default mode forbids to all threads.
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    self._results = self._body()
-            except RuntimeError as error:
-                torch.cuda.set_stream(
-                    stream
-                )  # where the capture cannot even be ended, torch leaves its own stream in place
-                raise RecordingError(f"The step cannot be recorded as a CUDA graph: {error}") from error
-            self._graph = graph
+        assert self._graph is not None
         self._graph.replay()
         return self._results
 
@@ -84,6 +93,9 @@ class Pretended:
         self._body = body
         self._operations: list[Callable[[], None]] | None = None
         self._results: list[Tensor] = []
+
+    def record(self) -> None:
+        """Leaves that to the first run."""
 
     def run(self) -> list[Tensor]:
         """Repeats the operations."""

@@ -25,6 +25,7 @@ from ddpkit.compile.gradients import CompiledGradients
 from ddpkit.compile.objective import Tree
 from ddpkit.errors import RecordingError
 from ddpkit.ranks import phase
+from ddpkit.ranks.agree import exchange, name_ranks
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.guard import before_step
 from ddpkit.torch_private import copy_all, hooks_of, note_step, pytree
@@ -82,13 +83,15 @@ class RecordedSteps:
             batches: its micro-batches.
             planned: whether all ranks run batches of the same sizes at this step.
         """
+        if self._refused:
+            return None
         steady = self._are_settings_steady() and self._update.decides_on_device and not self._has_hooks()
         form = planned, _form(batches)  # what was not planned, other ranks have not seen
         if form not in self._seen:
             self._seen.add(form)
             return None
         average = self._sync.recordable_average() if planned or self._sync.world_size == 1 else None
-        if self._refused or (average is None and self._sync.acts != "after backward"):
+        if average is None and self._sync.acts != "after backward":
             return None
         if self._gradients.situation not in self._stepped or not self._gradients.holds_for(batches):
             return None
@@ -100,15 +103,23 @@ class RecordedSteps:
             else:
                 output = self._run_together(where, batches, average, updates=steady)
         except RecordingError as error:
-            if self._device.type != "cuda":  # a part of the step has been made
-                raise
-            self._refused = True
-            self.close()
-            warnings.warn(f"{error}. Steps run without recordings from now on.", stacklevel=4)
+            self._give_up(error)
             return None
         self._deadline.begin()
         self.count += 1
         return output
+
+    def _give_up(self, error: RecordingError) -> None:
+        """Lets go of all recordings, and makes no more.
+
+        Raises:
+            RecordingError: that one, on a CPU: a part of the step has been made.
+        """
+        if self._device.type != "cuda":
+            raise error
+        self._refused = True
+        self.close()
+        warnings.warn(f"{error}. Steps run without recordings from now on.", stacklevel=5)
 
     def note_plain(self) -> None:
         """Called after a step that was run as it is."""
@@ -130,9 +141,38 @@ class RecordedSteps:
 
         piece = self._piece(("step", where, updates and self._settings), body, batches)
         with self._sync.around_recorded():
+            if not piece.is_made:
+                self._record_together(piece, batches)
             output, norm = self._run_piece(piece, batches, steps=updates)
         self._finish(norm)
         return output
+
+    def _record_together(self, piece: "_Piece", batches: Sequence[Any]) -> None:
+        """Records on all ranks or on none: NCCL waits for ever where some capture a collective and others do not.
+
+        Raises:
+            RecordingError: on all ranks, where it was raised on one.
+        """
+        error: RecordingError | None = None
+        try:
+            self._record(piece, batches)
+        except RecordingError as raised:
+            error = raised
+        if self._sync.averages and self._sync.world_size > 1:
+            remedy = "say planned=True on all ranks or on none, with batches of the same sizes"
+            told = exchange("record a step", error and str(error), self._sync.timeout, remedy)
+            failed = [rank for rank, text in enumerate(told) if text is not None]
+            if failed and error is None:
+                error = RecordingError(f"On {name_ranks(failed)}: {told[failed[0]]}")
+        if error is not None:
+            raise error
+
+    def _record(self, piece: "_Piece", batches: Sequence[Any]) -> None:
+        self._require_here(batches)
+        self._deadline.wait()  # to record, torch waits for the device without a bound
+        began = time.perf_counter()
+        piece.record()
+        self.seconds += time.perf_counter() - began
 
     def _run_apart(self, where: Hashable, batches: Sequence[Any], *, updates: bool) -> Any:
         """Gradients from a recording, then the average, then the update from another one."""
@@ -148,7 +188,10 @@ class RecordedSteps:
         places = tuple(None if p.grad is None else p.grad.data_ptr() for p in self._trained.parameters)
         before, self._places = self._places, places
         if updates and places == before:  # a strategy of the user's may bring them to other places at every step
-            norm = self._run_piece(self._piece(("update", self._settings, places), body, []), [], steps=True)
+            try:
+                norm = self._run_piece(self._piece(("update", self._settings, places), body, []), [], steps=True)
+            except RecordingError as error:  # the average has been made, and other ranks may be able to
+                self._give_up(error)
         self._finish(norm)
         return output
 
@@ -161,7 +204,8 @@ class RecordedSteps:
             steps: whether it holds the optimizer's step.
         """
         if not piece.is_made:
-            self._deadline.wait()  # to record, torch waits for the device without a bound
+            if not piece.is_recorded:
+                self._record(piece, batches)
             began = time.perf_counter()
             output = piece.run(batches)
             self.seconds += time.perf_counter() - began
@@ -212,7 +256,6 @@ class RecordedSteps:
     def _piece(self, key: Hashable, body: Callable[[Sequence[Any]], Any], batches: Sequence[Any]) -> "_Piece":
         """The recording for a key, made by its first run."""
         if key not in self._recorded:
-            self._require_here(batches)
             if self._pool is None and self._device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
             self._recorded[key] = _Piece(body, batches, self._device, self._pool)
@@ -256,6 +299,7 @@ class _Piece:
         pool: memory that recordings share.
 
     Attributes:
+        is_recorded: whether it is taken down, as far as that is possible without running it.
         is_made: whether it has run.
         gradients: what `.grad` of each parameter was after its first run.
     """
@@ -276,8 +320,17 @@ class _Piece:
             return packed
 
         self._recording = make(record, device, pool)
-        self.is_made = False
+        self.is_recorded = self.is_made = False
         self.gradients: list[Tensor | None] = []
+
+    def record(self) -> None:
+        """Takes it down.
+
+        Raises:
+            RecordingError: that cannot be.
+        """
+        self._recording.record()
+        self.is_recorded = True
 
     def run(self, batches: Sequence[Any]) -> Any:
         """Runs it on other batches of the same sizes; returns what the body did, in memory of its own."""

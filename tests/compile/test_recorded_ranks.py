@@ -5,7 +5,9 @@ import torch
 from toy import Toy, random_batch
 
 import ddpkit
+from ddpkit.capture.recording import Pretended
 from ddpkit.compile.backend import use
+from ddpkit.errors import RecordingError
 from ddpkit.ranks.group import environment
 from ddpkit.testing import run_ranks
 
@@ -39,7 +41,7 @@ def begin():
     use("interpreted" if environment().device.type == "cpu" else "inductor")
 
 
-def train(options, *, cuda_graphs, plan=planned, bad_at=None):
+def train(options, *, cuda_graphs, plan=planned, bad_at=None, timeout=30.0):
     rank, device = torch.distributed.get_rank(), environment().device
     model = Toy(dtype=torch.float32).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
@@ -49,7 +51,7 @@ def train(options, *, cuda_graphs, plan=planned, bad_at=None):
         optimizer,
         compile=True,
         cuda_graphs=cuda_graphs,
-        timeout=30.0,
+        timeout=timeout,
         clip_norm=1.0,
         **options,
     )
@@ -125,3 +127,31 @@ def meets_a_bad_gradient():
 def test_a_bad_gradient_is_named_with_its_rank(device):
     with pytest.raises(Exception, match=r"number 32 the gradient of .* is NaN or infinite on rank 1"):
         run_ranks(meets_a_bad_gradient, 2, timeout=120, environment=variables(device))
+
+
+def fails_to_record():
+    begin()
+    if torch.distributed.get_rank() == 1:
+
+        def record(_):
+            raise RecordingError("no memory left")
+
+        Pretended.record = record
+    train(ARMS["custom"], cuda_graphs=True)
+
+
+def test_all_ranks_record_or_none():
+    """On a GPU all go on without recordings then; here they stop."""
+    with pytest.raises(Exception, match="On rank 1: no memory left"):
+        run_ranks(fails_to_record, 2, timeout=120)
+
+
+def plans_alone():
+    begin()
+    rank = torch.distributed.get_rank()
+    train(ARMS["custom"], cuda_graphs=True, plan=lambda _: rank == 0, timeout=5.0)
+
+
+def test_a_plan_on_one_rank_alone_is_refused():
+    with pytest.raises(Exception, match=r"say planned=True on all ranks or on none"):
+        run_ranks(plans_alone, 2, timeout=120)
