@@ -143,7 +143,7 @@ def fails_to_record():
 def test_all_ranks_record_or_none():
     """On a GPU all go on without recordings then; here they stop."""
     with pytest.raises(Exception, match="On rank 1: no memory left"):
-        run_ranks(fails_to_record, 2, timeout=120)
+        run_ranks(fails_to_record, 2, timeout=120, environment=variables("cpu"))
 
 
 def plans_alone():
@@ -154,4 +154,4 @@ def plans_alone():
 
 def test_a_plan_on_one_rank_alone_is_refused():
     with pytest.raises(Exception, match=r"say planned=True on all ranks or on none"):
-        run_ranks(plans_alone, 2, timeout=120)
+        run_ranks(plans_alone, 2, timeout=120, environment=variables("cpu"))
