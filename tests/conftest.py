@@ -1,4 +1,12 @@
+"""What holds for all tests: one thread, and a cache of the compiler that is theirs alone."""
+
 import os
+import shutil
+import tempfile
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # threads that wait for one another would take all cores from other processes
 
 import pytest
 import torch
@@ -27,6 +35,16 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_configure(config):
+    """A start looks through the whole cache: that of the user may hold gigabytes, and would tell what is compiled."""
+    config.compiled = tempfile.mkdtemp(prefix="ddpkit-tests-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compiled
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

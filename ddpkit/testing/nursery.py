@@ -15,18 +15,24 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 _READ_AT_LOADING = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "PYTHON", "CUDA_", "TORCH")
 _READ_LATER = ("TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_USE_AGENT_STORE")
+LIBRARY = ("compile.forces", "compile.gradients", "loss", "ranks.group", "step", "sync")
+"""Modules of ddpkit that a rank is likely to need."""
+
 _SCRIPT = """
-import ddpkit.compile.forces, ddpkit.compile.gradients, ddpkit.loss, ddpkit.ranks.group, ddpkit.step, ddpkit.sync
+import importlib
+
+for module in {modules}:
+    importlib.import_module("ddpkit." + module)
 from ddpkit.testing.nursery import leave, serve
 from ddpkit.testing.ranks import work
 
-work(serve({}))
+work(serve({descriptor}))
 leave()
 """
 
@@ -67,12 +73,14 @@ class Nursery:
 
     Args:
         variables: its environment.
+        modules: what it imports, without `ddpkit.` in front.
     """
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
+    def __init__(self, variables: Mapping[str, str], modules: Sequence[str] = LIBRARY) -> None:
         self._socket, theirs = socket.socketpair()
+        script = _SCRIPT.format(modules=list(modules), descriptor=theirs.fileno())
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT.format(theirs.fileno())],
+            [sys.executable, "-c", script],
             env=dict(variables),
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -87,18 +95,24 @@ class Nursery:
         """Whether it can still fork."""
         return self._process.poll() is None
 
-    def fork(self, job: Path, variables: Mapping[str, str], output: Path) -> Child:
+    def fork(self, job: Path, variables: Mapping[str, str], output: Path, errors: Path | None = None) -> Child:
         """Starts a rank.
 
         Args:
             job: for `ddpkit.testing.ranks.work`.
             variables: its environment.
             output: a file for all that it prints.
+            errors: a file for what it prints on the error stream, where that is to be kept apart.
 
         Raises:
             RuntimeError: the nursery is gone.
         """
-        order = {"job": str(job), "variables": dict(variables), "output": str(output), "folder": os.getcwd()}  # noqa: PTH109
+        order = {
+            "job": str(job),
+            "variables": dict(variables),
+            "outputs": [str(output), str(errors or output)],
+            "folder": os.getcwd(),  # noqa: PTH109
+        }
         with self._lock:
             self._socket.sendall(json.dumps(order).encode() + b"\n")
             while (pid := self._read()) is None:
@@ -134,15 +148,15 @@ class Nursery:
             self._process.wait(5.0)
 
 
-_nurseries: dict[tuple[tuple[str, str], ...], Nursery] = {}
+_nurseries: dict[tuple[Sequence[str], tuple[tuple[str, str], ...]], Nursery] = {}
 
 
-def nursery(variables: Mapping[str, str]) -> Nursery:
-    """The nursery for ranks with this environment; made where there is none."""
+def nursery(variables: Mapping[str, str], modules: Sequence[str] = LIBRARY) -> Nursery:
+    """The nursery for ranks with this environment that has imported these modules; made where there is none."""
     at_loading = [name for name in variables if name.startswith(_READ_AT_LOADING) and name not in _READ_LATER]
-    key = tuple((name, variables[name]) for name in sorted(at_loading))
+    key = (modules, tuple((name, variables[name]) for name in sorted(at_loading)))
     if key not in _nurseries or not _nurseries[key].lives:
-        _nurseries[key] = Nursery(variables)
+        _nurseries[key] = Nursery(variables, modules)
         atexit.register(_nurseries[key].close)
     return _nurseries[key]
 
@@ -201,10 +215,12 @@ def _become(order: dict[str, object]) -> str:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.chdir(str(order["folder"]))
-    descriptor = os.open(str(order["output"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    outputs = order["outputs"]
+    assert isinstance(outputs, list)
+    for stream, path in enumerate(outputs, 1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
     os.environ.clear()
     variables = order["variables"]
     assert isinstance(variables, dict)

@@ -11,12 +11,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddpkit.errors import InputError
-from ddpkit.testing.nursery import Child, nursery
+from ddpkit.testing.nursery import LIBRARY, Child, nursery
 
 GRACE = 3.0  # seconds that the other ranks get to tell what they know once one has failed
 LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "TORCHELASTIC_")
@@ -145,12 +145,25 @@ def _import(module: str, file: str | None) -> Any:
     return loaded
 
 
-def _run_processes(size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
-    """Starts the ranks as torchrun's agent does: this process holds the store, so that no port can be taken in between."""
+@contextlib.contextmanager
+def forked(
+    size: int, variables: Mapping[str, str], folder: Path, modules: Sequence[str] = LIBRARY, *, is_split: bool = False
+) -> Iterator[list[Child]]:
+    """Ranks that work off `folder / "job"`, started as torchrun's agent does; what is left of them afterwards is ended.
+
+    This process holds the store, so that no port can be taken in between.
+
+    Args:
+        size: number of ranks.
+        variables: their environment, but for what tells each its place.
+        folder: for `output{rank}`, what each prints.
+        modules: what they find imported.
+        is_split: keep what they print on the error stream apart, in `errors{rank}`.
+    """
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    variables = variables | {
+    variables = {**variables} | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -161,10 +174,17 @@ def _run_processes(size: int, variables: dict[str, str], folder: Path, timeout: 
     try:
         for rank in range(size):
             of_rank = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(nursery(variables).fork(folder / "job", of_rank, folder / f"output{rank}"))
-        _wait(processes, timeout)
+            errors = folder / f"errors{rank}" if is_split else None
+            one = nursery(variables, modules).fork(folder / "job", of_rank, folder / f"output{rank}", errors)
+            processes.append(one)
+        yield processes
     finally:
-        _kill(processes)
+        end(processes)
+
+
+def _run_processes(size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
+    with forked(size, variables, folder) as processes:
+        wait(processes, timeout)
     if any(process.returncode != 0 for process in processes):
         raise RankFailure(_report(folder, size, timeout))
 
@@ -183,14 +203,14 @@ def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder
             start_new_session=True,
         )
         try:
-            _wait([process], timeout)
+            wait([process], timeout)
         finally:
-            _kill([process])
+            end([process])
     if process.returncode != 0:
         raise RankFailure(_report(folder, size, timeout))
 
 
-def _wait(processes: "Sequence[subprocess.Popen[bytes] | Child]", timeout: float) -> None:
+def wait(processes: "Sequence[subprocess.Popen[bytes] | Child]", timeout: float) -> None:
     """Returns when all have ended, one has failed and the others had their grace, or time is up."""
     deadline = time.monotonic() + timeout
     failed = False
@@ -203,7 +223,7 @@ def _wait(processes: "Sequence[subprocess.Popen[bytes] | Child]", timeout: float
         time.sleep(0.02)
 
 
-def _kill(processes: "Sequence[subprocess.Popen[bytes] | Child]") -> None:
+def end(processes: "Sequence[subprocess.Popen[bytes] | Child]") -> None:
     """Ends what is left of the ranks, with their children."""
     for process in processes:
         if process.poll() is None:

@@ -86,7 +86,7 @@ def alive(pid):
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def wait_for(what, good, seconds=30.0):
+def wait_for(what, good, seconds=300.0):
     end = time.monotonic() + seconds
     while not good(value := what()) and time.monotonic() < end:
         time.sleep(0.05)

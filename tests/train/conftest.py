@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +8,10 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from starts import run_ddpkit
 from tiny import TINY
 
 from ddpkit.experiments.cli import _dispatch
-from ddpkit.ranks.mpirun import mpirun
 
 
 @pytest.fixture(scope="session")
@@ -44,24 +41,12 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ddpkit_run(clusters, cache):
-    """Runs `ddpkit-run` on ranks of its own and returns the finished process."""
+    """Runs `ddpkit run` on ranks of its own and returns the finished process."""
 
-    def start(*overrides, ranks=1, timeout=180, check=True):
-        command, variables = mpirun(ranks) if ranks > 1 else ([], dict(os.environ))
-        words = [
-            sys.executable,
-            "-m",
-            "ddpkit.experiments",
-            "run",
-            *TINY,
-            f"data.path={clusters}",
-            f"data.cache={cache}",
-        ]
-        done = subprocess.run(
-            [*command, *words, *overrides], env=variables, capture_output=True, text=True, timeout=timeout, check=False
-        )
+    def start(*overrides, check=True, **how):
+        done = run_ddpkit("run", *TINY, f"data.path={clusters}", f"data.cache={cache}", *overrides, **how)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 

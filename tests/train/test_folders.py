@@ -1,15 +1,15 @@
 """Runs that meet in a folder, and runs that are gone on with."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
+from starts import ddpkit, wait_for
+from tiny import TINY
 
 from ddpkit import checkpoint
 from ddpkit.errors import InputError
@@ -21,26 +21,11 @@ from ddpkit.experiments.config import read
 @pytest.fixture
 def endless(clusters, cache, tmp_path):
     """A run without checkpoints that is under way; it is ended afterwards."""
-    from tiny import TINY
-
-    words = [
-        *TINY,
-        f"data.path={clusters}",
-        f"data.cache={cache}",
-        "train.checkpoint_every=0",
-        f"run_dir={tmp_path / 'run'}",
-    ]
-    process = subprocess.Popen([sys.executable, "-m", "ddpkit.experiments", "run", *words, "train.max_epochs=100000"])
-    deadline = time.monotonic() + 60
-    while (
-        not (tmp_path / "run" / "epochs.csv").exists() or (tmp_path / "run" / "epochs.csv").read_text().count("\n") < 2
-    ):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    yield process
-    process.kill()
-    process.wait()
+    words = [*TINY, f"data.path={clusters}", f"data.cache={cache}", f"run_dir={tmp_path / 'run'}"]
+    with ddpkit(["run", *words, "train.checkpoint_every=0", "train.max_epochs=100000"], tmp_path) as process:
+        epochs = tmp_path / "run" / "epochs.csv"
+        wait_for(lambda: epochs.exists() and epochs.read_text().count("\n") >= 2, process)
+        yield process
 
 
 def test_a_running_run_is_left_alone_and_a_failed_one_kept(endless, ddpkit_run, tmp_path):
@@ -55,8 +40,8 @@ def test_a_running_run_is_left_alone_and_a_failed_one_kept(endless, ddpkit_run, 
         assert done.returncode == 2, done.stderr
         assert f"is being written by another run (process {endless.pid} on " in done.stderr
         assert "Traceback" not in done.stderr
-    endless.send_signal(signal.SIGKILL)
-    endless.wait()
+    os.kill(endless.pid, signal.SIGKILL)
+    endless.wait(60.0)
     rows = (run / "steps.csv").read_bytes()
     assert (run / "config.yaml").read_text() == before
     assert pd.read_csv(run / "steps.csv").step.is_monotonic_increasing
@@ -89,8 +74,6 @@ def test_runs_of_one_second_have_folders_of_their_own(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, clusters, cache):
-    from tiny import TINY
-
     run = tmp_path_factory.mktemp("finished") / "run"
     _dispatch(["run", *TINY, f"data.path={clusters}", f"data.cache={cache}", "train.max_epochs=1", f"run_dir={run}"])
     return run
@@ -175,8 +158,6 @@ def test_a_run_of_an_older_version_goes_on_under_the_new_columns(finished, tmp_p
     ],
 )
 def test_folders_that_cannot_be_the_runs(words, expected, finished, clusters, cache, tmp_path, monkeypatch):
-    from tiny import TINY
-
     monkeypatch.chdir(tmp_path)
     own = () if words[0].startswith("resume") else (*TINY, f"data.path={clusters}", f"data.cache={cache}")
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}

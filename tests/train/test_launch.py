@@ -1,9 +1,10 @@
-import socket
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from starts import free_port
 
 from ddpkit.errors import InputError
 from ddpkit.ranks.launchers import Place, place
@@ -225,6 +226,8 @@ PROGRAM = """
 
 
 def run(command, variables=None):
+    variables = dict(os.environ if variables is None else variables)
+    variables.pop("OMP_NUM_THREADS", None)  # ranks share the cores out
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return sorted(line for line in done.stdout.splitlines() if "|" in line)
@@ -246,11 +249,17 @@ def test_under_mpirun(program):
 
 
 def test_under_torchrun(program):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     lines = run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), program]
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            program,
+        ]
     )
     assert [line.split()[:3] for line in lines] == [["torchrun", f"{rank}/2", "1"] for rank in range(2)]
 
@@ -276,8 +285,5 @@ RESTARTED = """
 def test_ranks_that_torchrun_starts_again_do_not_hear_of_those_before(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(RESTARTED))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(port)]
+    options = ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(free_port())]
     assert run([sys.executable, "-m", "torch.distributed.run", *options, str(program)]) == ["0 | 1", "1 | 1"]

@@ -11,6 +11,7 @@ import textwrap
 import time
 
 import pytest
+from starts import wait_for
 
 from ddpkit import lock
 from ddpkit.errors import InputError
@@ -113,12 +114,9 @@ def test_whoever_was_taken_for_dead_stops_writing(tmp_path, monkeypatch):
     held = FolderLock(tmp_path)
     held.require()
     before = (tmp_path / ".lock").stat().st_mtime_ns
-    time.sleep(0.2)
-    assert (tmp_path / ".lock").stat().st_mtime_ns > before
+    wait_for(lambda: (tmp_path / ".lock").stat().st_mtime_ns > before)
     (tmp_path / ".lock").write_text(json.dumps(holder(host="elsewhere", process=12)))
-    deadline = time.monotonic() + 5
-    while not held.taken_by and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: held.taken_by)
     with pytest.raises(InputError, match="process 12 on elsewhere"):
         held.require()
     held.release()

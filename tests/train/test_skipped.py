@@ -77,10 +77,12 @@ def failed(done, summary):
 
 
 # an average does not tell where it comes from
-@pytest.mark.parametrize(("strategy", "where"), [("standard", "every rank"), ("none", "rank 1")])
-def test_the_rank_is_named_where_it_is_known(strategy, where, broken, ddpkit_run, summary):
+@pytest.mark.parametrize(
+    ("strategy", "where", "launcher"), [("standard", "every rank", "torchrun"), ("none", "rank 1", "mpirun")]
+)
+def test_the_rank_is_named_where_it_is_known(strategy, where, launcher, broken, ddpkit_run, summary):
     words = (*broken(gradients=[5], ranks=[1]), f"strategy={strategy}", "train.log_every=4")
-    done = ddpkit_run(*words, ranks=2, check=False)
+    done = ddpkit_run(*words, ranks=2, launcher=launcher, check=False)
     assert f"step 5 on {where}" in failed(done, summary())
     assert summary()["skipped"] == 1
 
@@ -93,7 +95,7 @@ def test_the_rank_is_named_where_it_is_known(strategy, where, broken, ddpkit_run
     ],
 )
 def test_validation_that_fails_on_one_rank_ends_all(what, expected, broken, ddpkit_run, summary):
-    done = ddpkit_run(*broken(validation=what, ranks=[1]), ranks=2, timeout=60, check=False)
+    done = ddpkit_run(*broken(validation=what, ranks=[1]), ranks=2, check=False)
     assert expected in failed(done, summary())
 
 

@@ -13,11 +13,6 @@ def steps(folder):
     return pd.read_csv(folder / "steps.csv", float_precision="round_trip")
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return tmp_path_factory.mktemp("alone") / "run"
-
-
 def test_the_same_losses_on_any_number_of_ranks(ddpkit_run, tmp_path):
     """One global batch is the same mathematics on 1, 2 and 4 ranks, by DDP and by the flat all-reduce."""
     arms = {"one": (1, "custom"), "two": (2, "custom"), "four": (4, "custom"), "ddp": (2, "standard")}
@@ -44,7 +39,7 @@ def test_an_epochs_loss_is_the_mean_over_its_rows(ddpkit_run, tmp_path):
 
 
 def test_training_learns_and_leaves_a_whole_run_folder(ddpkit_run, tmp_path):
-    done = ddpkit_run("train.max_epochs=60", f"run_dir={tmp_path / 'run'}", ranks=2)
+    done = ddpkit_run("train.max_epochs=60", f"run_dir={tmp_path / 'run'}", ranks=2, launcher="mpirun")
     run = tmp_path / "run"
     epochs = pd.read_csv(run / "epochs.csv")
     assert epochs.val_forces_rmse.iloc[-1] < 0.5 * epochs.val_forces_rmse.iloc[0]
@@ -79,7 +74,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(ddpkit_run, tmp_path
 
 def test_rows_after_the_checkpoint_are_dropped_and_made_again(ddpkit_run, tmp_path):
     run = tmp_path / "run"
-    ddpkit_run("train.max_steps=6", "train.max_epochs=9", f"run_dir={run}")
+    ddpkit_run("train.max_steps=6", "train.max_epochs=9", f"run_dir={run}", launcher="alone")
     with (run / "steps.csv").open("a") as file:
         file.write("7,2,1.0,1.0,1.0,,0.002,1.0,10,20,0.1,0.1,0.1,0.1,0.1\n8,2,1.0,1.0")  # torn by a kill
     ddpkit_run("train.max_epochs=9", f"resume={run}", "train.max_steps=14")
