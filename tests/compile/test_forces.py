@@ -74,6 +74,7 @@ def test_a_copy_compiles_anew(molecules):
     torch.testing.assert_close(other(data)["neg_dy"], compiled(data)["neg_dy"])
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_buffers_change():
     model = Toy()
     compiled = ddpkit.compile_forces(model, random_batch([4, 5]))
@@ -82,6 +83,7 @@ def test_buffers_change():
     assert model.calls == 1
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_a_sabotaged_graph_is_refused(monkeypatch):
     honest = compiled_forces.trace
 

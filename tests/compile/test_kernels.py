@@ -37,6 +37,7 @@ def test_kernels_of_one_name_and_one_with_a_macro_are_kept_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "2")
     types = ["const double*", "double*", "const int64_t", "const float"]
     sources = {f"plus_{n}": _SCALE % f" + {n}" for n in range(5)}
     macro = (_SCALE % "").replace("const float factor", "const float").replace("extern", "#define factor 7\nextern")
@@ -46,7 +47,7 @@ def test_kernels_of_one_name_and_one_with_a_macro_are_kept_apart(
         scope = {name: compiler.cpp_pybinding(types, source) for name, source in sources.items()}
         compiler.wait(scope)
     files = [path for path in tmp_path.rglob("*.main.cpp") if "plus_" in path.read_text()]
-    assert len(files) == min(get_compile_threads(), 5)
+    assert len(files) == 2
     values, out = torch.arange(4, dtype=torch.float64), torch.empty(4, dtype=torch.float64)
     for n in range(5):
         scope[f"plus_{n}"](values, out, 4, 2.5)

@@ -126,6 +126,7 @@ def loss(out, batch):
     return (out["energy"] - batch.energy).square().mean() + out["forces"].square().mean()
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("strategy", ["custom", "standard"])
 def test_a_model_that_fixes_sizes_is_refused_for_batches_whose_sizes_are_known_to_vary(strategy):
     model = Fixed()
@@ -143,6 +144,7 @@ class FixedMolecules(Molecules):
         return out | {"y": out["y"] + 0 * sum(range(data["pos"].shape[0]))}  # range
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_a_model_that_fixes_sizes_is_compiled_anew_with_the_line_told():
     model = FixedMolecules()
     compiled = ddpkit.compile_forces(model, as_dict(random_batch([5, 6])))

@@ -103,10 +103,11 @@ def overflowing(out, batch):
 
 
 @pytest.mark.parametrize("strategy", ["custom", "standard"])
-def test_a_loss_that_is_not_finite_is_told_before_training(strategy):
+def test_a_loss_that_is_not_finite_is_told_before_training(strategy, request):
     model = Toy()
     batch = random_batch([4, 5])
     if strategy == "standard":
+        request.getfixturevalue("interpreted")
         model.first.data[0] = math.inf
     step = ddpkit.make_step(
         model, overflowing, torch.optim.SGD(model.parameters(), lr=0.1), strategy=strategy, compile=True

@@ -89,6 +89,7 @@ def test_state_goes_on_from_where_the_optimizer_was():
             torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_the_gate_looks_at_the_update(monkeypatch):
     honest = in_graph._adam
 
@@ -105,6 +106,7 @@ def test_the_gate_looks_at_the_update(monkeypatch):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_a_batch_without_compiled_code_is_an_error():
     model = Toy()
     step = make(torch.optim.SGD(model.parameters(), lr=1e-2), model)

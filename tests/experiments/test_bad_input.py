@@ -232,7 +232,7 @@ def test_on_two_ranks_with_exit_code_2(words, expected, files, tmp_path):
         env=variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2, done.stderr
@@ -255,7 +255,7 @@ def test_a_sentence_is_not_lost_where_the_rank_that_says_it_starts_late(tmp_path
     (tmp_path / "program.py").write_text(LATE)
     command, variables = mpirun(2)
     words = [*command, sys.executable, str(tmp_path / "program.py"), "run", *TINY, "strategy=horovod"]
-    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("ddpkit:")]
     assert len(said) == 1, done.stderr

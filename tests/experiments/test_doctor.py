@@ -15,7 +15,7 @@ FACTS = {
 
 def doctor(*words, command=(), variables=None):
     words = [*command, sys.executable, "-m", "ddpkit.experiments", "doctor", *words]
-    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_two_ranks_are_shown_and_their_backends_tried():

@@ -233,7 +233,7 @@ def test_two_ranks_agree_with_one(folder):
     subprocess.run(
         [*command, sys.executable, "-m", "ddpkit.experiments", "eval", *map(str, words), "--out", str(folder / "two_ranks"),
          "--device", "cpu"],
-        env=variables, check=True, timeout=120, capture_output=True,
+        env=variables, check=True, timeout=300, capture_output=True,
     )  # fmt: skip
     for name in ("accuracy", "elements", "frames", "torsion"):
         one, two = (table(folder / f"{ranks}_rank{'s' * (ranks == 'two')}" / f"{name}.csv") for ranks in ("one", "two"))

@@ -251,7 +251,7 @@ def test_on_two_ranks_with_exit_code_2(case, place, tmp_path):
     command, variables = mpirun(2)
     done = subprocess.run(
         [*command, sys.executable, "-m", "ddpkit.experiments", "run", *words],
-        env=variables, capture_output=True, text=True, timeout=180, check=False,
+        env=variables, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("ddpkit:")]

@@ -348,4 +348,4 @@ def test_job_script_hands_the_signal_on_and_waits(capsys, tmp_path):
     with subprocess.Popen(["/bin/bash", path], env=variables, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout.readline() == "started\n"
         job.send_signal(signal.SIGUSR1)
-        assert job.communicate(timeout=120)[0] == "saved\nanalysed\n"
+        assert job.communicate(timeout=300)[0] == "saved\nanalysed\n"

@@ -191,4 +191,4 @@ def hello():
 
 def test_64_real_ranks_start():
     """Processes of gloo on one host: a test of starting, not of numerics."""
-    assert run_ranks(hello, 64, timeout=180.0) == [(64, "gloo")] * 64
+    assert run_ranks(hello, 64, timeout=300.0) == [(64, "gloo")] * 64

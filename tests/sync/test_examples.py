@@ -16,7 +16,7 @@ def test_example_runs(name):
     head, variables = mpirun(2)
     command = [*head, sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(
-        command, env=variables | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False
+        command, env=variables | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):

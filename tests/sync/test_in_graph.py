@@ -58,7 +58,7 @@ def train(strategy, rank):
     """Batches of several shapes, two micro-batches, one for which rank 1 has no compiled code, and one with a layer frozen."""
     model = Net(rank)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    step = ddpkit.make_step(model, criterion, optimizer, strategy=strategy, compile=True, clip_norm=1.0, timeout=60.0)
+    step = ddpkit.make_step(model, criterion, optimizer, strategy=strategy, compile=True, clip_norm=1.0, timeout=200.0)
     seen = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

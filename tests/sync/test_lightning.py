@@ -150,7 +150,7 @@ ELASTIC = {"TORCHELASTIC_RUN_ID": "test"}
 @pytest.mark.parametrize("strategy", ["custom", pytest.param("standard", marks=pytest.mark.long)])
 def test_ranks_with_unequal_numbers_of_batches_are_named(strategy):
     longer, shorter = run_ranks(
-        fit_unequal, 2, strategy, (5, 3), (2, 2), False, initialize=False, environment=ELASTIC, timeout=90
+        fit_unequal, 2, strategy, (5, 3), (2, 2), False, initialize=False, environment=ELASTIC, timeout=300
     )
     assert "Rank 0 goes on to batch number 4, but rank 1 has come to the start of validation in epoch 0" in shorter
     assert "give every rank equally many batches" in shorter
@@ -159,14 +159,14 @@ def test_ranks_with_unequal_numbers_of_batches_are_named(strategy):
 
 def test_validation_on_unequal_numbers_of_batches_does_not_hang():
     assert run_ranks(
-        fit_unequal, 2, "custom", (3, 3), (2, 4), False, initialize=False, environment=ELASTIC, timeout=90
+        fit_unequal, 2, "custom", (3, 3), (2, 4), False, initialize=False, environment=ELASTIC, timeout=300
     ) == ["", ""]
 
 
 @pytest.mark.long
 def test_validation_that_logs_unequally_often_is_named():
     shorter, longer = run_ranks(
-        fit_unequal, 2, "custom", (3, 3), (2, 4), True, initialize=False, environment=ELASTIC, timeout=90
+        fit_unequal, 2, "custom", (3, 3), (2, 4), True, initialize=False, environment=ELASTIC, timeout=300
     )
     assert "Rank 1 waits in the reduction of what is logged, but rank 0 has come to the end of validation" in shorter
     assert "Rank 1 has lost the other ranks in the reduction of what is logged" in longer
@@ -238,10 +238,10 @@ def fit_in_allocation(devices, *, alone=False):
 
 
 def test_the_variables_of_an_allocation_are_not_taken_for_those_of_a_step():
-    first, second = run_ranks(fit_in_allocation, 2, 2, launcher="mpirun", initialize=False, timeout=90)
+    first, second = run_ranks(fit_in_allocation, 2, 2, launcher="mpirun", initialize=False, timeout=300)
     assert (first[:2], second[:2]) == ((2, 0), (2, 1))
     assert first[2] == second[2]
-    for said in run_ranks(fit_in_allocation, 2, 1, launcher="mpirun", initialize=False, timeout=90):
+    for said in run_ranks(fit_in_allocation, 2, 1, launcher="mpirun", initialize=False, timeout=300):
         assert "mpirun started 2 ranks, but the trainer was given 1 devices" in said
 
 

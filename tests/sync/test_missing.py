@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 import ddpkit
 from ddpkit.errors import RankDisagreementError
-from ddpkit.ranks.group import environment
+from ddpkit.ranks.group import environment, store
 from ddpkit.ranks.mpirun import mpirun
 from ddpkit.testing import RankFailure, run_ranks
 
@@ -25,7 +25,7 @@ def leave_early(strategy, how):
                 import os
 
                 os._exit(0)
-            time.sleep(9)
+            store().wait(["said 0", "said 2"], timedelta(seconds=200))
             return "late"
         model(torch.randn(2, 4)).sum().backward()
         try:
@@ -33,13 +33,14 @@ def leave_early(strategy, how):
         except RankDisagreementError as error:
             if how == "dies":
                 raise
+            store().set(f"said {here.rank}", "")
             return str(error)
         model.zero_grad()
     return "nothing"
 
 
 def test_a_timeout_says_who_is_missing():
-    first, late, third = run_ranks(leave_early, 3, "custom", "sleeps", timeout=60)
+    first, late, third = run_ranks(leave_early, 3, "custom", "sleeps", timeout=300)
     assert late == "late"
     for rank, said in ((0, first), (2, third)):
         assert f"Rank {rank} waited" in said
@@ -48,7 +49,7 @@ def test_a_timeout_says_who_is_missing():
 
 def test_a_rank_that_died_is_named_at_once():
     with pytest.raises(RankFailure) as raised:
-        run_ranks(leave_early, 3, "custom", "dies", timeout=60)
+        run_ranks(leave_early, 3, "custom", "dies", timeout=300)
     assert "ended without one" in str(raised.value)
     assert "number 3 for rank 1 (last heard of after" in str(raised.value)
 
@@ -69,7 +70,7 @@ def leave_a_wrapped_step():
 
 def test_a_rank_that_left_is_named_where_torchs_wrapper_communicates():
     with pytest.raises(RankFailure) as raised:
-        run_ranks(leave_a_wrapped_step, 2, timeout=60)
+        run_ranks(leave_a_wrapped_step, 2, timeout=300)
     assert "number 3 for rank 1 (last heard of after" in str(raised.value)
 
 
@@ -86,7 +87,7 @@ def break_the_model():
 
 
 def test_an_error_of_the_model_stays_what_it_is():
-    assert run_ranks(break_the_model, 2, timeout=60) == [True, True]
+    assert run_ranks(break_the_model, 2, timeout=300) == [True, True]
 
 
 MPI_PROGRAM = """
@@ -110,7 +111,7 @@ def test_a_wait_inside_mpi_ends_too(tmp_path):
         env=variables,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2, done.stderr

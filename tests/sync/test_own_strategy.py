@@ -37,7 +37,7 @@ def test_the_suite_fails_a_wrong_strategy(wrong):
 def test_the_command_takes_an_import_path():
     cases = ["--world-size", "1", "--cases", "union_batch", "no_gradient"]
     command = [sys.executable, "-m", "ddpkit.testing", "strategies.Summing", *cases]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "union_batch" in done.stdout
     assert "failed." in done.stdout

@@ -101,7 +101,7 @@ def with_an_optimizer_in_the_graph():
 
 
 def test_the_all_reduce_is_part_of_the_graph_on_two_ranks():
-    run_ranks(with_an_optimizer_in_the_graph, 2, timeout=120)
+    run_ranks(with_an_optimizer_in_the_graph, 2, timeout=300)
 
 
 def test_steps_and_forces_are_compiled():

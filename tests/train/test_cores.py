@@ -26,7 +26,7 @@ def seen(given, *binding):
     command, environment = mpirun(2)
     command = [*command[:3], "--oversubscribe", *binding, sys.executable, "-c", PROGRAM]
     start = [sys.executable, "-c", BOUND.format(cores=given), *command]
-    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return [line.removeprefix("cores ") for line in done.stdout.splitlines() if line.startswith("cores ")]
 

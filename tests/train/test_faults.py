@@ -117,7 +117,7 @@ def test_a_killed_rank_ends_the_run_with_its_name(rank, overrides, tmp_path, ddp
     job.after_steps(run, 5)
     processes = job.ranks()
     os.kill(processes[rank], signal.SIGKILL)
-    said, _ = job.mpirun.communicate(timeout=120)
+    said, _ = job.mpirun.communicate(timeout=300)
     assert job.mpirun.returncode != 0
     wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in processes.values()), seconds=30.0)
     summary = json.loads((run / "summary.json").read_text())
@@ -134,7 +134,7 @@ def test_a_signal_to_one_rank_has_all_save_and_leave(overrides, tmp_path):
     job = Job(*overrides, f"run_dir={run}")
     job.after_steps(run, 3)
     os.kill(job.ranks()[1], signal.SIGTERM)
-    said, _ = job.mpirun.communicate(timeout=120)
+    said, _ = job.mpirun.communicate(timeout=300)
     assert job.mpirun.returncode == 0, said
     summary = json.loads((run / "summary.json").read_text())
     assert "stopped by SIGTERM" in summary["error"]
@@ -206,7 +206,7 @@ def test_all_ranks_learn_what_happened_to_one(what, sentences, tmp_path):
         env=variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     told = sorted(line for line in done.stdout.splitlines() if line.startswith("told"))
@@ -247,7 +247,7 @@ def test_the_error_of_one_rank_is_printed_once(busy, overrides, tmp_path):
     program.write_text(textwrap.dedent(FAILING))
     command, variables = mpirun(2)
     words = [sys.executable, program, busy, "run", *overrides, f"run_dir={run}"]
-    done = subprocess.run([*command, *words], env=variables, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, *words], env=variables, capture_output=True, text=True, timeout=300, check=False)
     said = [line for line in done.stderr.splitlines() if "ddpkit: " in line]
     assert len(said) == 1, done.stderr
     assert said[0].endswith("ddpkit: Rank 1 failed at step 3: MemoryError: no room")

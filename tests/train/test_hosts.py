@@ -12,11 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from starts import bound
 from tiny import TINY
 
@@ -99,14 +101,15 @@ def hosts():
     if not IP or shutil.which("unshare") is None:
         pytest.skip("network namespaces need `ip` of iproute2 and `unshare` of util-linux")
     made = Hosts()
-    made.remove()
-    try:
-        made.make()
-    except OSError as error:
+    with FileLock(Path(tempfile.gettempdir()) / "ddpkit-hosts.lock"):  # there is one of each name on a machine
         made.remove()
-        pytest.skip(f"this system makes no network namespaces: {error}")
-    yield made
-    made.remove()
+        try:
+            made.make()
+        except OSError as error:
+            made.remove()
+            pytest.skip(f"this system makes no network namespaces: {error}")
+        yield made
+        made.remove()
 
 
 def ends(processes, timeout=300):

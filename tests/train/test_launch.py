@@ -228,7 +228,7 @@ PROGRAM = """
 def run(command, variables=None):
     variables = dict(os.environ if variables is None else variables)
     variables.pop("OMP_NUM_THREADS", None)  # ranks share the cores out
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return sorted(line for line in done.stdout.splitlines() if "|" in line)
 
