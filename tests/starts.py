@@ -8,6 +8,7 @@ import contextlib
 import os
 import pickle
 import random
+import runpy
 import socket
 import subprocess
 import sys
@@ -29,12 +30,21 @@ def main(words):
     cli.main()
 
 
-def _job(folder, words):
+def run_program(path, words):
+    sys.argv = [path, *words]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def _job(folder, function, *arguments):
     job = {
         "module": __name__,
         "file": __file__,
-        "function": "main",
-        "call": pickle.dumps(((words,), {})),
+        "function": function.__name__,
+        "call": pickle.dumps((arguments, {})),
         "path": sys.path,
         "initialize": False,
         "folder": str(folder),
@@ -52,11 +62,19 @@ def _without_a_launcher(variables):
 def ddpkit(words, folder):
     """The program under way on one rank: a `Child`. It prints to `output` and `errors` in the folder."""
     variables = _without_a_launcher(os.environ)
-    process = nursery(variables, MODULES).fork(_job(folder, words), variables, folder / "output0", folder / "errors0")
+    process = nursery(variables, MODULES).fork(
+        _job(folder, main, words), variables, folder / "output0", folder / "errors0"
+    )
     try:
         yield process
     finally:
         testing.end([process])
+
+
+def fork_program(path, words, variables, folder):
+    """A Python program under way, as `ddpkit` above; it must end well or not at all. It prints to `output` in the folder."""
+    folder.mkdir()
+    return nursery(variables, MODULES).fork(_job(folder, run_program, str(path), words), variables, folder / "output")
 
 
 def run_ddpkit(*words, ranks=1, launcher="torchrun", timeout=300):
@@ -71,7 +89,7 @@ def run_ddpkit(*words, ranks=1, launcher="torchrun", timeout=300):
         if ranks == 1:
             started = ddpkit(words, folder)
         else:
-            _job(folder, words)
+            _job(folder, main, words)
             started = testing.forked(ranks, _without_a_launcher(os.environ), folder, MODULES, is_split=True)
         with started as one_or_all:
             processes = one_or_all if isinstance(one_or_all, list) else [one_or_all]

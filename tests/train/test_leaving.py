@@ -7,7 +7,9 @@ import textwrap
 import time
 
 import pytest
-from starts import free_port
+from starts import fork_program, free_port
+
+from ddpkit.testing.ranks import end
 
 PROGRAM = """
     import os, signal, sys, time
@@ -60,20 +62,31 @@ PROGRAM = """
 """
 
 
-def start(tmp_path, *words):
-    """Two ranks by hand: what each said, its exit code, and after how many seconds the last ended."""
-    program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(PROGRAM))
-    environment = os.environ | {
+def variables_of(rank, port):
+    return os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port),
         "LOCAL_WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
     }
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(PROGRAM))
+    return path
+
+
+def start(program, *words):
+    """Two ranks by hand: what each said, its exit code, and after how many seconds the last ended."""
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, str(program), *words],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=variables_of(rank, port),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -98,8 +111,8 @@ def start(tmp_path, *words):
         ("killed", 1, "ended without a word (killed, or out of memory), but rank 0 waits for it in the first thing."),
     ],
 )
-def test_a_rank_that_ends_is_named_by_those_that_wait(what, culprit, sentence, tmp_path):
-    said, codes, took = start(tmp_path, what, str(culprit))
+def test_a_rank_that_ends_is_named_by_those_that_wait(what, culprit, sentence, program):
+    said, codes, took = start(program, what, str(culprit))
     # the rank may wait before the other has come to its end
     other = sentence.replace("Rank 1 has ended (", "rank 1 has failed on the way to it (")
     assert sentence in said[1 - culprit] or other in said[0]
@@ -114,8 +127,17 @@ def test_a_rank_that_ends_is_named_by_those_that_wait(what, culprit, sentence, t
         ("unfrozen", "Parameter 'bias' was frozen when strategy=ingraph"),
     ],
 )
-def test_a_rank_that_lives_on_after_its_error_is_named_and_all_may_try_again(what, error, tmp_path):
-    said, codes, _ = start(tmp_path, what, "1")
+def test_a_rank_that_lives_on_after_its_error_is_named_and_all_may_try_again(what, error, program, tmp_path):
+    port = free_port()
+    folders = [tmp_path / str(rank) for rank in range(2)]
+    ranks = [
+        fork_program(program, [what, "1"], variables_of(rank, port), folder) for rank, folder in enumerate(folders)
+    ]
+    try:
+        codes = [rank.wait(300.0) for rank in ranks]
+    finally:
+        end(ranks)
+    said = [(folder / "output").read_text() for folder in folders]
     told = [next(line for line in text.splitlines() if line.startswith("told")) for text in said]
     assert f"InputError: {error}" in told[1]
     assert (
