@@ -60,6 +60,13 @@ SLOW = (
     "compile/test_lines.py",
     "compile/test_script.py",
     "compile/test_parity.py",
+    "sync/test_disagreements.py",
+    "analysis/test_report.py",
+    "data/test_published_formats.py",
+    "torch/test_private_names.py",
+    "torch/test_torchs_faults.py",
+    "sync/test_own_strategy.py",
+    "experiments/test_check_command.py",
     "sync/test_flat.py",
     "train/test_watchdog.py",
 )

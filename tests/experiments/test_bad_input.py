@@ -12,6 +12,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from starts import run_ddpkit
 
 from ddpkit.errors import InputError
 from ddpkit.experiments.cli import _dispatch
@@ -207,34 +208,17 @@ def test_commands_refuse_in_one_sentence(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "expected", "launcher"),
     [
-        ("data.path={files}/missing.xyz", "missing.xyz"),
-        ("data.path={files}/nan.xyz", "nan.xyz"),
-        ("data.path={files}/good.xyz train.batch_size=1", "train.batch_size"),
-        ("data.path={files}/good.xyz strategy=horovod", "strategy=horovod"),
+        ("data.path={files}/missing.xyz", "missing.xyz", "torchrun"),
+        ("data.path={files}/nan.xyz", "nan.xyz", "mpirun"),
+        ("data.path={files}/good.xyz train.batch_size=1", "train.batch_size", "torchrun"),
+        ("data.path={files}/good.xyz strategy=horovod", "strategy=horovod", "mpirun"),
     ],
 )
-def test_on_two_ranks_with_exit_code_2(words, expected, files, tmp_path):
-    command, variables = mpirun(2)
-    done = subprocess.run(
-        [
-            *command,
-            sys.executable,
-            "-m",
-            "ddpkit.experiments",
-            "run",
-            *TINY,
-            f"data.cache={tmp_path}",
-            f"run_dir={tmp_path}/run",
-            *words.format(files=files).split(),
-        ],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def test_on_two_ranks_with_exit_code_2(words, expected, launcher, files, tmp_path):
+    places = (f"data.cache={tmp_path}", f"run_dir={tmp_path}/run")
+    done = run_ddpkit("run", *TINY, *places, *words.format(files=files).split(), ranks=2, launcher=launcher)
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("ddpkit:")]
     assert len(said) == 1, done.stderr

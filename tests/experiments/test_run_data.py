@@ -4,8 +4,6 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -14,13 +12,13 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from starts import run_ddpkit
 
 from ddpkit import InputError
 from ddpkit.data import PreparedSet, write_prepared
 from ddpkit.data.frame import Frame
 from ddpkit.experiments import evaluate
 from ddpkit.experiments.cli import _dispatch
-from ddpkit.ranks.mpirun import mpirun
 
 TINY = ("model=allegro_tiny", "data=files", "device=cpu", "train.max_epochs=1", "train.batch_size=4")
 
@@ -235,8 +233,8 @@ def test_a_run_without_weights_says_why(place, tmp_path):
         shutil.rmtree(tmp_path / "run")
 
 
-@pytest.mark.parametrize("case", ["levels", "changed"])
-def test_on_two_ranks_with_exit_code_2(case, place, tmp_path):
+@pytest.mark.parametrize(("case", "launcher"), [("levels", "mpirun"), ("changed", "torchrun")])
+def test_on_two_ranks_with_exit_code_2(case, launcher, place, tmp_path):
     if case == "levels":
         frames = images(20)
         for atoms in frames:
@@ -248,11 +246,7 @@ def test_on_two_ranks_with_exit_code_2(case, place, tmp_path):
         shutil.copy(place / "grown.xyz", place / "data.xyz")
         words = [f"resume={shutil.copytree(place / 'run', tmp_path / 'run')}", "train.max_epochs=2"]
         expected = "have changed since it began"
-    command, variables = mpirun(2)
-    done = subprocess.run(
-        [*command, sys.executable, "-m", "ddpkit.experiments", "run", *words],
-        env=variables, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_ddpkit("run", *words, ranks=2, launcher=launcher)
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("ddpkit:")]
     assert len(said) == 1, done.stderr
