@@ -34,7 +34,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no
 test: $(READY) lint wheel-checks
 	$(PYTEST)
 
-# All but what starts programs or compiles code: about a minute.
+# All but what starts programs or compiles code: less than a minute.
 test-fast: $(READY)
 	$(PYTEST) -m 'not slow and not long'
 

@@ -12,6 +12,7 @@ from ddpkit.compile import cache
 from ddpkit.errors import InputError
 
 PROGRAM = textwrap.dedent("""
+    import threading
     import torch
     from ddpkit.compile.graph import lower, trace
     from ddpkit.compile.layout import Layout, sizes_of
@@ -23,6 +24,9 @@ PROGRAM = textwrap.dedent("""
     (y,) = kernel([12, x, torch.ones(2)])
     torch.testing.assert_close(y, x.sin().cumsum(0).tanh())
     print("right")
+    for thread in threading.enumerate():
+        if thread.name == "look at the processor":  # what it compiles would be met half done by the next start
+            thread.join()
 """)
 
 
