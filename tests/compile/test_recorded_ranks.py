@@ -41,7 +41,7 @@ def begin():
     use("interpreted" if environment().device.type == "cpu" else "inductor")
 
 
-def train(options, *, cuda_graphs, plan=planned, bad_at=None, timeout=30.0):
+def train(options, *, cuda_graphs, plan=planned, bad_at=None, timeout=200.0):
     rank, device = torch.distributed.get_rank(), environment().device
     model = Toy(dtype=torch.float32).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
@@ -126,7 +126,7 @@ def meets_a_bad_gradient():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
 def test_a_bad_gradient_is_named_with_its_rank(device):
     with pytest.raises(Exception, match=r"number 32 the gradient of .* is NaN or infinite on rank 1"):
-        run_ranks(meets_a_bad_gradient, 2, timeout=120, environment=variables(device))
+        run_ranks(meets_a_bad_gradient, 2, timeout=300, environment=variables(device))
 
 
 def fails_to_record():
@@ -143,7 +143,7 @@ def fails_to_record():
 def test_all_ranks_record_or_none():
     """On a GPU all go on without recordings then; here they stop."""
     with pytest.raises(Exception, match="On rank 1: no memory left"):
-        run_ranks(fails_to_record, 2, timeout=120, environment=variables("cpu"))
+        run_ranks(fails_to_record, 2, timeout=300, environment=variables("cpu"))
 
 
 def plans_alone():
@@ -154,4 +154,4 @@ def plans_alone():
 
 def test_a_plan_on_one_rank_alone_is_refused():
     with pytest.raises(Exception, match=r"say planned=True on all ranks or on none"):
-        run_ranks(plans_alone, 2, timeout=120, environment=variables("cpu"))
+        run_ranks(plans_alone, 2, timeout=300, environment=variables("cpu"))

@@ -99,7 +99,7 @@ def test_what_is_not_finite_is_told_of_the_right_step(
 
 def test_all_ranks_are_told_of_the_right_step(broken, ddpkit_run, summary, tmp_path):
     words = (*broken(gradients=[3, 5], ranks=[1]), "strategy=none", "train.rows_late=4")
-    done = ddpkit_run(*words, ranks=2, timeout=60, check=False)
+    done = ddpkit_run(*words, ranks=2, timeout=300, check=False)
     assert done.returncode == 1
     assert "steps 3, 5 on rank 1; 2 updates were not applied" in summary()["error"]
     assert done.stderr.count(summary()["error"]) == 1
@@ -128,7 +128,7 @@ def test_a_signal_has_all_ranks_leave_at_the_same_step(overrides, tmp_path):
     job = Job(*overrides, f"run_dir={run}")
     job.after_steps(run, 3)
     os.kill(job.ranks()[1], signal.SIGTERM)
-    said, _ = job.mpirun.communicate(timeout=60)
+    said, _ = job.mpirun.communicate(timeout=300)
     assert job.mpirun.returncode == 0, said
     done = json.loads((run / "summary.json").read_text())["steps"]
     assert checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["step"] == done
@@ -151,7 +151,7 @@ def test_a_run_killed_at_any_moment_goes_on_without_gap_or_double(seed, override
     run, words = tmp_path / "run", [*overrides, "train.checkpoint_every=3"]
     command = [sys.executable, "-m", "ddpkit.experiments", "run", *words, f"run_dir={run}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (run / "checkpoints" / "last.pt").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
