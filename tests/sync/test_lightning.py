@@ -237,11 +237,17 @@ def fit_in_allocation(devices, *, alone=False):
     return trainer.world_size, trainer.global_rank, module.net.weight.tolist()
 
 
+def fit_with_too_few_devices_and_again():
+    return fit_in_allocation(1), fit_in_allocation(2)
+
+
 def test_the_variables_of_an_allocation_are_not_taken_for_those_of_a_step():
-    first, second = run_ranks(fit_in_allocation, 2, 2, launcher="mpirun", initialize=False, timeout=300)
+    (refused, first), (refused_too, second) = run_ranks(
+        fit_with_too_few_devices_and_again, 2, launcher="mpirun", initialize=False
+    )
     assert (first[:2], second[:2]) == ((2, 0), (2, 1))
     assert first[2] == second[2]
-    for said in run_ranks(fit_in_allocation, 2, 1, launcher="mpirun", initialize=False, timeout=300):
+    for said in (refused, refused_too):
         assert "mpirun started 2 ranks, but the trainer was given 1 devices" in said
 
 
