@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -80,6 +82,15 @@ SLOW = (
     "train/test_watchdog.py",
 )
 HERE = Path(__file__).parent
+TRY_INSTRUCTIONS = """
+from torch._inductor import config
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+tried = [str(isa) for isa in valid_vec_isa_list()]
+valid_vec_isa_list.cache_clear()
+with config.patch("cpp.vec_isa_ok", True):
+    print(tried == [str(isa) for isa in valid_vec_isa_list()])
+"""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -112,6 +123,11 @@ def pytest_configure(config):
         config, "workerinput"
     ):  # the other workers have the other cores; a second file would be headers once more
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    elif config.getoption("numprocesses", None) and "not slow" not in config.getoption("markexpr"):
+        # Each process that compiles would try each kind of vector instructions anew, for seconds; here it is done for all.
+        done = subprocess.run([sys.executable, "-c", TRY_INSTRUCTIONS], capture_output=True, text=True, check=False)
+        if done.stdout.strip() == "True":
+            os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 
 def pytest_unconfigure(config):
