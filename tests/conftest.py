@@ -119,9 +119,8 @@ def pytest_configure(config):
     """A start looks through the whole cache of the compiler: that of the user may hold gigabytes of other programs."""
     config.compiled = tempfile.mkdtemp(prefix="ddpkit-tests-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compiled
-    if hasattr(
-        config, "workerinput"
-    ):  # the other workers have the other cores; a second file would be headers once more
+    if hasattr(config, "workerinput"):
+        # The other workers have the other cores: a second file of a graph would be its headers once more.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     elif config.getoption("numprocesses", None) and "not slow" not in config.getoption("markexpr"):
         # Each process that compiles would try each kind of vector instructions anew, for seconds; here it is done for all.

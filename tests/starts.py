@@ -99,7 +99,7 @@ def run_ddpkit(*words, ranks=1, launcher="torchrun", timeout=300):
             "".join((folder / f"{stream}{rank}").read_text() for rank in range(ranks))
             for stream in ("output", "errors")
         ]
-        if any(process.poll() is None for process in processes):
+        if None in codes and not any(codes):  # the others of a rank that has failed are ended, as launchers do
             raise subprocess.TimeoutExpired(words, timeout, *texts)
         return subprocess.CompletedProcess(words, next((code for code in codes if code), 0), *texts)
 
