@@ -103,6 +103,13 @@ def test_what_is_public_or_ours_is_left_alone():
         assert not list(private_uses(ast.parse(code)))
 
 
+tried = pytest.mark.skipif(
+    not torch_private.is_tested(),
+    reason=f"torch {torch.__version__} is not among the releases tried: the public way serves",
+)
+
+
+@tried
 def test_this_release_is_as_it_was_tried():
     assert inductor.unlike() == []
     assert torch_private.is_tested()
@@ -142,7 +149,8 @@ def _asked_anew():
     ],
 )
 def test_otherwise_the_public_way_serves_with_one_warning(change, says):
-    with change, pytest.warns(UserWarning, match=says) as told:
+    tested = mock.patch.object(backend, "is_tested", return_value=True)
+    with tested, change, pytest.warns(UserWarning, match=says) as told:
         chosen = [backend.backend() for _ in range(3)]
     assert len(told) == 1
     assert all(isinstance(one, Public) for one in chosen)
@@ -153,6 +161,16 @@ def test_another_signature_is_noticed(monkeypatch):
     assert inductor.unlike() == ["test_another_signature_is_noticed.<locals>.<lambda>(x, of_tomorrow)"]
 
 
+@pytest.mark.usefixtures("_asked_anew")
+@pytest.mark.skipif(torch_private.is_tested(), reason="this release is among those tried")
+def test_a_release_that_was_not_tried_is_served_the_public_way_with_one_warning():
+    with pytest.warns(UserWarning, match="is not among the releases") as told:
+        chosen = [backend.backend() for _ in range(3)]
+    assert len(told) == 1
+    assert all(isinstance(one, Public) for one in chosen)
+
+
+@tried
 def test_the_compiler_is_loaded_where_warnings_are_errors():
     program = "from ddpkit.compile.backend import backend; print(type(backend()).__name__)"
     command = [sys.executable, "-W", "error::DeprecationWarning", "-c", program]
