@@ -4,6 +4,7 @@ Each has a reason and a public way that serves where a release of torch lacks it
 this is loaded.
 """
 
+import contextlib
 import getpass
 import importlib
 import operator
@@ -133,6 +134,19 @@ def hooks_of(optimizer: Optimizer) -> list[Callable[..., Any]]:
         (_OPTIMIZERS, "_global_optimizer_post_hooks"),
     ]
     return [hook for home, name in places for hook in getattr(home, name, {}).values()]
+
+
+def end_allocating(pool: Any) -> None:
+    """After a capture that failed: torch before 2.12 would take it to be under way, and keep all memory that several streams have
+    used (pytorch pull request 180395).
+
+    Args:
+        pool: of the graph's memory.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with contextlib.suppress(RuntimeError):  # where it has been ended
+            end(torch.cuda.current_device(), pool)
 
 
 # Tracing, with proxies or fake tensors, goes through dispatch modes; eager code has none. `torch.compiler.is_compiling()` tells

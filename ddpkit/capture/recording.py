@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpkit.errors import RecordingError
-from ddpkit.torch_private import DispatchMode, looks_at_number
+from ddpkit.torch_private import DispatchMode, end_allocating, looks_at_number
 
 T = TypeVar("T")
 Body = Callable[[], list[Tensor]]
@@ -66,6 +66,7 @@ class Cuda:
         except RuntimeError as error:
             # Where the capture cannot even be ended, torch leaves its own stream in place.
             torch.cuda.set_stream(stream)
+            end_allocating(self._pool)
             raise RecordingError(f"The step cannot be recorded as a CUDA graph: {error}") from error
         self._graph = graph
 

@@ -293,6 +293,23 @@ def test_a_recording_holds_for_the_numbers_of_its_first_run():
     assert total.tolist() == [12.0] * 3
 
 
+def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were(monkeypatch):
+    streams, pools = [], []
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        yield
+        raise RuntimeError("invalidated")
+
+    for name, value in {"CUDAGraph": object, "current_stream": lambda: "before", "set_stream": streams.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(recording, "end_allocating", pools.append)
+    with pytest.raises(RecordingError, match="as a CUDA graph: invalidated"):
+        recording.Cuda(list, "pool").record()
+    assert (streams, pools) == (["before"], ["pool"])
+
+
 def test_a_look_at_a_number_is_refused():
     x = torch.ones(3, device=here)
     with pytest.raises(RecordingError, match="looks at a number" if here.type == "cpu" else "recorded as a CUDA graph"):
