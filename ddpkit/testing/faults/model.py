@@ -15,9 +15,10 @@ def _cell() -> Tensor:
     """0, or NaN once after `inside` was told so: the device looks there, so that a replayed step does too."""
     cell = torch.zeros((), dtype=torch.float64, pin_memory=True)
     inside = sys.modules.get("sitecustomize")
-    if hasattr(inside, "cells"):
-        inside.cells.append(cell)
-        if inside.poisoned:
+    cells = getattr(inside, "cells", None)
+    if cells is not None:
+        cells.append(cell)
+        if getattr(inside, "poisoned", False):
             cell.fill_(torch.nan)
     return cell
 
