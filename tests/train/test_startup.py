@@ -16,6 +16,7 @@ from starts import bound, wait_for
 from tiny import TINY
 
 from ddpkit.ranks.mpirun import mpirun
+from ddpkit.ranks.processes import below
 
 TIMEOUT = 12
 
@@ -67,8 +68,6 @@ def in_phase(job, rank, phase):
 
 def family(job):
     """The processes of a job: ranks, their watchdogs and all that they started."""
-    from ddpkit.ranks.processes import below
-
     return list(below(job.pid))
 
 
@@ -102,6 +101,7 @@ def end_of(job):
 def test_a_rank_that_is_stopped_is_named_within_the_timeout(phase, rank, overrides, tmp_path):
     job = start(["-m", "ddpkit.experiments", "run", *overrides])
     process, unit = in_phase(job, rank, phase)
+    wait_for(lambda: list(below(process)), job)  # its watchdog
     os.kill(process, signal.SIGSTOP)
     said, took = end_of(job)
     assert took < bound(TIMEOUT, unit)
