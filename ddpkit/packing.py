@@ -44,21 +44,6 @@ def moved(flat: Tensor, batch: Batch, device: torch.device | str) -> tuple[Tenso
     return flat, batch.replace(**_parts(flat, tensors, _places(tensors)[0]))
 
 
-def flat_of(batch: Batch) -> Tensor | None:
-    """`[bytes]` uint8: the buffer that holds a batch as `pack` lays it out, without a copy; None where there is none."""
-    tensors = batch.tensors()
-    starts, size = _places(tensors)
-    storage = batch.positions.untyped_storage()
-    first = storage.data_ptr()
-    if storage.nbytes() != size or any(
-        tensor.data_ptr() != first + start or not tensor.is_contiguous()
-        for tensor, start in zip(tensors.values(), starts, strict=True)
-        if tensor.numel()
-    ):
-        return None
-    return torch.empty(0, dtype=torch.uint8, device=batch.positions.device).set_(storage)
-
-
 def _places(tensors: Mapping[str, Tensor]) -> tuple[list[int], int]:
     """Where each tensor begins, in bytes, and how long the buffer is."""
     lengths = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values()]

@@ -7,11 +7,10 @@ from torch import nn
 
 from ddpkit.batch import Batch, select_frames
 from ddpkit.compile.objective import Criterion, Objective, differentiable, loss_of
-from ddpkit.compile.parity import Difference, differences, tolerance_for
+from ddpkit.compile.parity import Difference, differences, samples, tolerance_for
 from ddpkit.errors import InputError
 from ddpkit.padding import Capacity, own_sizes, pad
 
-_FRAMES = 3  # of a batch: eager code needs many times the memory of compiled code
 _ATOMS, _EDGES, _EMPTY = 7, 23, 2  # that fill them up
 
 
@@ -24,17 +23,15 @@ def compare_padding(model: nn.Module, criterion: Criterion, batch: Batch, r_max:
         batch: frames to choose the smallest ones from.
         r_max: cutoff in Å.
     """
-    atoms = torch.bincount(batch.frame, minlength=batch.num_frames)
-    real = batch.real_frames().tolist()
-    chosen = [n for n in torch.argsort(atoms, stable=True).tolist() if real[n]][:_FRAMES]
-    few = select_frames(batch.replace(mask=None), chosen)
+    real = torch.nonzero(batch.real_frames()).flatten().tolist()
+    *_, few = samples(select_frames(batch.replace(mask=None), real))
     size = own_sizes(few)
     edges, most = size.edges + _EDGES, max(1, size.most)
     filled = pad(few, Capacity(size.atoms + _ATOMS + -(-_EDGES // most), edges, size.frames + _EMPTY, most + 1), r_max)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     as_they_are, filled_up = (_results(Objective(model, criterion), named, one) for one in (few, filled))
     tolerance = tolerance_for([*named.values()])
-    return differences(filled_up, as_they_are, list(named), tolerance, f"{len(chosen)} frames")
+    return differences(filled_up, as_they_are, list(named), tolerance, f"{few.num_frames} frames")
 
 
 def _results(objective: Objective, named: dict[str, nn.Parameter], batch: Batch) -> dict[str, torch.Tensor | None]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,8 +23,8 @@ from ddpkit.capture.recording import make
 from ddpkit.compile.gradients import CompiledGradients
 from ddpkit.compile.objective import Tree
 from ddpkit.errors import RecordingError
-from ddpkit.ranks import phase
 from ddpkit.ranks.agree import exchange, name_ranks
+from ddpkit.ranks.device import wait_for_event
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.guard import before_step
 from ddpkit.torch_private import copy_all, hooks_of, note_step, pytree
@@ -35,7 +34,6 @@ from ddpkit.update import Update
 MOST = 32  # recordings that are kept
 STEADY = 20  # steps that the optimizer's settings must have stood for before its update is recorded
 AHEAD = 8  # replays that the host may be ahead of the device
-_FIRST = 0.9  # share of the timeout after which this module speaks, before NCCL's own watchdog ends the process without a word
 
 
 class RecordedSteps:
@@ -65,6 +63,7 @@ class RecordedSteps:
         self._deadline = Deadline(self._device, sync.timeout)
         self._seen: set[Hashable] = set()
         self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()  # situations that have seen a step as it is
+        self._ready: set[Hashable] = set()  # forms and situations that steps can be recorded for
         self._settings: Hashable = None
         self._steps_alike = 0
         self._memory: list[int] = []
@@ -93,10 +92,11 @@ class RecordedSteps:
         average = self._sync.recordable_average() if planned or self._sync.world_size == 1 else None
         if average is None and self._sync.acts != "after backward":
             return None
-        if self._gradients.situation not in self._stepped or not self._gradients.holds_for(batches):
-            return None
         self._forget_if_moved()
         where = form, self._gradients.situation
+        if where not in self._ready and not self._is_ready(batches):
+            return None
+        self._ready.add(where)
         try:
             if average is None:
                 output = self._run_apart(where, batches, updates=steady)
@@ -108,6 +108,10 @@ class RecordedSteps:
         self._deadline.begin()
         self.count += 1
         return output
+
+    def _is_ready(self, batches: Sequence[Any]) -> bool:
+        """Whether there is code for the batches, and a step has run as it is since model and criterion last changed."""
+        return self._gradients.situation in self._stepped and self._gradients.holds_for(batches)
 
     def _give_up(self, error: RecordingError) -> None:
         """Lets go of all recordings, and makes no more.
@@ -285,6 +289,7 @@ class RecordedSteps:
         for piece in self._recorded.values():
             piece.close()
         self._recorded.clear()
+        self._ready.clear()
         # A pool that no graph uses any longer, but some tensor does (cuBLAS's workspace), is refused to further graphs.
         self._pool = None
 
@@ -437,16 +442,7 @@ class Deadline:
         """
         while len(self._events) > keep:
             oldest, began = self._events.popleft()
-            if oldest.query():  # type: ignore[no-untyped-call]
-                continue
-            with phase.waiting("the device and the other ranks' gradients"):
-                while not oldest.query():  # type: ignore[no-untyped-call]
-                    if (waited := time.monotonic() - began) > _FIRST * self._timeout:
-                        raise dist.DistError(  # type: ignore[attr-defined]
-                            f"A replayed step has not ended after {waited:.0f} s (timeout {self._timeout:g} s): another rank "
-                            "has stopped, or the device has."
-                        )
-                    time.sleep(5e-5)
+            wait_for_event(oldest, began, self._timeout, "A replayed step")
 
 
 _all: "weakref.WeakSet[RecordedSteps]" = weakref.WeakSet()

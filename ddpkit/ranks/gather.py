@@ -13,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddpkit.ranks import phase
+from ddpkit.ranks.device import wait_for_event
 from ddpkit.ranks.group import Environment
-
-POLL = 5e-5  # seconds between looks at a collective on the device
-_FIRST = 0.9  # share of the timeout after which this module speaks, before NCCL's own watchdog ends the process without a word
 
 # From one tensor into one, which is one launch on a GPU; before torch 2.13 it bears another name.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -109,15 +107,8 @@ class Gather:
             if sent.work is not None:
                 with phase.waiting("the other ranks' numbers"):
                     sent.work.wait()
-        elif not sent.ended.query():
-            with phase.waiting("the device and the other ranks' numbers"):
-                while not sent.ended.query():
-                    if time.monotonic() - sent.since > _FIRST * self._timeout:
-                        raise dist.DistError(  # type: ignore[attr-defined]
-                            f"A small all-gather has not ended after {time.monotonic() - sent.since:.0f} s "
-                            f"(train.timeout={self._timeout:g})"
-                        )
-                    time.sleep(POLL)
+        else:
+            wait_for_event(sent.ended, sent.since, self._timeout, "A small all-gather")
         self.ended = sent.ended
         return np.asarray(sent.on_host.numpy())
 

@@ -231,19 +231,9 @@ class GradientSync:
         """
         return _nothing if self.acts == "in graph" else None
 
-    @contextmanager
-    def around_recorded(self) -> Iterator[None]:
+    def around_recorded(self) -> AbstractContextManager[None]:
         """Around each replay of a step that holds `recordable_average()`: what the host does in `synchronize()`."""
-        if self.acts == "in graph":
-            with self._around_graph():
-                yield
-            return
-        self._calls += 1
-        with nullcontext() if self._watch is None else self._watch.waiting(self._calls, computes=True):
-            yield
-            if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
-                agreement.compare_parameters(self._modules, self._calls)
-        self.comm.reset()
+        return self._around_graph() if self.acts == "in graph" else self._around_step()
 
     def traffic(self) -> tuple[int, int]:
         """Bytes and collectives of a step, for `stats`; for a strategy in the graph to override."""
@@ -257,14 +247,20 @@ class GradientSync:
     @contextmanager
     def _around_graph(self) -> Iterator[None]:
         """Around each compiled step: what `synchronize()` is for other strategies."""
+        with self._around_step():
+            yield
+        if self.world_size > 1:
+            self._sent = self.traffic()
+
+    @contextmanager
+    def _around_step(self) -> Iterator[None]:
+        """Around a step that communicates inside: counts it, and says who is missing."""
         self._calls += 1
         with nullcontext() if self._watch is None else self._watch.waiting(self._calls, computes=True):
             yield
             if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
                 agreement.compare_parameters(self._modules, self._calls)
         self.comm.reset()
-        if self.world_size > 1:
-            self._sent = self.traffic()
 
     # --- a step ---------------------------------------------------------------------------------------------------
 

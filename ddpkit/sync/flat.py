@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ddpkit.capture.recording import as_one
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
-from ddpkit.ranks import phase
 from ddpkit.ranks.agree import name_ranks
+from ddpkit.ranks.device import wait_for_event
 from ddpkit.sync import agreement
 from ddpkit.sync.after import AfterGradients
 from ddpkit.sync.base import GradientSync, SyncStats
@@ -388,7 +388,7 @@ class FlatSync(GradientSync):
         while len(self._unseen) > keep:
             event, call, row = self._unseen.popleft()
             if event is not None:
-                self._wait_for(event)
+                wait_for_event(event, time.monotonic(), self.timeout, "The all-reduce of an earlier step")
             values = row.tolist()
             self._judge(values, call, stale=False)
             self._refuse_present(values, call)
@@ -400,17 +400,6 @@ class FlatSync(GradientSync):
                 f"At synchronize() number {call} parameter {came[0]!r} had a gradient on other ranks, but had none on any when "
                 "the step was recorded: leave cuda_graphs out."
             )
-
-    def _wait_for(self, event: torch.cuda.Event) -> None:
-        """Waits for the device as long as the other ranks may take."""
-        if event.query():  # type: ignore[no-untyped-call]
-            return
-        deadline = time.monotonic() + self.timeout
-        with phase.waiting("the device and the other ranks' gradients"):
-            while not event.query():  # type: ignore[no-untyped-call]
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"The all-reduce of the last step has not ended after {self.timeout:.0f} s.")
-                time.sleep(1e-4)
 
     def _judge(self, values: list[float], call: int, *, stale: bool) -> None:
         """Raises what the tail of the all-reduced buffer says."""

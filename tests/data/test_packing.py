@@ -4,7 +4,7 @@ import torch
 from helpers import crystal, molecule
 
 from ddpkit.data import collate
-from ddpkit.packing import ALIGNMENT, flat_of, moved, pack
+from ddpkit.packing import ALIGNMENT, moved, pack
 from ddpkit.padding import own_sizes, pad
 
 
@@ -50,15 +50,3 @@ def test_one_copy_takes_it_elsewhere(name):
     assert {k: (v.shape, v.dtype) for k, v in away.tensors().items()} == {
         k: (v.shape, v.dtype) for k, v in packed.tensors().items()
     }
-
-
-def test_the_buffer_behind_a_batch():
-    batch = batches()["padded"]
-    flat, packed = pack(batch)
-    behind = flat_of(packed)
-    assert torch.equal(behind, flat)
-    behind.zero_()
-    assert not packed.positions.any()
-    assert flat_of(batch) is None
-    assert flat_of(packed.replace(forces=packed.forces.clone())) is None
-    assert flat_of(packed.replace(energy=None)) is None
