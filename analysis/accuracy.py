@@ -23,6 +23,7 @@ SHOWN = (
 )  # fmt: skip
 """The columns that are read by people."""
 _MILLI = 1e3
+_MEV_IN_KCAL_PER_MOL = 43.36410  # 1 kcal/mol = 4184 J/mol, over the Faraday constant 96,485.332 C/mol
 _POINTS = 4_000
 """More points than this are drawn as a density."""
 _SHOWN = 0.998
@@ -151,6 +152,11 @@ def subset_table(values: pd.DataFrame, notes: Sequence[str] = (), beside: pd.Dat
     return Table("Errors: energy in meV/atom, force components in meV/Å", header, rows, notes)
 
 
+def stands_beside(others: pd.DataFrame, values: pd.DataFrame) -> bool:
+    """Whether `subset_table` shows any of the other values."""
+    return any(_beside(others, str(subset), column) for subset in values["subset"] for column in SHOWN)
+
+
 def _beside(others: pd.DataFrame | None, subset: str, column: str) -> str:
     """Another model's value in brackets; nothing where there is none."""
     if others is None:
@@ -268,16 +274,27 @@ def barriers(fragments: Sequence[str], reference: Sequence[NDArray], predicted: 
     return pd.DataFrame(rows)
 
 
-def barrier_table(values: pd.DataFrame, notes: Sequence[str] = ()) -> Table:
-    """`barriers` in one row."""
+def barrier_table(values: pd.DataFrame, notes: Sequence[str] = (), beside: pd.DataFrame | None = None) -> Table:
+    """`barriers` in one row, and published mean errors of the same fragments below it.
+
+    Args:
+        values: of `barriers`.
+        notes: sentences below.
+        beside: of `published.published_barriers`.
+    """
     error = values["error"].to_numpy()
     worst = values.iloc[int(np.abs(error).argmax())]
     row = [
+        "this one",
         f"{len(values):,}",
         f"{int(values['conformers'].sum()):,}",
         number(float(np.abs(error).mean())),
         number(float(np.sqrt(np.square(error).mean()))),
         f"{number(abs(worst['error']))} ({worst['fragment']})",
     ]
-    header = ("fragments", "conformers", "MAE", "RMSE", "largest")
-    return Table("Errors of torsion barrier heights, kcal/mol", header, [row], notes, words=0)
+    others = [] if beside is None else [
+        [str(other["model"]), row[1], row[2], number(float(other["barrier_mae_mev"]) / _MEV_IN_KCAL_PER_MOL), "", ""]
+        for _, other in beside.iterrows()
+    ]  # fmt: skip
+    header = ("model", "fragments", "conformers", "MAE", "RMSE", "largest")
+    return Table("Errors of torsion barrier heights, kcal/mol", header, [row, *others], notes)

@@ -1,4 +1,4 @@
-"""The published values of the paper's two tables, to stand beside what was measured."""
+"""The published values of the paper's tables, to stand beside what was measured."""
 
 from functools import cache
 from importlib.resources import files
@@ -10,10 +10,28 @@ from ddpkit.analysis.runs import Run
 
 
 @cache
-def published() -> pd.DataFrame:
-    """The table `published.csv`: one row a published value, with its source."""
-    with files("ddpkit.analysis").joinpath("published.csv").open() as file:
+def _table(name: str) -> pd.DataFrame:
+    with files("ddpkit.analysis").joinpath(name).open() as file:
         return pd.read_csv(file)
+
+
+def published() -> pd.DataFrame:
+    """The table `published.csv`: one row a published value of the studies, with its source."""
+    return _table("published.csv")
+
+
+def published_accuracy(model: str) -> pd.DataFrame:
+    """Published errors on SPICE 2 of a model (`allegro_small`, `allegro_medium`, `allegro_large`), with their source.
+
+    In the columns of `accuracy.by_subset`; `subset` is what the names of the subset's parts in SPICE 2 begin with.
+    """
+    table = _table("published_accuracy.csv")
+    return table[table["model"] == model]
+
+
+def published_barriers() -> pd.DataFrame:
+    """Published errors of the torsion barriers of TorsionNet500's 500 fragments, by model, with their source."""
+    return _table("published_torsion.csv")
 
 
 def source(study: str) -> str:

@@ -75,8 +75,8 @@ def load_to_resume(run: Path) -> dict[str, Any]:
     last, best = run / "checkpoints" / "last.pt", run / "checkpoints" / "best.pt"
     if not last.exists() and not best.exists():
         raise InputError(
-            f"{run} has no checkpoint to go on from (the run ended before its first one, or train.checkpoint_every was 0): start "
-            f"a new run instead, in another run_dir or with run_dir={run}, which moves aside what a failed run has left."
+            f"{run} has no checkpoint to go on from (the run ended before its first one, or had train.checkpoint_every=never): "
+            f"start a new run instead, in another run_dir or with run_dir={run}, which moves aside what a failed run has left."
         )
     try:
         return load(last)

@@ -28,6 +28,8 @@ def global_mean(local_sum: Tensor, global_count: Tensor | float) -> Tensor:
 class EnergyForcesLoss:
     """Weighted sum of mean squared errors of energy per atom, force components and stress components.
 
+    Without `per_atom`, the error of energy is that of a frame's whole energy.
+
     With `huber_delta`, an error e beyond it costs `huber_delta * (2 |e| - huber_delta)` in place of `e^2` (twice the function of
     Huber, Ann. Math. Statist. 35, 73 (1964)): its gradient is that of an error of `huber_delta`, so that a few frames with
     forces a thousand times the usual ones do not dominate a step.
@@ -42,6 +44,7 @@ class EnergyForcesLoss:
     forces: float = 1.0
     stress: float = 0.0
     huber_delta: float | None = None  # in the unit of each error: eV, eV/Å, eV/Å^3
+    per_atom: bool = True
 
     def __call__(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The loss and its unweighted terms.
@@ -55,10 +58,12 @@ class EnergyForcesLoss:
         atoms = real.new_zeros(batch.num_frames).index_add(0, batch.frame, real)
         is_real = None if batch.mask is None else atoms > 0
         frames_total = _count(batch.frames_total, (atoms > 0).sum())
-        per_atom = _kept(output["energy"] - batch.energy, is_real) / atoms.clamp(min=1)
+        energy_error = _kept(output["energy"] - batch.energy, is_real)
+        if self.per_atom:
+            energy_error = energy_error / atoms.clamp(min=1)
         force_error = _kept(output["forces"] - batch.forces, batch.mask)
         terms = {
-            "loss_energy": global_mean(self._cost(per_atom).sum(), frames_total),
+            "loss_energy": global_mean(self._cost(energy_error).sum(), frames_total),
             "loss_forces": global_mean(self._cost(force_error).sum(), 3 * _count(batch.atoms_total, real.sum())),
         }
         loss = self.energy * terms["loss_energy"] + self.forces * terms["loss_forces"]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.profiler import record_function
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ from ddpkit.ranks import phase
 from ddpkit.ranks.gather import Gather
 from ddpkit.ranks.group import Environment
 from ddpkit.record import STEP_COLUMNS, RunFolder, finite
+from ddpkit.schedule import Schedule
 from ddpkit.step import Step
 
 LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
@@ -87,11 +89,12 @@ class TrainConfig:
         rows_late: steps after which ranks look at a row, write it, and act on what it tells (NaN, a signal, the time limit):
             a killed run lacks the rows of so many steps. By then a GPU has ended the row's step, and the host need not wait for
             it. None: 8 on GPUs, 1 on CPUs.
-        checkpoint_every: steps between checkpoints; None: once an epoch; 0: none.
+        checkpoint_every: steps between checkpoints; None: once an epoch; a run that ends leaves one too. "never" (or 0): none.
         clip_norm: upper bound of the norm of the global gradient; None: no clipping.
         ema_decay: of the moving average of the weights, which validation uses; 0 turns it off.
         validate: validate after each epoch.
-        plateau: when the learning rate falls.
+        warmup_steps: over so many steps the learning rate rises from 0; what moves it after them begins then.
+        plateau: when the learning rate falls, where the run has no `scheduler`.
         early_stop: when training stops by itself.
         tensorboard: log to `tensorboard/` in the run folder too.
         projection: record a projection of the parameters and the loss on a fixed batch in `projection.csv`.
@@ -106,15 +109,25 @@ class TrainConfig:
     timeout: float = 600.0
     log_every: int = 1
     rows_late: int | None = None
-    checkpoint_every: int | None = None
+    checkpoint_every: int | str | None = None
     clip_norm: float | None = None
     ema_decay: float = 0.999
     validate: bool = True
+    warmup_steps: int = 0
     plateau: PlateauConfig = field(default_factory=PlateauConfig)
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     tensorboard: bool = False
     projection: bool = False
     turns: str | None = None
+
+    @property
+    def leaves_checkpoints(self) -> bool:
+        """Whether a run writes checkpoints."""
+        return self.checkpoint_every not in (0, "never")
+
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Whether one is written after this step, within an epoch."""
+        return self.leaves_checkpoints and self.checkpoint_every is not None and step % int(self.checkpoint_every) == 0
 
 
 class Loader(Protocol):
@@ -201,6 +214,7 @@ class Trainer:
         train_loader: batches to train on.
         val_loader: batches to validate on, each frame once over all ranks; None for no validation.
         ema: moving average of the model's weights, made before `step`; validation uses it.
+        schedule: moves the optimizer's learning rates in place of `config.plateau`.
         config: how long, how large, how often.
         folder: where to record; None on every rank but rank 0.
         here: where this process stands.
@@ -221,6 +235,7 @@ class Trainer:
         train_loader: Loader,
         val_loader: Loader | None,
         ema: MovingAverage | None,
+        schedule: Schedule | None = None,
         config: TrainConfig,
         folder: RunFolder | None,
         here: Environment,
@@ -236,7 +251,9 @@ class Trainer:
         self.data = data
         self.progress = Progress()
         self.ema = ema
-        self.scheduler = _plateau(optimizer, config.plateau)
+        self.schedule = schedule or Schedule(
+            optimizer, _plateau(optimizer, config.plateau), warmup_steps=config.warmup_steps
+        )
         self._gather = Gather(here, config.timeout)
         self._ledger = Ledger(step)
         self._late = config.rows_late or ROWS_LATE[here.device.type]
@@ -262,7 +279,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            **self.schedule.state_dict(),
             "progress": vars(self.progress).copy(),
             "random_states": self._random_states,
         }
@@ -273,8 +290,7 @@ class Trainer:
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+        self.schedule.load_state_dict(state)
         self.progress = Progress(**state["progress"])
         self._has_checkpoint = True
         states = state.get("random_states", [])
@@ -372,12 +388,13 @@ class Trainer:
                     p.seconds_steps += seconds * row_steps
                     p.seconds_data += seconds_data
                     row_steps, seconds_data = 0, 0.0
+                self.schedule.after_step()
                 bar.update()
                 if self._profiler is not None:
                     self._profiler.step()
                 if stop or (c.max_steps is not None and p.step >= c.max_steps):
                     break
-                if c.checkpoint_every and p.step % c.checkpoint_every == 0 and p.step_in_epoch < total:
+                if c.is_checkpoint_due(p.step) and p.step_in_epoch < total:
                     if self._look(bar):
                         break
                     with record_function(BETWEEN):
@@ -568,14 +585,13 @@ class Trainer:
             score = (errors["val_forces_rmse"] + errors["val_energy_rmse"]) / 2
             improved = score < p.best - c.early_stop.threshold
             p.best, p.epochs_since_best = (score, 0) if improved else (p.best, p.epochs_since_best + 1)
-            if self.scheduler is not None:
-                self.scheduler.step(errors["val_loss"])
         if self.folder is not None:
             self.folder.write_epoch(row)
             self.folder.summarize(**self.facts() | {"epochs": p.epoch + int(ended)})
             _tell(row)
         if not ended:
             return
+        self.schedule.after_epoch(None if errors is None else errors["val_loss"])
         p.epoch += 1
         p.step_in_epoch, p.rows_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0, 0.0, 0.0
         self._save(best=improved or errors is None)
@@ -612,7 +628,7 @@ class Trainer:
     # -- leaving -------------------------------------------------------------------------------------------------------
 
     def _save(self, *, best: bool = False) -> None:
-        if self.config.checkpoint_every == 0:
+        if not self.config.leaves_checkpoints:
             return
         with phase.during("checkpoint"):
             self._write_checkpoint(best=best)
@@ -665,12 +681,10 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
 
 
-def _plateau(
-    optimizer: torch.optim.Optimizer, config: PlateauConfig
-) -> torch.optim.lr_scheduler.ReduceLROnPlateau | None:
+def _plateau(optimizer: torch.optim.Optimizer, config: PlateauConfig) -> ReduceLROnPlateau | None:
     if config.factor >= 1:
         return None
-    return torch.optim.lr_scheduler.ReduceLROnPlateau(
+    return ReduceLROnPlateau(
         optimizer, factor=config.factor, patience=config.patience, threshold=config.threshold, threshold_mode="abs",
         min_lr=config.min_lr,
     )  # fmt: skip

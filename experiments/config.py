@@ -42,9 +42,14 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "at least 1",
     ),
     (
-        ("train.checkpoint_every", "train.plateau.patience", "loss.energy", "loss.forces", "loss.stress"),
+        ("train.warmup_steps", "train.plateau.patience", "loss.energy", "loss.forces", "loss.stress"),
         lambda value: value >= 0,
         "0 or more",
+    ),
+    (
+        ("train.checkpoint_every",),
+        lambda value: value == "never" or (isinstance(value, int) and value >= 0),
+        "a number of steps, or never",
     ),
     (("seed", "data.seed"), lambda value: 0 <= value < 2**63, "0 or more and less than 2^63"),
     (("train.timeout",), lambda value: 0 < value <= 1e8, "greater than 0 and at most 1e8 (three years)"),
@@ -98,16 +103,18 @@ class LossConfig:
     """Weights of the mean squared errors, and from which error on they grow linearly.
 
     Attributes:
-        energy: weight of the energy per atom, eV^-2.
+        energy: weight of the energy, eV^-2: per atom, or of a frame where `per_atom` is off.
         forces: weight of the force components, Å^2/eV^2.
         stress: weight of the stress components, Å^6/eV^2.
         huber_delta: errors above it (eV, eV/Å, eV/Å^3) count linearly; None: all count quadratically.
+        per_atom: divide the error of a frame's energy by its number of atoms.
     """
 
     energy: float = 1.0
     forces: float = 1.0
     stress: float = 0.0
     huber_delta: float | None = None
+    per_atom: bool = True
 
 
 @dataclass
@@ -121,6 +128,9 @@ class RunConfig:
         strategy: a group: `custom`, `standard`, `overlap`, `ingraph`, `emulated`, `none`, or `strategy._target_` with an import
             path.
         optimizer: a group: `adamw`, or `optimizer._target_` with an import path.
+        scheduler: a group: `plateau` (`train.plateau` alone), `cosine`, or `scheduler._target_` with the import path of one of
+            torch's schedulers, which moves the learning rate in place of `train.plateau`. `per` says whether it counts steps or
+            epochs; the word `all` stands for as many of them as the run has, less its warm-up.
         seed: initialises the weights.
         compile: compile the step, with its double backward, before training.
         compiler: `inductor`; `public`: by torch.compile (docs/torch.md); or `interpreted`: run the traced graph uncompiled, to
@@ -147,6 +157,7 @@ class RunConfig:
     data: DataConfig = MISSING
     strategy: Any = MISSING
     optimizer: Any = MISSING
+    scheduler: Any = None
     seed: int = 1
     compile: bool = False
     compiler: str = "inductor"

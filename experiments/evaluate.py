@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from ddpkit import checkpoint
-from ddpkit.analysis import accuracy, figures, tables
+from ddpkit.analysis import accuracy, figures, published, tables
 from ddpkit.checkpoint import checkpoint_of, load_model
 from ddpkit.data import PreparedSet, collate
 from ddpkit.data.labels import by_preparing
@@ -41,6 +41,19 @@ class Chosen:
     part: str
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Another model's errors, to stand in brackets.
+
+    Attributes:
+        values: as `accuracy.subset_table` takes them.
+        told: what they are.
+    """
+
+    values: pd.DataFrame
+    told: str
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `ddpkit eval`."""
     parser.description = (
@@ -65,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--beside", type=Path, metavar="FILE",
-        help="values to stand in brackets: another model's accuracy.csv, or published values in its columns",
+        help="values to stand in brackets: another model's accuracy.csv, or published values in its columns (default: the "
+        "paper's, for subsets of SPICE 2)",
     )  # fmt: skip
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="frames to write out (default: %(default)s)")
     parser.add_argument(
@@ -109,7 +123,7 @@ def _evaluate(args: argparse.Namespace, here: Environment) -> None:
         _refuse_without_weights(args.run)
         if config is None and args.data is None and args.torsion is None:
             raise InputError(f"{args.run} lies in no run folder, so its data are not known: give DATA too.")
-        beside = accuracy.read_beside(args.beside) if args.beside else None
+        beside = Beside(accuracy.read_beside(args.beside), f"In brackets: {args.beside}.") if args.beside else None
         fragments = torsion.read_fragments(args.torsion, args.torsion_reference) if args.torsion else []
         model = load_model(args.run).to(here.device).requires_grad_(requires_grad=False)
     chosen = _open(args, config, model) if args.data is not None or config is not None else None
@@ -122,7 +136,7 @@ def _evaluate(args: argparse.Namespace, here: Environment) -> None:
         evaluation = evaluate(model, chosen.frames, chosen.indices, here, batch_size=args.batch_size, progress=True)
         with agree("writing the tables"):
             if here.is_first:
-                _tell_accuracy(chosen, evaluation, out, _notes(args, chosen), beside)
+                _tell_accuracy(chosen, evaluation, out, _notes(args, chosen), beside or _published(config))
                 _write_worst(chosen, evaluation, model, here, out, args.worst)
     if fragments:
         _barriers(model, fragments, here, out, args)
@@ -141,8 +155,9 @@ def _refuse_without_weights(run: Path) -> None:
     """Says why a run folder holds no checkpoint."""
     if not (run / "config.yaml").is_file() or checkpoint_of(run).is_file():
         return
-    if read_saved(run).train.checkpoint_every == 0:
-        why = "it was run with train.checkpoint_every=0, which writes none: train again without that"
+    every = read_saved(run).train.checkpoint_every
+    if every in (0, "never"):
+        why = f"it was run with train.checkpoint_every={every}, which writes none: train again without that"
     else:
         why = "it ended before its first checkpoint: train again, longer or with train.checkpoint_every=N for one every N steps"
     raise InputError(f"The run in {run} left no weights to evaluate: {why}.")
@@ -236,13 +251,19 @@ def _notes(args: argparse.Namespace, chosen: Chosen) -> list[str]:
     dropped = chosen.frames.manifest["dropped"]
     left_out = "; ".join(f"{count:,} frames left out when it was prepared: {name}" for name, count in dropped.items())
     what = "all frames" if chosen.part == "all" else f"the {chosen.part} part"
-    brackets = [f"In brackets: {args.beside}."] if args.beside else []
     return [
         f"Weights: {checkpoint_of(args.run)}. Data: {what} of {args.data or chosen.frames.path}"
         + (f" ({left_out})" if left_out else "")
         + f". Labels: {told(chosen.frames.labels)}.",
-        *brackets,
     ]
+
+
+def _published(config: DictConfig | None) -> "Beside":
+    """The paper's errors on SPICE 2: of the run's own model where it is one of the paper's, otherwise of the largest."""
+    names = ("allegro_small", "allegro_medium", "allegro_large")
+    same = [name for name in names if config is not None and config.model == read([f"model={name}"]).model]
+    values = published.published_accuracy(same[0] if same else names[-1])
+    return Beside(values, f"In brackets: {values['model'].iloc[0]} as published ({values['source'].iloc[0]}).")
 
 
 def _errors(chosen: Chosen, evaluation: Evaluation) -> accuracy.Frames:
@@ -253,12 +274,12 @@ def _errors(chosen: Chosen, evaluation: Evaluation) -> accuracy.Frames:
     )  # fmt: skip
 
 
-def _tell_accuracy(
-    chosen: Chosen, evaluation: Evaluation, out: Path, notes: list[str], beside: pd.DataFrame | None
-) -> None:
+def _tell_accuracy(chosen: Chosen, evaluation: Evaluation, out: Path, notes: list[str], beside: Beside) -> None:
     errors = _errors(chosen, evaluation)
     values, elements = accuracy.by_subset(errors), accuracy.by_element(evaluation.species, evaluation.by_species)
-    shown = [accuracy.subset_table(values, notes, beside), accuracy.element_table(elements)]
+    if accuracy.stands_beside(beside.values, values):
+        notes = [*notes, beside.told]
+    shown = [accuracy.subset_table(values, notes, beside.values), accuracy.element_table(elements)]
     tables.write(out, "accuracy", values, shown)
     tables.write_csv(out / "elements.csv", elements)
     reference = np.asarray(chosen.frames.array("energy")[evaluation.indices])
@@ -321,7 +342,11 @@ def _barriers(
     with agree("writing the barriers"):
         if here.is_first:
             values = accuracy.barriers([f.name for f in known], [f.energies for f in known], predicted)
-            table = accuracy.barrier_table(values, _barrier_notes(known, len(fragments) - len(known), args))
+            notes = _barrier_notes(known, len(fragments) - len(known), args)
+            others = published.published_barriers() if len(known) == torsion.FRAGMENTS else None
+            if others is not None:
+                notes.append(f"Other models as published: {others['source'].iloc[0]}.")
+            table = accuracy.barrier_table(values, notes, others)
             tables.write(out, "torsion", values, [table])
             print(f"\n{table.text()}")
 

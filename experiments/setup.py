@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from ddpkit import checkpoint
 from ddpkit.average import moving_average
@@ -33,6 +35,7 @@ from ddpkit.ranks.agree import agree, share
 from ddpkit.ranks.group import Environment
 from ddpkit.ranks.switches import deterministic_algorithms, tf32, variables
 from ddpkit.record import RunFolder
+from ddpkit.schedule import Schedule
 from ddpkit.step import make_step
 from ddpkit.sync import acts_of
 from ddpkit.sync.emulated import EveryRank
@@ -120,6 +123,40 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
     return optimizer
 
 
+def build_schedule(config: DictConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Schedule | None:
+    """What moves the optimizer's learning rates in place of `train.plateau`, where the configuration names it.
+
+    Raises:
+        InputError: it cannot be built so.
+    """
+    if config.scheduler is None or config.scheduler.get("_target_") is None:
+        return None
+    train, warmup = config.train, config.train.warmup_steps
+    settings = OmegaConf.to_container(config.scheduler, resolve=True)
+    assert isinstance(settings, dict)
+    per = settings.pop("per", "epoch")
+    if per not in ("step", "epoch"):
+        raise InputError(f"scheduler.per={per} is unknown: use step or epoch.")
+    steps = min(train.max_epochs * steps_per_epoch, train.max_steps or sys.maxsize)
+    if warmup >= steps:
+        raise InputError(
+            f"train.warmup_steps={warmup} is not less than the {steps} steps of the run: warm up for fewer."
+        )
+    left = steps - warmup if per == "step" else -(-(steps - warmup) // steps_per_epoch)
+    depends = "all" in settings.values()
+    settings = {key: left if value == "all" else value for key, value in settings.items()}
+    try:
+        scheduler = instantiate(settings, _partial_=True)(optimizer)
+    except (InstantiationException, TypeError, ValueError) as error:
+        cause = error.__cause__ or error
+        raise InputError(f"The scheduler cannot be built ({_short(cause)}): check the keys of scheduler.") from error
+    if not isinstance(scheduler, LRScheduler):
+        raise InputError(
+            f"scheduler._target_={settings['_target_']} is no scheduler of torch.optim.lr_scheduler: use one."
+        )
+    return Schedule(optimizer, scheduler, per=per, warmup_steps=warmup, length=left if depends else None)
+
+
 def _short(error: BaseException) -> str:
     """An error's message on one line."""
     return " ".join(str(error).split())[:200]
@@ -167,6 +204,7 @@ def build_trainer(
             Loader(data.frames, sampler, spec["species"], r_max, device=here.device, epochs=epochs)
             for sampler, epochs in ((train, config.train.max_epochs), (sweep, 0))
         ]
+        schedule = build_schedule(config, optimizer, loaders[0].steps_per_epoch())
     criterion = EnergyForcesLoss(**config.loss)
     ema = moving_average(model, config.train.ema_decay)  # copies the model before a strategy hooks itself to it
     step = make_step(
@@ -196,6 +234,7 @@ def build_trainer(
         train_loader=loaders[0],
         val_loader=loaders[1] if len(data.validation) else None,
         ema=ema,
+        schedule=schedule,
         config=OmegaConf.to_object(config.train),
         folder=folder,
         here=here,

@@ -21,6 +21,9 @@ from ddpkit.ranks.group import Environment
 CONFORMERS = 24
 """Of each fragment of TorsionNet500: every 15 degrees."""
 
+FRAGMENTS = 500
+"""Of TorsionNet500."""
+
 
 @dataclass(frozen=True)
 class Fragment:

@@ -1,6 +1,7 @@
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from ddpkit import InputError
+from ddpkit.analysis import accuracy, published
 from ddpkit.checkpoint import load_model
 from ddpkit.data import collate, read_ase
 from ddpkit.experiments import evaluate, run
+from ddpkit.experiments.config import read as read_config
 from ddpkit.ranks.mpirun import mpirun
 
 FRAMES = 24
@@ -133,6 +136,32 @@ def test_values_of_another_model_stand_beside(folder, capsys):
         ddpkit_eval(
             folder / "run", folder / "set.xyz", "--beside", folder / "published.csv", "--out", folder / "beside"
         )
+
+
+def test_published_values_stand_beside_without_being_asked(folder):
+    images = read(folder / "set.xyz", ":")
+    names = ["SPICE DES Monomers Single Points Dataset v1.1", "SPICE PubChem Set 2 Single Points Dataset v1.3"]
+    for number, atoms in enumerate(images):
+        atoms.info["subset"] = names[number % 2]
+    write(folder / "spice.xyz", images)
+    ddpkit_eval(folder / "run", folder / "spice.xyz", "--out", folder / "published")
+    said = (folder / "published" / "accuracy.md").read_text()
+    rows = [line for line in said.splitlines() if line.startswith("| SPICE")]
+    # Table 2: Allegro large; the run's own model is none of the paper's
+    for row, values in zip(rows, [(0.4, 0.5, 7.7, 11.7), (0.6, 1.7, 18.1, 51.6)], strict=True):
+        assert [float(cell) for cell in re.findall(r"\(([\d.]+)\)", row)] == list(values)
+    assert said.count("In brackets: allegro_large as published (Tan et al., ") == 1
+    assert evaluate._published(read_config(["model=allegro_small"])).values["energy_rmse_mev_per_atom"].iloc[0] == 1.6
+    assert "In brackets" not in (folder / "run" / "evaluation" / "set" / "accuracy.md").read_text()
+
+
+def test_published_barriers_stand_below_those_of_the_same_fragments():
+    values = accuracy.barriers(["a", "b"], [np.array([0.0, 1.0])] * 2, [np.array([0.0, 2.0])] * 2)
+    table = accuracy.barrier_table(values, beside=published.published_barriers())
+    found = {row[0]: float(row[3]) for row in table.rows}
+    assert found["this one"] == 1.0
+    assert found["Allegro large (Tan 2025)"] == pytest.approx(11.37e-3 * KCAL_PER_MOL, abs=5e-4)  # Table 1, in eV
+    assert len(found) == 10
 
 
 def test_worst_frames_carry_labels_and_predictions(folder, predictions):

@@ -7,8 +7,10 @@ import ddpkit
 from ddpkit.batch import Batch
 
 
-@pytest.mark.parametrize("delta", [None, 0.05, 1.0, 100.0])
-def test_errors_beyond_delta_cost_in_proportion(delta):
+@pytest.mark.parametrize(
+    ("delta", "per_atom"), [(None, True), (0.05, True), (1.0, False), (100.0, True), (None, False)]
+)
+def test_errors_beyond_delta_cost_in_proportion(delta, per_atom):
     torch.manual_seed(0)
     frame = torch.tensor([0, 0, 0, 1, 1])
     batch = Batch(
@@ -27,14 +29,16 @@ def test_errors_beyond_delta_cost_in_proportion(delta):
         "forces": 5 * torch.randn(5, 3, dtype=torch.float64, requires_grad=True),
         "stress": torch.randn(2, 3, 3, dtype=torch.float64),
     }
-    found = ddpkit.EnergyForcesLoss(energy=2.0, forces=3.0, stress=4.0, huber_delta=delta)(output, batch)
+    found = ddpkit.EnergyForcesLoss(energy=2.0, forces=3.0, stress=4.0, huber_delta=delta, per_atom=per_atom)(
+        output, batch
+    )
 
     def expected(a, b):
         if delta is None:
             return torch.nn.functional.mse_loss(a, b)
         return 2 * torch.nn.functional.huber_loss(a, b, delta=delta)
 
-    atoms = torch.tensor([3.0, 2.0], dtype=torch.float64)
+    atoms = torch.tensor([3.0, 2.0] if per_atom else [1.0, 1.0], dtype=torch.float64)
     energy = expected(output["energy"] / atoms, batch.energy / atoms)
     forces = expected(output["forces"], batch.forces)
     stress = expected(output["stress"], batch.stress)
