@@ -34,11 +34,19 @@ _ENERGY_POINTS = 100_000  # that a figure is made of
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is evaluated."""
+    """What is evaluated.
+
+    Attributes:
+        frames: the set.
+        indices: its frames that are evaluated.
+        part: of the set, by the run's division.
+        known: sentences on frames that the run has seen.
+    """
 
     frames: PreparedSet
     indices: NDArray[np.int64]
     part: str
+    known: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,10 +232,32 @@ def _open(args: argparse.Namespace, saved: DictConfig | None, model: Any) -> Cho
             _refuse_changed_data(args, config, data, part)
     parts = {name: getattr(data, name) for name in PARTS[:3]}
     indices = np.sort(np.concatenate(list(parts.values()))) if part == "all" else parts[part]
+    known: tuple[str, ...] = ()
+    if saved is not None and args.data is not None and part == "all":
+        indices, known = _unseen(saved, data.frames, indices)
     with agree("choosing the frames"):
         if not len(indices):
+            if known:
+                raise InputError(
+                    f"All frames of {args.data} are among those that the run trained or validated on: give others."
+                )
             raise InputError(f"The {part} part of the run's data is empty: choose another with --split, or give DATA.")
-    return Chosen(data.frames, indices, part)
+    return Chosen(data.frames, indices, part, known)
+
+
+def _unseen(
+    saved: DictConfig, frames: PreparedSet, indices: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """The frames of another set than the run's that the run has neither trained nor validated on, and what to say of that."""
+    try:
+        own = run_data.open_data(saved)
+    except InputError:
+        return indices, ("Whether the run has seen some of these frames is not known: its own data cannot be opened.",)
+    if own.frames.fingerprint == frames.fingerprint or own.frames.digests is None or frames.digests is None:
+        return indices, ()
+    seen = np.isin(frames.digests[indices], own.frames.digests[np.concatenate([own.train, own.validation])])
+    told = f"{seen.sum():,} frames left out that the run trained or validated on."
+    return indices[~seen], (told,) if seen.any() else ()
 
 
 def _out(args: argparse.Namespace, config: DictConfig | None, chosen: Chosen | None) -> Path:
@@ -255,6 +285,7 @@ def _notes(args: argparse.Namespace, chosen: Chosen) -> list[str]:
         f"Weights: {checkpoint_of(args.run)}. Data: {what} of {args.data or chosen.frames.path}"
         + (f" ({left_out})" if left_out else "")
         + f". Labels: {told(chosen.frames.labels)}.",
+        *chosen.known,
     ]
 
 

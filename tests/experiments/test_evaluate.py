@@ -199,6 +199,27 @@ def test_the_own_test_part_is_what_training_never_saw(folder, predictions):
     assert validated["energy_mae_mev_per_atom"] == pytest.approx(1e3 * float(epoch["val_energy_mae"]), rel=1e-5)
 
 
+def test_frames_that_the_run_has_seen_are_left_out_of_other_sets(folder):
+    rng = np.random.default_rng(8)
+    parts = {}
+    for part in ("train", "validation", "test"):
+        ddpkit_eval(folder / "run", folder / "set.xyz", "--split", part, "--out", folder / part)
+        with (folder / part / "frames.csv").open(newline="") as file:
+            parts[part] = [int(row["frame"]) for row in csv.DictReader(file)]
+    images = read(folder / "set.xyz", ":")
+    fresh = Atoms(SYMBOLS, positions(rng))
+    fresh.calc = SinglePointCalculator(fresh, energy=-40.0, forces=rng.normal(size=(4, 3)))
+    of = {part: [images[number] for number in numbers] for part, numbers in parts.items()}
+    write(folder / "other.xyz", [of["train"][0], of["test"][0], fresh, of["validation"][0], *of["test"][1:]])
+    ddpkit_eval(folder / "run", folder / "other.xyz", "--out", folder / "other")
+    with (folder / "other" / "frames.csv").open(newline="") as file:
+        assert [int(row["frame"]) for row in csv.DictReader(file)] == [1, 2, *range(4, 4 + len(of["test"]) - 1)]
+    assert "2 frames left out that the run trained or validated on." in (folder / "other" / "accuracy.md").read_text()
+    write(folder / "trained.xyz", of["train"][:3])
+    with pytest.raises(InputError, match=r"All frames of .* are among those that the run trained or validated on"):
+        ddpkit_eval(folder / "run", folder / "trained.xyz", "--out", folder / "other")
+
+
 def fragments(rng, names=("one", "two", "three")):
     """Fragments in TorsionNet500's layout, of different numbers of conformers."""
     content = {}
