@@ -1,7 +1,7 @@
 """Run every configuration of a study under mpirun, into one folder.
 
 usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [--slurm] [OVERRIDES...]
-       numerics: [seeds=N] [scale=causes|emulated]    speed: [launches=N] [pairs=N]
+       numerics: [seeds=N] [together=N] [scale=causes|emulated|node]    speed: [launches=N] [pairs=N]
 
 Each configuration becomes a run folder below `out` (default: studies/STUDY-SCALE). What is complete is skipped and what was
 interrupted is resumed, so that the same command can be given again; a run that failed of itself, as by NaN, is kept: it counts
@@ -10,8 +10,9 @@ against its arm. Further overrides go to every run (deterministic=true has a def
 
 Before the first run `plan.json` declares which claims will get a verdict; write one of your own there to declare others.
 
-The study of numerics runs all arms for one seed after another; claims are tested from six seeds on. scale=causes has one arm for
-each cause of difference, scale=emulated 64 ranks on one process.
+The study of numerics runs all arms for one seed after another; claims are tested from six seeds on. together=N has N runs under
+way at a time, on the same devices: what is told of them is no time. scale=causes has one arm for each cause of difference,
+scale=emulated 64 ranks on one process, scale=node four GPUs of one host.
 
 In the study of speed all arms are launched together and take turns, an epoch at a time, so that drift of the machine falls on all
 alike (where so many do not fit into memory at once, they follow one another). After three such launches, the pilot, pairs of
@@ -40,6 +41,8 @@ from ddpkit.experiments.studies import STUDIES, Arm, Numerics, Speed
 from ddpkit.experiments.turns import Turns, order
 from ddpkit.ranks.mpirun import mpirun
 
+_COUNTS = ("ranks", "seeds", "launches", "pairs", "together")
+_POLL = 0.05  # seconds between looks at runs under way
 # What Python, torch and a small model take; pages that ranks share are counted once.
 _BYTES_OF_A_RANK = 400e6
 
@@ -55,6 +58,7 @@ class Options:
     seeds: int | None
     launches: int | None
     pairs: int | None
+    together: int | None
     slurm: bool
     overrides: tuple[str, ...]
 
@@ -145,7 +149,7 @@ def _work(blocks: "Sequence[Sequence[StudyRun]]", scale: Numerics | Speed, optio
     if isinstance(scale, Speed) and scale.turns and _fit_into_memory(together):
         failed = _take_turns(blocks, scale, options)
     else:
-        failed = _one_after_another(everything)
+        failed = _few_at_a_time(everything, options.together or 1)
     lost = [run.label for run in failed if not run.has_ended()]
     if lost:
         raise InputError(
@@ -167,7 +171,7 @@ def _parse(arguments: Sequence[str]) -> Options:
         key, _, value = word.partition("=")
         if word == "--slurm":
             slurm = True
-        elif key in ("scale", "out", "ranks", "seeds", "launches", "pairs"):
+        elif key in ("scale", "out", *_COUNTS):
             named[key] = value
         elif key in ("repeats", "seed", "data.seed"):
             raise InputError(
@@ -177,15 +181,15 @@ def _parse(arguments: Sequence[str]) -> Options:
             overrides.append(word)
     if named["scale"] not in STUDIES[study]:
         raise InputError(f"scale={named['scale']} is unknown: use one of {', '.join(STUDIES[study])}.")
-    for key in ("ranks", "seeds", "launches", "pairs"):
+    for key in _COUNTS:
         if key in named and not re.fullmatch(r"[1-9]\d*", named[key]):
             raise InputError(f"{key}={named[key]} is no number of {key}: give a whole number from 1.")
-    for key in ("launches", "pairs") if study == "numerics" else ("seeds",):
+    for key in ("launches", "pairs") if study == "numerics" else ("seeds", "together"):
         if key in named:
             raise InputError(
-                f"{key}={named[key]} is not for {study}: give seeds=N (numerics), launches=N or pairs=N (speed)."
+                f"{key}={named[key]} is not for {study}: give seeds=N or together=N (numerics), launches=N or pairs=N (speed)."
             )
-    counts = {key: int(named[key]) for key in ("ranks", "seeds", "launches", "pairs") if key in named}
+    counts = {key: int(named[key]) for key in _COUNTS if key in named}
     suffix = "-deterministic" if "deterministic=true" in overrides else ""
     return Options(
         study,
@@ -195,6 +199,7 @@ def _parse(arguments: Sequence[str]) -> Options:
         seeds=counts.get("seeds"),
         launches=counts.get("launches"),
         pairs=counts.get("pairs"),
+        together=counts.get("together"),
         slurm=slurm,
         overrides=tuple(overrides),
     )
@@ -257,24 +262,32 @@ class StudyRun:
         return {"overrides": list(self.overrides), "ranks": self.ranks}
 
 
-def _one_after_another(runs: Sequence[StudyRun]) -> list[StudyRun]:
-    """Runs what is not complete; those that failed."""
-    durations: list[float] = []
-    failed = []
+def _few_at_a_time(runs: Sequence[StudyRun], together: int) -> list[StudyRun]:
+    """Runs what is not complete, so many at a time; those that failed."""
     waiting = [run for run in runs if not run.is_complete()]
-    for number, run in enumerate(runs, 1):
-        if run not in waiting:
-            print(f"[{number}/{len(runs)}] {run.label}: complete, kept")
-            continue
-        left = sum(durations) / len(durations) * (len(waiting) - len(durations)) if durations else None
-        print(f"[{number}/{len(runs)}] {run.label}{_left(left)}", flush=True)
-        started = time.monotonic()
-        with _saved_on_ctrl_c([process := run.start()]):
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    started = time.monotonic()
+    with _saved_on_ctrl_c(processes.values()):
+        for number, run in enumerate(runs, 1):
+            if run not in waiting:
+                print(f"[{number}/{len(runs)}] {run.label}: complete, kept")
+                continue
+            ended = _await_place(processes.values(), together)
+            left = (time.monotonic() - started) / ended * (len(waiting) - ended) if ended else None
+            print(f"[{number}/{len(runs)}] {run.label}{_left(left)}", flush=True)
+            processes[run.label] = run.start()
+        for process in processes.values():
             process.wait()
-        durations.append(time.monotonic() - started)
-        if not run.has_finished():
-            failed.append(run)
-    return failed
+    return [run for run in waiting if not run.has_finished()]
+
+
+def _await_place(processes: "Collection[subprocess.Popen[bytes]]", together: int) -> int:
+    """Waits until fewer than so many processes are under way; how many have ended."""
+    while True:
+        ended = sum(process.poll() is not None for process in processes)
+        if len(processes) - ended < together:
+            return ended
+        time.sleep(_POLL)
 
 
 def _take_turns(blocks: Sequence[Sequence[StudyRun]], scale: Speed, options: Options) -> list[StudyRun]:
@@ -379,7 +392,7 @@ def slurm_script(options: Options, scale: Numerics | Speed, ranks: int) -> str:
     """A SLURM job script that runs the study."""
     per_node = min(ranks, scale.ranks_per_node)
     nodes = -(-ranks // per_node)
-    given = {key: getattr(options, key) for key in ("seeds", "launches", "pairs")}
+    given = {key: getattr(options, key) for key in _COUNTS if key != "ranks"}
     counts = "".join(f" {key}={value}" for key, value in given.items() if value)
     words = "".join(f" {shlex.quote(word)}" for word in options.overrides)
     out = shlex.quote(str(options.out))

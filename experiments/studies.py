@@ -107,6 +107,7 @@ OUR_NUMERICS = (
     Arm("ingraph", ("strategy=ingraph", "compile=true")),
     Arm("overlap", ("strategy=overlap", "compile=false")),
 )
+CAPTURED = Arm("captured", ("strategy=custom", "compile=true", "cuda_graphs=true"))
 # Each differs from the baseline, or from one other arm, in one thing.
 CAUSES = (
     BASELINE,
@@ -226,6 +227,24 @@ STUDIES: dict[str, dict[str, Numerics | Speed]] = {
                 Declared(DISTANCE, "emulated, order=tree"),
                 Declared(DISTANCE, "emulated, bucket_mb=0.1"),
             ),
+        ),
+        "node": Numerics(
+            4,
+            (
+                "model=allegro_medium",
+                "data=generated",
+                "data.frames=4000",
+                "train.max_epochs=1000",
+                "train.max_steps=8000",
+                "train.batch_size=32",
+                "train.plateau.factor=1",
+                "train.projection=true",
+                "device=cuda",
+            ),
+            (*PAPER_NUMERICS, *(arm for arm in OUR_NUMERICS if arm.label in ("overlap", "ingraph")), CAPTURED),
+            seeds=6,
+            spread=5,
+            ranks_per_node=4,
         ),
         "paper": Numerics(
             64,

@@ -236,6 +236,33 @@ def test_runs_that_do_not_fit_into_memory_at_once_follow_one_another(study, monk
     assert "in turns" not in said
 
 
+def test_so_many_runs_are_under_way_at_a_time(study, monkeypatch):
+    start, ran, _ = study
+    under_way, most = [], []
+
+    class Underway(Ended):
+        def __init__(self):
+            self.polls = 0
+            under_way.append(self)
+            most.append(sum(process.polls < 3 for process in under_way))
+
+        def poll(self):
+            self.polls += 1
+            return 0 if self.polls >= 3 else None
+
+        def wait(self):
+            self.polls = 3
+
+    monkeypatch.setattr(experiment, "_POLL", 0.0)
+    begin = experiment.StudyRun.start
+    monkeypatch.setattr(experiment.StudyRun, "start", lambda run, *more: begin(run, *more) and Underway())
+    start("together=2")
+    assert set(ran) == DEMO
+    assert max(most) == 2
+    with pytest.raises(InputError, match="together=2 is not for speed"):
+        start("together=2", name="speed")
+
+
 def test_a_wrong_override_starts_nothing(study):
     start, ran, _ = study
     with pytest.raises(InputError, match=r"train\.max_epoch"):
