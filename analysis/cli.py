@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ddpkit.analysis import attribution, blocks, claims, figures, numerics, plan, present, report, speed, tables
+from ddpkit.analysis import attribution, blocks, claims, figures, numerics, plan, present, ranks, report, speed, tables
 from ddpkit.analysis.runs import Run, holds_runs, read_runs
 from ddpkit.errors import InputError
 
@@ -14,14 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `ddpkit analyze`."""
     parser.add_argument(
         "study",
-        choices=("numerics", "speed", "report"),
-        help="numerics: loss differences (Table 3, Figure 1); speed: epoch times (Table 4); report: both as one HTML page",
+        choices=("numerics", "speed", "report", "ranks"),
+        help="numerics: loss differences (Table 3, Figure 1); speed: epoch times (Table 4); report: both as one HTML page; "
+        "ranks: studies of numerics in sub-folders, each with another number of ranks, as one table and figure",
     )
     parser.add_argument(
         "folder",
         type=Path,
         metavar="DIR",
-        help="holds run folders; for report also sub-folders of them called numerics... and speed...",
+        help="holds run folders; for report also sub-folders of them called numerics... and speed...; for ranks such sub-folders",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder itself)")
     parser.add_argument(
@@ -57,19 +58,41 @@ def main(args: argparse.Namespace) -> None:
         _print_section(_numerics(args.folder, out, args)[0])
     elif args.study == "speed":
         _print_section(_speed(args.folder, out, args)[0])
+    elif args.study == "ranks":
+        _ranks(args.folder, out, args)
     else:
         _report(args.folder, out, args)
 
 
-def _numerics(
-    folder: Path, out: Path, args: argparse.Namespace, name: str = "numerics", *, attributes: bool = True
-) -> tuple[report.Section, list[Run]]:
+def _study(folder: Path, args: argparse.Namespace) -> blocks.Study:
+    """The study of numerics in a folder."""
     runs, skipped = read_runs(folder, args.format)
     try:
         data = blocks.study(runs, plan.read(folder, plan.NUMERICS), args.baseline)
     except InputError as error:
         raise InputError("; ".join([str(error), *skipped])) from None
-    data = replace(data, left_out=[*(f"{note}." for note in skipped), *data.left_out])
+    return replace(data, left_out=[*(f"{note}." for note in skipped), *data.left_out])
+
+
+def _ranks(folder: Path, out: Path, args: argparse.Namespace) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give the folder whose sub-folders are studies of numerics")
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and holds_runs(path))
+    if not found:
+        raise InputError(
+            f"{folder} holds no studies: give the folder whose sub-folders hold run folders, one for each number of ranks"
+        )
+    values = ranks.distances([_study(path, args) for path in found])
+    shown = ranks.table(values)
+    tables.write(out, "ranks", values, [shown])
+    figures.save(ranks.figure(values), out / "ranks.png")
+    print(f"{shown.text()}\n\nfigure: {(out / 'ranks.png').resolve()}")
+
+
+def _numerics(
+    folder: Path, out: Path, args: argparse.Namespace, name: str = "numerics", *, attributes: bool = True
+) -> tuple[report.Section, list[Run]]:
+    data = _study(folder, args)
     values = numerics.table(data)
     shown = [*present.numerics(values, data), present.endpoints(data), present.divergences(data)]
     if attributes:
@@ -94,7 +117,7 @@ def _numerics(
             "distance from the baseline against training step, one line for each arm",
         ),
     ]
-    kernels = " Under deterministic kernels" if all(run.deterministic for run in runs) else ""
+    kernels = " Under deterministic kernels" if all(run.deterministic for run in data.runs) else ""
     heading = f"Numerics: does the scheme change the trajectory?{kernels}"
     return report.Section(heading, [facts], claims.numerics_claims(data), [*shown, *pictures]), data.runs
 

@@ -21,7 +21,7 @@ from ddpkit.analysis.tables import number, percent
 
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
 GREY = "#595959"
-_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000")
+CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000")
 _LINES = ("-", "--", "-.", ":")
 _STRATEGY_COLOUR = {"standard": GREY, "custom": BLUE, "overlap": ORANGE, "ingraph": GREEN, "none": SKY}
 _COLUMNS_A_ROW = 4
@@ -81,7 +81,7 @@ def divergences(study: Study) -> Figure:
                 identical += [name] if len(steps) else []
                 continue
             axis.plot(
-                steps[shown], size[shown], label=name, color=_CYCLE[drawn % len(_CYCLE)], lw=1.4,
+                steps[shown], size[shown], label=name, color=CYCLE[drawn % len(CYCLE)], lw=1.4,
                 ls=_LINES[drawn % len(_LINES)], marker="o" if shown.sum() < 4 else None, ms=3,
             )  # fmt: skip
             drawn += 1

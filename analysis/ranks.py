@@ -1,0 +1,119 @@
+"""How differences from the baseline depend on the number of ranks: studies of numerics at several, in one table and figure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from ddpkit.analysis.blocks import Study
+from ddpkit.analysis.figures import CYCLE, GREY, STYLE
+from ddpkit.analysis.tables import Table, number
+from ddpkit.errors import InputError
+
+
+def distances(studies: Sequence[Study]) -> pd.DataFrame:
+    """The distance of each arm from its baseline, for each number of ranks and each seed.
+
+    Columns: `ranks`, `emulated` (on one process), `arm`, `seed`, `relative` (of the parameters where all runs recorded
+    projections of them, otherwise of the loss; mean over the arm's runs of that seed), `by` (which of both).
+
+    Raises:
+        InputError: a study does not tell its number of ranks.
+    """
+    rows = []
+    for study in studies:
+        ranks = study.baseline.world_size
+        if ranks is None:
+            raise InputError(
+                f"the runs beside {study.baseline.label} do not tell how many ranks they had: leave them out"
+            )
+        for arm in study.names:
+            for block in study.blocks:
+                runs = [run for run in block.arms.get(arm, ()) if study.outcomes[run.label].kind == "complete"]
+                apart = [study.distance(block.baseline, run) / study.size(block.baseline) for run in runs]
+                if apart:
+                    rows.append((ranks, study.baseline.strategy == "emulated", arm, block.seed, np.mean(apart),
+                                 "parameters" if study.by_projection else "loss"))  # fmt: skip
+    return pd.DataFrame(rows, columns=["ranks", "emulated", "arm", "seed", "relative", "by"]).sort_values(
+        ["emulated", "arm", "ranks", "seed"], kind="stable", ignore_index=True
+    )
+
+
+def table(values: pd.DataFrame) -> Table:
+    """`distances` to be read: an arm in a row, a number of ranks in a column."""
+    sizes = sorted(
+        {(int(ranks), bool(emulated)) for ranks, emulated in zip(values["ranks"], values["emulated"], strict=True)}
+    )
+    rows = []
+    for arm in dict.fromkeys(values["arm"]):
+        cells = []
+        for ranks, emulated in sizes:
+            own = values[(values["arm"] == arm) & (values["ranks"] == ranks) & (values["emulated"] == emulated)][
+                "relative"
+            ]
+            cells.append(_cell(own.to_numpy(float)))
+        rows.append([arm, *cells])
+    header = ["arm", *(f"{ranks}{' emulated' * emulated}" for ranks, emulated in sizes)]
+    by = " and ".join(sorted(set(values["by"])))
+    notes = ["Geometric mean over seeds, and from which to which in brackets; 0: identical to the baseline."]
+    return Table(f"Distance from the baseline by number of ranks, relative to the {by}", header, rows, notes)
+
+
+def _cell(apart: np.ndarray) -> str:
+    if not len(apart):
+        return ""
+    if not apart.any():
+        return "0"
+    seen = apart[apart > 0]
+    zeros = f", {len(apart) - len(seen)} × 0" if len(seen) < len(apart) else ""
+    spread = f" ({number(seen.min())} to {number(seen.max())}{zeros})" if len(apart) > 1 else ""
+    return f"{number(float(np.exp(np.log(seen).mean())))}{spread}"
+
+
+def figure(values: pd.DataFrame) -> Figure:
+    """Distance from the baseline against the number of ranks: a line an arm, a dot a seed; open for emulated ranks."""
+    with mpl.rc_context(dict(STYLE)):
+        drawing = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axis: Any = drawing.subplots()
+        identical = []
+        arms = list(dict.fromkeys(values["arm"]))
+        for place, arm in enumerate(arms):
+            colour = CYCLE[place % len(CYCLE)]
+            for emulated, line in ((False, "-"), (True, "--")):
+                own = values[(values["arm"] == arm) & (values["emulated"] == emulated)]
+                identical += [f"{arm} at {ranks}" for ranks in sorted(set(own.loc[own["relative"] == 0, "ranks"]))]
+                own = own[own["relative"] > 0]
+                if own.empty:
+                    continue
+                means = np.exp(np.log(own["relative"]).groupby(own["ranks"]).mean())
+                label = f"{arm}, emulated" if emulated and "emulated" not in arm else arm
+                axis.plot(means.index, means, color=colour, lw=1.4, ls=line, label=label)
+                axis.plot(
+                    own["ranks"],
+                    own["relative"],
+                    "o",
+                    color=colour,
+                    ms=4,
+                    alpha=0.8,
+                    mew=1,
+                    mfc="white" if emulated else colour,
+                )
+        axis.set_xscale("log", base=2)
+        sizes = sorted(set(values["ranks"]))
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        if (values["relative"] > 0).any():
+            axis.set_yscale("log")
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.set_xlabel("ranks")
+        axis.set_ylabel(f"relative distance of {' and '.join(sorted(set(values['by'])))}")
+        axis.grid(alpha=0.25, lw=0.5)
+        if identical:
+            axis.set_title(
+                "identical to the baseline: " + ", ".join(identical), fontsize=8, color=GREY, loc="left", wrap=True
+            )
+    return drawing
