@@ -166,6 +166,11 @@ def looks_at_number(operation: Any) -> bool:
     return str(operation.name()).partition(".")[0] in _LOOKS
 
 
+def starts_collective(operation: Any) -> bool:
+    """Whether an operation that a `DispatchMode` sees starts one of the `functional_collectives`, whose result is waited for."""
+    return str(operation.name()).startswith("_c10d_functional::") and "wait_tensor" not in operation.name()
+
+
 def writes_in_place(operation: Any) -> bool:
     """Whether an operation that a `DispatchMode` sees changes one of its arguments."""
     return bool(operation._schema.is_mutable)

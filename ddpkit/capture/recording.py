@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ddpkit.errors import RecordingError
-from ddpkit.torch_private import DispatchMode, end_allocating, looks_at_number
+from ddpkit.torch_private import (
+    DispatchMode,
+    end_allocating,
+    functional_collectives,
+    looks_at_number,
+    starts_collective,
+)
 
 T = TypeVar("T")
 Body = Callable[[], list[Tensor]]
@@ -157,7 +163,13 @@ class _Tape(DispatchMode):
                 f"The step cannot be recorded: it looks at a number that the device computes ({func})."
             )
         results = func(*args, **kwargs)
-        self._keep(lambda: func(*args, **kwargs), results)
+        if starts_collective(
+            func
+        ):  # `_keep` reads what a repeated call returns, before the wait that is taken down next
+            wait = functional_collectives().wait_tensor
+            self._keep(lambda: [wait(tensor) for tensor in _tensors(func(*args, **kwargs))], results)
+        else:
+            self._keep(lambda: func(*args, **kwargs), results)
         return results
 
     def take(self, function: Callable[[list[Any]], T], arguments: list[Any]) -> T:

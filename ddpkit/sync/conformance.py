@@ -81,6 +81,8 @@ class Setting:
         strategy: the strategy under test.
         comm: how it communicates.
         options: its options.
+        tolerance: difference that is allowed, relative and absolute, where it is more than rounding in float64: for a strategy
+            that sends less than the whole gradient.
     """
 
     strategy: Any
@@ -88,6 +90,7 @@ class Setting:
     options: dict[str, Any]
     rank: int
     size: int
+    tolerance: float = 0.0
     made: list[GradientSync] = field(default_factory=list)
 
     def sync(self, module: nn.Module, *others: nn.Module, **options: Any) -> GradientSync:
@@ -105,6 +108,13 @@ class Setting:
     def all_points(self, step: int = 0) -> Tensor:
         """The batches of all ranks."""
         return torch.cat([self.points(rank, step) for rank in range(self.size)])
+
+    def assert_close(self, value: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+        """Asserts that tensors differ by no more than `tolerance`, or what is allowed of the strategy; `what` names them."""
+        allowed = max(tolerance, self.tolerance)
+        torch.testing.assert_close(
+            value, expected, rtol=allowed, atol=allowed, msg=lambda message: f"{what}: {message}"
+        )
 
     def share(self, terms: Tensor, step: int = 0) -> Tensor:
         """This rank's loss: the mean over ranks is the mean over all points."""
@@ -146,8 +156,16 @@ def run_cases(
     names: Sequence[str],
     comm: str,
     options: dict[str, Any],
+    tolerance: float = 0.0,
 ) -> list[tuple[str, str, str]]:
     """Runs cases on this rank, up to the first that fails on any rank.
+
+    Args:
+        strategy: a name, an import path, or a class.
+        names: of the cases.
+        comm: `"torch"` or `"mpi"`.
+        options: the strategy's own.
+        tolerance: see `Setting`.
 
     Returns:
         `(case, state, why)` of each, the same on all ranks.
@@ -159,7 +177,7 @@ def run_cases(
             reports.append((name, "cannot", CANNOT[known][name]))
             continue
         needed = NEEDS.get(known, {}).get(name, {})
-        setting = Setting(strategy, comm, options | needed, here.rank, here.world_size)
+        setting = Setting(strategy, comm, options | needed, here.rank, here.world_size, tolerance)
         torch.manual_seed(here.rank)
         failure = ""
         try:
@@ -189,16 +207,12 @@ def _exchange(name: str, failure: str, rank: int, size: int) -> list[str]:
     return [shared.get(key).decode().strip() for key in keys]
 
 
-def _naming(name: str) -> Callable[[str], str]:
-    return lambda message: f"{name}: {message}"
-
-
-def assert_gradients(module: nn.Module, reference: nn.Module, tolerance: float = TOLERANCE) -> None:
+def assert_gradients(setting: Setting, module: nn.Module, reference: nn.Module) -> None:
     """Compares all gradients with those of a reference, None included."""
     for (name, mine), (_, theirs) in zip(module.named_parameters(), reference.named_parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None), f"{name}.grad is {mine.grad}, not {theirs.grad}"
         if mine.grad is not None and theirs.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance, msg=_naming(name))
+            setting.assert_close(mine.grad, theirs.grad, TOLERANCE, name)
 
 
 def assert_equal_on_ranks(setting: Setting, tensors: Sequence[Tensor]) -> None:
@@ -232,7 +246,7 @@ def _train_beside_reference(setting: Setting, *, set_to_none: bool) -> None:
         energy, forces = reference(setting.all_points(step))
         points = setting.all_points(step)
         _backward(((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points))
-        assert_gradients(model, reference)
+        assert_gradients(setting, model, reference)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
@@ -286,7 +300,7 @@ def _switched(setting: Setting, uses: Sequence[Sequence[str]]) -> None:
             start=torch.zeros(()),
         )
         _backward(total / len(setting.all_points(step)))
-        assert_gradients(model, reference)
+        assert_gradients(setting, model, reference)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -337,7 +351,7 @@ def _with_ranks_away(setting: Setting, away: int) -> None:
         sync.synchronize()
         for rank in present:
             _backward(force_loss(setting, reference, setting.points(rank, step), step) / setting.size)
-        assert_gradients(model, reference)
+        assert_gradients(setting, model, reference)
     assert_equal_on_ranks(setting, [p.grad for p in model.parameters() if p.grad is not None])
 
 
@@ -357,7 +371,7 @@ def unfrozen(setting: Setting) -> None:
         energy, forces = reference(setting.all_points(step))
         points = setting.all_points(step)
         _backward(((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points))
-        assert_gradients(model, reference)
+        assert_gradients(setting, model, reference)
 
 
 @case()
@@ -378,7 +392,7 @@ def mixed_dtypes(setting: Setting) -> None:
             assert q.grad is not None
             assert p.grad.dtype == p.dtype
             tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}[p.dtype]
-            torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance, msg=_naming(name))
+            setting.assert_close(p.grad, q.grad, tolerance, name)
         whole.zero_grad()
         reference.zero_grad()
 
@@ -409,7 +423,7 @@ def shared(setting: Setting) -> None:
         sync.synchronize()
         points = setting.all_points(step)
         _backward((reference(points) ** 2).sum() / len(points))
-        assert_gradients(model, reference)
+        assert_gradients(setting, model, reference)
         model.zero_grad()
         reference.zero_grad()
 
@@ -436,7 +450,7 @@ def accumulation(setting: Setting) -> None:
         points = setting.all_points(step)
         energy, forces = reference(points)
         _backward(((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points))
-        assert_gradients(model, reference)
+        assert_gradients(setting, model, reference)
         model.zero_grad(set_to_none=step % 2 == 0)
         reference.zero_grad(set_to_none=step % 2 == 0)
 
@@ -491,7 +505,7 @@ def further_modules(setting: Setting) -> None:
         points = setting.all_points(step)
         output = reference[0](points)
         _backward((reference[1](output, points) + reference[2](output, points)).sum() / len(points))
-        assert_gradients(trained, reference)
+        assert_gradients(setting, trained, reference)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=step % 2 == 0)
@@ -514,7 +528,7 @@ def further_modules_partly_used(setting: Setting) -> None:
         terms = [(reference(setting.points(rank, step), used[rank]) ** 2).sum() for rank in range(setting.size)]
         if any(used):
             _backward(torch.stack(terms).sum() / len(setting.all_points(step)))
-        assert_gradients(beside, reference)
+        assert_gradients(setting, beside, reference)
 
 
 @case(ranks=2)
@@ -539,7 +553,7 @@ def mismatch_of_further_modules(setting: Setting) -> None:
 
 @case(ranks=2)
 def two_ranks_bitwise(setting: Setting) -> None:
-    """At two ranks the average has the bits of (a + b) / 2; at more, all ranks have the same bits."""
+    """At two ranks the average has the bits of (a + b) / 2; at any number of them, all ranks have the same bits."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(17, 17, bias=False) for _ in range(5)))
     sync = setting.sync(model)
@@ -556,7 +570,8 @@ def two_ranks_bitwise(setting: Setting) -> None:
         if setting.size == 2:
             for mine, a, b in zip(gradients, *local, strict=True):
                 assert mine is not None
-                assert torch.equal(mine, (a + b) / 2), "the average of two ranks has other bits than (a + b) / 2"  # type: ignore[operator]
+                average = (a + b) / 2  # type: ignore[operator]
+                setting.assert_close(mine, average, 0.0, "the average of two ranks has other bits than (a + b) / 2")
         assert_equal_on_ranks(setting, [g for g in gradients if g is not None])
         model.zero_grad()
 
@@ -675,7 +690,7 @@ def frozen_after_backward(setting: Setting) -> None:
             _backward(force_loss(setting, reference, setting.points(rank, step), step) / setting.size)
         if step:
             model.inner.weight.grad = reference.inner.weight.grad
-        assert_gradients(model, reference)
+        assert_gradients(setting, model, reference)
     model.zero_grad()
     _backward(force_loss(setting, sync.module, setting.points(setting.rank)))
     if setting.rank == 0:
@@ -805,7 +820,7 @@ def _compiled_step(setting: Setting, parts: int, steps: int = 3, **options: Any)
         for (name, mine), theirs in zip(model.named_parameters(), before.parameters(), strict=True):
             assert theirs.grad is not None
             change = (theirs - mine).detach()
-            torch.testing.assert_close(change, theirs.grad, rtol=1e-9, atol=1e-9, msg=_naming(name))
+            setting.assert_close(change, theirs.grad, 1e-9, name)
         with torch.no_grad():  # a small step from where it was, lest it diverges
             for mine, theirs in zip(model.parameters(), before.parameters(), strict=True):
                 mine.copy_(theirs - 0.01 * (theirs - mine))
@@ -902,7 +917,7 @@ def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  
             _backward(criterion_2(model_2(whole), whole))
             reference.step()
             for (name, p), q in zip(trained.named_parameters(), expected.parameters(), strict=True):
-                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=_naming(f"{name} at step {number}"))
+                setting.assert_close(p, q, 1e-9, f"{name} at step {number}")
                 assert p.requires_grad or p.grad is None, f"{name} is frozen and has a gradient at step {number}"
         assert_equal_on_ranks(setting, list(trained.parameters()))
 
@@ -910,6 +925,6 @@ def _changing_steps(setting: Setting, *, compile: bool) -> None:  # noqa: A002  
 @compiled
 def changing_steps(setting: Setting) -> None:
     """What is frozen, unfrozen, given to the optimizer or changed between steps is obeyed; a criterion is trained too."""
-    if setting.strategy != "ingraph":
+    if acts_of(setting.strategy) != "in graph":
         _changing_steps(setting, compile=False)
     _changing_steps(setting, compile=True)

@@ -32,12 +32,21 @@ def _conformance(words: Sequence[str]) -> int:
     parser.add_argument("--comm", nargs="+", default=["torch"], choices=["torch", "mpi"])
     parser.add_argument("--compile", action="store_true", help="through a compiled ddpkit.make_step")
     parser.add_argument("--cases", nargs="+", help="cases of ddpkit.sync.conformance; default: all that apply")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="how far gradients may be from the mean over ranks, for a strategy that rounds or compresses what it sends",
+    )
     chosen = parser.parse_args(words)
     sys.path.insert(0, str(Path.cwd()))
     failures = 0
     for comm in chosen.comm:
         for size in chosen.world_size:
-            for outcome in run_conformance(chosen.strategy, size, comm, cases=chosen.cases, compile=chosen.compile):
+            outcomes = run_conformance(
+                chosen.strategy, size, comm, cases=chosen.cases, compile=chosen.compile, tolerance=chosen.tolerance
+            )
+            for outcome in outcomes:
                 failures += outcome.state == "failed"
                 print(
                     f"{chosen.strategy} ranks={size} comm={comm}  {outcome.state:7}{outcome.case}  {outcome.why}",

@@ -30,6 +30,7 @@ def run_conformance(
     compile: bool = False,  # noqa: A002  (the configuration's word)
     cases: Sequence[str] | None = None,
     timeout: float = 300.0,
+    tolerance: float = 0.0,
     **options: Any,
 ) -> list[Outcome]:
     """Puts a strategy through the conformance suite, on ranks that are started once.
@@ -41,6 +42,8 @@ def run_conformance(
         compile: go through a compiled `ddpkit.make_step` instead of the plain loop.
         cases: names from `ddpkit.sync.conformance.CASES`; by default all.
         timeout: seconds for all of them.
+        tolerance: how far gradients may be from the mean over ranks, relative and absolute, for a strategy that rounds or
+            compresses what it sends; by default no more than rounding in float64. Ranks must hold the same bits in any case.
         options: passed on to the strategy.
 
     Returns:
@@ -59,6 +62,7 @@ def run_conformance(
             left,
             comm,
             options,
+            tolerance,
             launcher="mpirun" if comm == "mpi" else "torchrun",
             timeout=max(10.0, deadline - time.monotonic()),
         )
