@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 class AfterGradients:
     """What a compiled step does with its gradients. This base copies each one into a tensor, which becomes its `.grad`.
 
-    `GradientSync.after_gradients` makes one for each set of trained parameters. In every method, `gradients` has one entry for
-    each trained parameter, in the order of `trained`.
+    `GradientSync.after_gradients` makes one for each state of model and criterion that code is compiled for, frozen and unfrozen
+    parameters included. In every method, `gradients` has one entry for each trained parameter, in the order of `trained`.
 
     Args:
         trained: the trained parameters by name.
         places: the tensors that the gradients are written to, one for each parameter; None to allocate them.
 
     Attributes:
+        trained: the trained parameters by name.
         communicates: whether it communicates. If so, all ranks compile it together and run it equally often.
         no_eager: why eager code cannot replace the compiled step, as a clause of an error message; empty if it can.
         updates: the parameters that it updates itself, instead of `optimizer.step()`.
@@ -123,6 +124,8 @@ class AfterGradients:
     def expected(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """What compiled code should write to the places, computed in another way. The parity check compares the two.
 
+        The check calls it before the code, with `tensors()` as the code will read them, and restores what it writes to them.
+
         Args:
             gradients: those of this rank, from eager code.
         """
@@ -151,12 +154,19 @@ class AverageInGraph(AfterGradients):
 
     To write a strategy that acts in the graph, derive from this class and override `trace`. Use `start_average` and `wait`, or
     any other operation that can be traced (`torch.ops._c10d_functional`). All ranks must run the same collectives, so a gradient
-    that is None on this rank counts as zero. If the strategy owns tensors (buffers, the residual of a compression), override
-    `tensors()` to list them; the `places` are among them or are slices of them. If the result is not the mean up to rounding,
-    override `expected` to say what it is.
+    that is None on this rank counts as zero. What else there may be to do:
+
+    - The strategy owns tensors (buffers, the residual of a compression): override `tensors()` to list them; the `places` are
+      among them or are slices of them. Tensors whose values must last belong to the strategy (`self.sync`; its `attach()` can
+      make them), since model and criterion may change to a state with another `AfterGradients`. They are not part of
+      checkpoints.
+    - Those tensors keep values from step to step: a gradient that is NaN or infinite must not get into them
+      (`torch.where(torch.isfinite(...), ...)`). Of such a step, `make_step` skips the update alone.
+    - The result is not the mean up to rounding: override `expected` to say what it is.
+    - What is sent is not one tensor of the size of each parameter: override `GradientSync.traffic` to say what it is.
 
     ```python
-    class Mine(ddpkit.GradientSync):
+    class OneByOneSync(ddpkit.GradientSync):
         acts = "in graph"
 
         def after_gradients(self, trained, **_):
@@ -173,20 +183,23 @@ class AverageInGraph(AfterGradients):
     Args:
         sync: the strategy.
         trained: the trained parameters by name.
+
+    Attributes:
+        sync: the strategy.
     """
 
     communicates = True
 
     def __init__(self, sync: "GradientSync", trained: Mapping[str, nn.Parameter]) -> None:
         super().__init__(trained)
-        self._sync = sync
+        self.sync = sync
         self._used: dict[str, bool] = {}
 
     # --- running --------------------------------------------------------------------------------------------------
 
     def start_average(self, tensor: Tensor) -> Tensor:
         """Adds the start of an average of a contiguous tensor over the ranks to the graph; `wait` returns the result."""
-        sync = self._sync
+        sync = self.sync
         if sync.world_size == 1:
             return tensor
         averages = sync.comm.averages(tensor.device)
@@ -198,7 +211,7 @@ class AverageInGraph(AfterGradients):
 
     def wait(self, started: Tensor) -> Tensor:
         """The result of `start_average`."""
-        return started if self._sync.world_size == 1 else functional_collectives().wait_tensor(started)
+        return started if self.sync.world_size == 1 else functional_collectives().wait_tensor(started)
 
     def trace(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]
@@ -220,7 +233,7 @@ class AverageInGraph(AfterGradients):
     def present(self, used: Sequence[bool]) -> list[bool]:
         """The same parameters on all ranks, so that their optimizers do the same."""
         del used
-        known = self._used or self._sync.used
+        known = self._used or self.sync.used
         return [known.get(name, True) for name in self.trained]
 
     # --- compiling and checking -----------------------------------------------------------------------------------
@@ -232,11 +245,11 @@ class AverageInGraph(AfterGradients):
             InputError: some train other parameters, or have been given several micro-batches where others have not.
             RankDisagreementError: some rank does not come.
         """
-        strategy = f"strategy={self._sync.name}"
+        strategy = f"strategy={self.sync.name}"
         everyone = exchange(
             "compile the step",
             [several, zlib.crc32(" ".join(self.trained).encode())],
-            PATIENT_TIMEOUT.total_seconds() if first else self._sync.timeout,
+            PATIENT_TIMEOUT.total_seconds() if first else self.sync.timeout,
             f"under {strategy} every rank must change model, criterion and optimizer at the same step, and give several "
             "micro-batches where the others do",
         )
@@ -256,11 +269,11 @@ class AverageInGraph(AfterGradients):
     def note_used(self, used: Sequence[bool]) -> None:
         """Finds out which parameters have a gradient on any rank (one collective); warns of those without one on this rank."""
         self._used = self._used_anywhere(dict(zip(self.trained, used, strict=True)))
-        self._sync.used |= self._used
+        self.sync.used |= self._used
 
     @torch.no_grad()
     def _used_anywhere(self, used: dict[str, bool]) -> dict[str, bool]:
-        if self._sync.world_size == 1:
+        if self.sync.world_size == 1:
             return used
         flags = torch.tensor(list(used.values()), dtype=torch.int32, device=next(iter(self.trained.values())).device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -268,7 +281,7 @@ class AverageInGraph(AfterGradients):
         for name, elsewhere in anywhere.items():
             if elsewhere and not used[name]:
                 warnings.warn(
-                    f"Parameter {name!r} has no gradient on rank {self._sync.rank} but has one elsewhere: it counts as zero "
+                    f"Parameter {name!r} has no gradient on rank {self.sync.rank} but has one elsewhere: it counts as zero "
                     "here.",
                     stacklevel=5,
                 )
@@ -282,7 +295,7 @@ class AverageInGraph(AfterGradients):
             for p, gradient in zip(self.trained.values(), gradients, strict=True)
         ]
         for average in averages:
-            self._sync.all_reduce(average)
+            self.sync.all_reduce(average)
         return list(averages)
 
     @torch.no_grad()

@@ -61,8 +61,9 @@ class GradientSync:
     ```
 
     One that acts while autograd runs, by hooks or a wrapper, or between micro-batches, says so: `acts = "during backward"`. One
-    that acts inside the compiled step (`acts = "in graph"`) overrides `after_gradients()` instead of both; see
-    `ddpkit.AverageInGraph`.
+    that acts inside the compiled step (`acts = "in graph"`) overrides `after_gradients()` instead of `reduce()`; see
+    `ddpkit.AverageInGraph`. Options of its own are arguments of its constructor, which hands on the others; those that ranks must
+    choose alike are added to `agreed_options`.
 
     Args:
         module: any module; its parameters are what is synchronised.
@@ -202,8 +203,8 @@ class GradientSync:
     ) -> AfterGradients:
         """What follows the gradients in a compiled step: where they are written, or what the graph does with them.
 
-        Called once for each set of trained parameters. By default each gradient is written to a tensor of its own, which becomes
-        `.grad`, and `synchronize()` averages.
+        Called once for each state of model and criterion that code is compiled for, frozen and unfrozen parameters included. By
+        default each gradient is written to a tensor of its own, which becomes `.grad`, and `synchronize()` averages.
 
         Args:
             trained: the parameters that are trained now, by name.

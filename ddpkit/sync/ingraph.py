@@ -155,24 +155,24 @@ class InGraphSync(GradientSync):
 class _Buckets(AverageInGraph):
     """Packs the gradients into the buckets and averages those."""
 
-    _sync: InGraphSync
+    sync: InGraphSync
 
     @cached_property
     def places(self) -> list[Tensor]:
         """The slices of the buckets."""
-        views = self._sync.views
+        views = self.sync.views
         return [views[name] for name in self.trained]
 
     def tensors(self) -> list[Tensor]:
         """The buckets."""
-        return self._sync.flat
+        return self.sync.flat
 
     def trace(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]
     ) -> Tensor | None:
         """Starts the average of each bucket as soon as that is packed, then brings it back."""
         del parameters
-        buckets = self._sync.packed(dict(zip(self.trained, gradients, strict=True)), tensors)
+        buckets = self.sync.packed(dict(zip(self.trained, gradients, strict=True)), tensors)
         started = [self.start_average(bucket) for bucket in buckets]
         for body, average in zip(tensors, started, strict=True):
             body.copy_(self.wait(average))
@@ -182,14 +182,14 @@ class _Buckets(AverageInGraph):
     def run(self, gradients: Sequence[Tensor | None]) -> None:
         """The same collectives on the buckets where they are."""
         by_name = dict(zip(self.trained, gradients, strict=True))
-        for name, view in self._sync.views.items():
+        for name, view in self.sync.views.items():
             gradient = by_name.get(name)
             if gradient is None:
                 view.zero_()
             elif gradient is not view:
                 view.copy_(gradient)
-        for body in self._sync.flat:
-            self._sync.all_reduce(body)
+        for body in self.sync.flat:
+            self.sync.all_reduce(body)
 
 
 class _BucketsAndUpdate(_Buckets):
@@ -211,10 +211,10 @@ class _BucketsAndUpdate(_Buckets):
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]
     ) -> Tensor | None:
         """Averages, clips and updates."""
-        count = len(self._sync.flat)
+        count = len(self.sync.flat)
         flat = tensors[:count]
         super().trace(parameters, gradients, flat)
-        slices = self._sync.slices(flat)
+        slices = self.sync.slices(flat)
         return self._update(parameters, [slices[name] for name in self.trained], flat, tensors[count:])
 
     def finish(self) -> None:
