@@ -122,6 +122,15 @@ def note_step(optimizer: Optimizer) -> None:
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
+def skips_by_flag(optimizer: Optimizer) -> bool:
+    """Whether an optimizer leaves out a step where its `found_inf` on the device says so: the contract of `torch.amp.GradScaler`,
+    kept by those made with `fused=True`, unless a state that they have loaded took that from them.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
+        group.get("fused", True) for group in optimizer.param_groups
+    )
+
+
 _OPTIMIZERS = importlib.import_module("torch.optim.optimizer")
 
 

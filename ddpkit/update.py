@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ddpkit.torch_private import skips_by_flag
 from ddpkit.trained import Trained
 
 
@@ -33,18 +34,22 @@ class Update:
 
     def __call__(self) -> None:
         """Clips and steps. Waits for the device where the optimizer cannot decide there whether to skip."""
-        step_unless(self._optimizer, self._clip())
+        skip = self._clip()
+        if skip.device.type != "cpu" and self.decides_on_device:
+            self._step_by_flag(skip)
+        elif not skip:
+            self._optimizer.step()
 
     def on_device(self) -> None:
         """The same where the optimizer can (`decides_on_device`), as device work alone."""
         skip = self._clip()
         with _said_to_be_capturable(self._optimizer):
-            step_by_flag(self._optimizer, skip)
+            self._step_by_flag(skip)
 
     @property
     def decides_on_device(self) -> bool:
         """Whether the optimizer skips a step by a flag on the device, as those made with `fused=True` do."""
-        return decides_on_device(self._optimizer)
+        return skips_by_flag(self._optimizer)
 
     def note(self, norm: Tensor) -> Tensor:
         """Takes down the norm of the global gradient; returns whether it is not finite."""
@@ -66,6 +71,15 @@ class Update:
             torch.nn.utils.clip_grads_with_norm_(trained, self._clip_norm, self.grad_norm)
         return not_finite
 
+    def _step_by_flag(self, skip: Tensor) -> None:
+        """Has the optimizer step, or leave all as it is if `skip` (a 0-d bool) holds, without a look at it."""
+        optimizer: Any = self._optimizer
+        optimizer.grad_scale, optimizer.found_inf = None, skip.to(torch.float32)
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+
     def _warn_of_skipped(self) -> None:
         bad = [
             name
@@ -75,23 +89,6 @@ class Update:
         others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
         what = f"The gradient of {bad[0]!r}{others}" if bad else "The norm of the gradient"
         warnings.warn(f"{what} is NaN or infinite: the update was not applied.", stacklevel=4)
-
-
-def decides_on_device(optimizer: Optimizer) -> bool:
-    """Whether an optimizer skips a step by a flag on the device (the contract of `torch.amp.GradScaler`)."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
-    """Calls `optimizer.step()` unless `skip` (a 0-d bool) holds.
-
-    Fused optimizers decide on the device; for others, and on the CPU, the host looks.
-    """
-    if skip.device.type == "cpu" or not decides_on_device(optimizer):
-        if not skip:
-            optimizer.step()
-        return
-    step_by_flag(optimizer, skip)
 
 
 @contextmanager
@@ -108,12 +105,3 @@ def _said_to_be_capturable(optimizer: Optimizer) -> Iterator[None]:
     finally:
         for group in groups:
             group["capturable"] = False
-
-
-def step_by_flag(optimizer: Any, skip: Tensor) -> None:
-    """Has a fused optimizer step, or leave all as it is if `skip` (a 0-d bool) holds, without a look at it."""
-    optimizer.grad_scale, optimizer.found_inf = None, skip.to(torch.float32)
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf

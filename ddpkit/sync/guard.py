@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ddpkit.errors import InputError
 from ddpkit.sync.modules import Named
+from ddpkit.torch_private import skips_by_flag
 
 
 class Guard:
@@ -50,7 +51,7 @@ class Guard:
     @property
     def device_decides(self) -> bool:
         """Whether every optimizer seen skips a step by the flag."""
-        seen = [_obeys(optimizer) for optimizer, held in _held.items() if self in held.guards]
+        seen = [skips_by_flag(optimizer) for optimizer, held in _held.items() if self in held.guards]
         return bool(seen) and all(seen)
 
     def arm(self, flag: Tensor | None) -> None:
@@ -132,7 +133,7 @@ def before_step(optimizer: Optimizer, *_: Any) -> None:
     guards = list(held.guards)
     for guard in guards:
         guard.steps += 1
-    if _obeys(optimizer):
+    if skips_by_flag(optimizer):
         _hand_flag(optimizer, held, [guard.flag for guard in guards if guard.flag is not None])
         return
     _take_back(optimizer, held)
@@ -166,13 +167,6 @@ def _refuse(optimizer: Optimizer, held: _Held, group: int, place: int, parameter
     raise InputError(
         f"{kind} steps a parameter of shape {tuple(parameter.shape)} (number {place} of parameter group {group}) that no "
         "strategy averages, so ranks would drift apart: hand its module to make_sync() too, make_sync(name, model, criterion)."
-    )
-
-
-def _obeys(optimizer: Optimizer) -> bool:
-    """Whether it skips a step by `found_inf`; a state that was loaded may have taken that from it."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-        group.get("fused", True) for group in optimizer.param_groups
     )
 
 

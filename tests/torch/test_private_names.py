@@ -33,7 +33,8 @@ HOMES = {"ddpkit/torch_private.py", "ddpkit/compile/inductor.py"}
 DOCUMENTED = "torch.fx.experimental.proxy_tensor"
 CLASSES = (torch.Tensor, nn.Module, torch.optim.Optimizer, nn.parallel.DistributedDataParallel, fx.Node, fx.Graph,
            fx.GraphModule, torch.distributed.ProcessGroup, torch.distributed.Store, types.ModuleType)  # fmt: skip
-INSTANCES = (nn.Module(), torch.ops.aten.add.Tensor, torch.ops)
+FUSED = torch.optim.SGD([nn.Parameter(torch.zeros(1))], fused=True)
+INSTANCES = (nn.Module(), torch.ops.aten.add.Tensor, torch.ops, FUSED)
 PRIVATE = {name for home in (*CLASSES, *INSTANCES) for name in dir(home) if re.match(r"_[a-z]", name)}
 PRIVATE |= {name for name in dir(torch) if name.startswith("_foreach")}
 
@@ -86,6 +87,7 @@ def test_they_stand_in_two_modules():
         "from torch._guards import tracing", "dist.distributed_c10d._get_default_store()", "m._parameters",
         "torch._foreach_add_(a, b)", "getattr(x, '_version')", "operator.attrgetter('_version')", "node.target._schema",
         "from torch.fx.experimental.symbolic_shapes import ShapeEnv", "wrapper._get_ddp_logging_data()",
+        "getattr(optimizer, '_step_supports_amp_scaling', False)",
     ],
 )  # fmt: skip
 def test_the_search_knows_them(code):
