@@ -1,11 +1,13 @@
 """Checkpoints that are whole or absent, and that load without running code."""
 
 import os
+import random
 import threading
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -138,6 +140,30 @@ def load_model(path: Path) -> nn.Module:
             f"The weights of {path} do not fit {target} here ({why}): use the version that wrote it."
         ) from error
     return model.eval()
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of this process's random number generators, in tensors and plain values: torch's, Python's and numpy's."""
+    version, words, gauss = random.getstate()
+    name, key, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002  (a user's model may draw from it)
+    assert name == "MT19937"
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [torch.tensor(np.asarray(key, dtype=np.int64)), place, has_gauss, cached],
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Goes on from `random_state()`."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    key, *rest = state["numpy"]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
 
 
 class Writer:

@@ -1,11 +1,15 @@
-"""What happened in the steps that ranks have not looked at together yet."""
+"""What happened in the steps that ranks have not looked at together yet, and how they tell each other."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpkit.ranks.gather import Gather
 from ddpkit.step import Step
 
 
@@ -45,6 +49,113 @@ class Ledger:
         return taken
 
 
+@dataclass(frozen=True)
+class Report:
+    """What all ranks have told of the steps since the report before; every array is `[ranks, ...]`.
+
+    Attributes:
+        step: number of the last of the steps.
+        row: what this rank knew of its row of `steps.csv` when it was sent; None where the step makes none.
+        row_steps: how many steps the row stands for.
+        losses: `[ranks, losses]`, as sent.
+        norms: `[ranks, steps]`, of the gradient in each step; NaN or infinite where the update was not applied.
+        lr: `[ranks, 1]` where the device alone knew the learning rate, else `[ranks, 0]`.
+        seconds: `[ranks, 1]`, walltime of a step.
+        signals: `[ranks, 1]`, the number of a signal to stop by, or 0.
+        out_of_time: `[ranks, 1]`, 1 where the time limit would be passed.
+        eager: `[ranks, steps]`, 1 for each step that ran eager code.
+    """
+
+    step: int
+    row: dict[str, Any] | None
+    row_steps: int
+    losses: np.ndarray
+    norms: np.ndarray
+    lr: np.ndarray
+    seconds: np.ndarray
+    signals: np.ndarray
+    out_of_time: np.ndarray
+    eager: np.ndarray
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were not applied on some rank."""
+        return count_bad(self.norms)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What this rank remembers of a report: see `Report`, and the widths of its parts in the order in which they travel."""
+
+    step: int
+    row: dict[str, Any] | None
+    row_steps: int
+    widths: tuple[int, ...]
+
+
+class Reports:
+    """Sends what a ledger has taken down to all ranks, in one small gather, and reads it some steps later.
+
+    Args:
+        ledger: of this rank.
+        gather: carries the reports.
+    """
+
+    def __init__(self, ledger: Ledger, gather: Gather) -> None:
+        self._ledger, self._gather = ledger, gather
+
+    def __len__(self) -> int:
+        """How many have been sent and not been received."""
+        return len(self._gather)
+
+    @property
+    def oldest(self) -> int:
+        """The step of the report that `receive` gives next; there must be one."""
+        return int(self._gather.oldest.step)
+
+    def send(
+        self,
+        step: int,
+        losses: Sequence[Tensor],
+        lr: Sequence[Tensor],
+        *,
+        seconds: float,
+        signal: int,
+        out_of_time: bool,
+        row: dict[str, Any] | None = None,
+        row_steps: int = 0,
+    ) -> None:
+        """Sends a report on the steps since the last one; the attributes of `Report` tell what is what.
+
+        Args:
+            step: number of the last of the steps.
+            losses: `[]` each; as many on every rank.
+            lr: `[]`, the learning rate where reading it would wait for the device; else none.
+            seconds: walltime of a step.
+            signal: to stop by, or 0.
+            out_of_time: whether the time limit would be passed.
+            row: what is known of the row.
+            row_steps: how many steps it stands for.
+        """
+        norms, eager = self._ledger.take()
+        numbers = [seconds, float(signal), float(out_of_time), *eager]
+        values = pack((losses, norms, lr), numbers, self._gather.device)
+        widths = (len(losses), len(norms), len(lr), 1, 1, 1, len(eager))
+        self._gather.send(values, _Sent(step, row, row_steps, widths))
+
+    def receive(self) -> Report:
+        """The oldest report that has been sent; there must be one.
+
+        Raises:
+            as `Gather.receive`.
+        """
+        received = self._gather.receive()
+        assert received is not None
+        everyone, sent = received
+        parts = [everyone[:, begin:end] for begin, end in pairwise(accumulate(sent.widths, initial=0))]
+        return Report(sent.step, sent.row, sent.row_steps, *parts)
+
+
 def pack(groups: Iterable[Sequence[Tensor]], numbers: Sequence[float], device: torch.device) -> Tensor:
     """Groups of tensors `[]` of one device, then numbers of the host, as one tensor `[tensors + numbers]` float64 on `device`.
 
@@ -61,6 +172,11 @@ def pack(groups: Iterable[Sequence[Tensor]], numbers: Sequence[float], device: t
     on_gpu = packed.device.type == "cuda"
     packed[end:].copy_(torch.tensor(numbers, dtype=torch.float64, pin_memory=on_gpu), non_blocking=on_gpu)
     return packed.to(device)
+
+
+def count_bad(values: np.ndarray) -> int:
+    """In how many steps some rank's value is not finite, of `[ranks, steps]`."""
+    return int((~np.isfinite(values)).any(axis=0).sum())
 
 
 def name_bad(what: str, values: np.ndarray, last: int) -> str:

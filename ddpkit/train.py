@@ -4,14 +4,12 @@ Everything that ranks must agree on while training (losses, a signal to stop, Na
 gather a step, which is read a fixed number of steps later, so that the host need not wait for it.
 """
 
-import random
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +26,7 @@ from ddpkit.breakdown import BETWEEN
 from ddpkit.data import GlobalStep
 from ddpkit.errors import NonFiniteGradientError
 from ddpkit.evaluate import Errors
-from ddpkit.ledger import Ledger, name_bad, pack
+from ddpkit.ledger import Ledger, Report, Reports, count_bad, name_bad
 from ddpkit.profiler import StepProfiler
 from ddpkit.projection import Projection
 from ddpkit.ranks import phase
@@ -37,97 +35,12 @@ from ddpkit.ranks.group import Environment
 from ddpkit.record import STEP_COLUMNS, RunFolder, finite
 from ddpkit.schedule import Schedule
 from ddpkit.step import Step
+from ddpkit.train_config import PlateauConfig, TrainConfig
 
 LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
 SPLIT_COLUMNS = ("compute", "sync", "optimizer")
 ROWS_LATE = {"cpu": 1, "cuda": 8}
 """After how many steps rows are read, where nothing else is said."""
-
-
-@dataclass
-class PlateauConfig:
-    """torch's ReduceLROnPlateau on the weighted sum of validation losses.
-
-    Attributes:
-        factor: the learning rate is multiplied by it; 1 keeps the rate.
-        patience: epochs without improvement before that.
-        threshold: relative improvement that counts.
-        min_lr: the rate goes no lower.
-    """
-
-    factor: float = 0.8
-    patience: int = 10
-    threshold: float = 1e-6
-    min_lr: float = 1e-7
-
-
-@dataclass
-class EarlyStopConfig:
-    """Stops when the mean of validation force RMSE (eV/Å) and per-atom energy RMSE (eV) no longer improves.
-
-    Attributes:
-        patience: epochs without improvement.
-        threshold: relative improvement that counts.
-    """
-
-    patience: int = 200
-    threshold: float = 1e-9
-
-
-@dataclass
-class TrainConfig:
-    """How long, how large, how often.
-
-    Attributes:
-        max_epochs: passes over the frames to train on.
-        max_steps: stops earlier than `max_epochs` where set.
-        max_seconds: walltime limit of training and validation, over all resumed parts.
-        batch_size: frames in the global batch, over all ranks.
-        accumulate: micro-batches that one optimizer step is made of.
-        timeout: seconds that a rank waits for the others before it ends the run.
-        log_every: steps between rows of `steps.csv`.
-        rows_late: steps after which ranks look at a row, write it, and act on what it tells (NaN, a signal, the time limit):
-            a killed run lacks the rows of so many steps. By then a GPU has ended the row's step, and the host need not wait for
-            it. None: 8 on GPUs, 1 on CPUs.
-        checkpoint_every: steps between checkpoints; None: once an epoch; a run that ends leaves one too. "never" (or 0): none.
-        clip_norm: upper bound of the norm of the global gradient; None: no clipping.
-        ema_decay: of the moving average of the weights, which validation uses; 0 turns it off.
-        validate: validate after each epoch.
-        warmup_steps: over so many steps the learning rate rises from 0; what moves it after them begins then.
-        plateau: when the learning rate falls, where the run has no `scheduler`.
-        early_stop: when training stops by itself.
-        tensorboard: log to `tensorboard/` in the run folder too.
-        projection: record a projection of the parameters and the loss on a fixed batch in `projection.csv`.
-        turns: folder in which the runs of a study take turns, an epoch at a time.
-    """
-
-    max_epochs: int = 10
-    max_steps: int | None = None
-    max_seconds: float | None = None
-    batch_size: int = 16
-    accumulate: int = 1
-    timeout: float = 600.0
-    log_every: int = 1
-    rows_late: int | None = None
-    checkpoint_every: int | str | None = None
-    clip_norm: float | None = None
-    ema_decay: float = 0.999
-    validate: bool = True
-    warmup_steps: int = 0
-    plateau: PlateauConfig = field(default_factory=PlateauConfig)
-    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
-    tensorboard: bool = False
-    projection: bool = False
-    turns: str | None = None
-
-    @property
-    def leaves_checkpoints(self) -> bool:
-        """Whether a run writes checkpoints."""
-        return self.checkpoint_every not in (0, "never")
-
-    def is_checkpoint_due(self, step: int) -> bool:
-        """Whether one is written after this step, within an epoch."""
-        return self.leaves_checkpoints and self.checkpoint_every is not None and step % int(self.checkpoint_every) == 0
 
 
 class Loader(Protocol):
@@ -145,42 +58,6 @@ class Loader(Protocol):
 
 class NonFiniteLossError(FloatingPointError):
     """A loss or gradient was NaN or infinite; the update was not applied. The message names rank and step."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """What one gather of the training loop tells of.
-
-    Attributes:
-        step: number of the last of its steps.
-        steps: how many there are, since the gather before.
-        lr_is_sent: whether the learning rate is among what the device knows.
-        row: what is known of its row of `steps.csv`; None where it makes none.
-        row_steps: how many steps the row stands for.
-    """
-
-    step: int
-    steps: int
-    lr_is_sent: bool
-    row: dict[str, Any] | None
-    row_steps: int
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """What has come of a gather, `[ranks, ...]` each, by the names of what was sent."""
-
-    losses: np.ndarray
-    norms: np.ndarray
-    lr: np.ndarray
-    seconds: np.ndarray
-    signals: np.ndarray
-    out_of_time: np.ndarray
-
-    @cached_property
-    def lost(self) -> int:
-        """How many updates were lost."""
-        return _count_bad(self.norms)
 
 
 @dataclass
@@ -256,6 +133,7 @@ class Trainer:
         )
         self._gather = Gather(here, config.timeout)
         self._ledger = Ledger(step)
+        self._reports = Reports(self._ledger, self._gather)
         self._late = config.rows_late or ROWS_LATE[here.device.type]
         self._row_before: torch.cuda.Event | None = None
         self._writer = checkpoint.Writer(config.timeout)
@@ -295,7 +173,7 @@ class Trainer:
         self._has_checkpoint = True
         states = state.get("random_states", [])
         if self.here.rank < len(states):  # further ranks go on from their seed
-            set_random_state(states[self.here.rank], self.here.device)
+            checkpoint.set_random_state(states[self.here.rank], self.here.device)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -434,28 +312,32 @@ class Trainer:
     def _absent(self) -> Tensor:
         return torch.full((), float("nan"), dtype=torch.float64, device=self.step.grad_norm.device)
 
-    def _send(self, losses: list[Tensor], seconds: float, row: dict[str, Any] | None, row_steps: int = 0) -> None:
+    def _send(
+        self, losses: list[Tensor], seconds: float, row: dict[str, Any] | None = None, row_steps: int = 0
+    ) -> None:
         """Starts gathering losses, times, wishes to stop, and how the steps since the last time went."""
-        norms, eager = self._ledger.take()
         lr = self.optimizer.param_groups[0]["lr"]
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # where reading it would wait
         if row is not None and not on_device:
             row["lr"] = float(lr)
         limit = self.config.max_seconds
         left = None if limit is None else limit - (time.monotonic() - self._started)
-        out_of_time = left is not None and self._late * seconds > left
-        values = pack(
-            (losses, norms, [lr] if on_device else []),
-            [seconds, float(self.stop_signal or 0), float(out_of_time), *eager],
-            self._gather.device,
+        self._reports.send(
+            self.progress.step,
+            losses,
+            [lr] if on_device else [],
+            seconds=seconds,
+            signal=self.stop_signal or 0,
+            out_of_time=left is not None and self._late * seconds > left,
+            row=row,
+            row_steps=row_steps,
         )
-        self._gather.send(values, Message(self.progress.step, len(eager), on_device, row, row_steps))
 
     def _look(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
         """Has ranks look together at all steps so far, so that no checkpoint hides a lost one; whether they agreed to stop."""
         stop = self._read(bar, self.progress.step)
         if len(self._ledger):
-            self._send([], 0.0, None)
+            self._send([], seconds=0.0)
             stop = self._read(bar, self.progress.step) or stop
         return stop
 
@@ -465,25 +347,25 @@ class Trainer:
         All ranks read the same at the same step, whatever has arrived before, so that they act alike.
         """
         stop = False
-        while len(self._gather) and self._gather.oldest.step <= last:
+        while len(self._reports) and self._reports.oldest <= last:
             stop = self._judge(bar) or stop
         return stop
 
     def _judge(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
         """Judges what was sent longest ago and writes its row; whether ranks agreed to stop."""
-        arrived, sent = self._receive()
-        row = sent.row
+        report = self._receive()
+        row = report.row
         splits = row.pop("timing")() if row is not None else {}
         began = time.perf_counter()
-        self._refuse_non_finite(arrived, sent.step)
+        self._refuse_non_finite(report)
         self.progress.seconds = time.monotonic() - self._started
         if row is not None:
             row |= {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
-            row["seconds"] = self._seconds_of_row(arrived, sent.row_steps)
-            row["grad_norm"] = float(arrived.norms[self.here.rank, -1])
-            if sent.lr_is_sent:
-                row["lr"] = float(arrived.lr[self.here.rank, 0])
-            means = arrived.losses.mean(axis=0)
+            row["seconds"] = self._seconds_of_row(report)
+            row["grad_norm"] = float(report.norms[self.here.rank, -1])
+            if report.lr.size:
+                row["lr"] = float(report.lr[self.here.rank, 0])
+            means = report.losses.mean(axis=0)
             row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, means, strict=True)}
             self.progress.loss_sum_in_epoch += row["loss"]
             self.progress.rows_in_epoch += 1
@@ -491,26 +373,20 @@ class Trainer:
                 self._writer.check()
                 self.folder.write_step(row)
                 bar.set_postfix_str(f"loss={row['loss']:.4g}", refresh=False)
-        if arrived.signals.any():
-            self.stopped_by = signal.Signals(int(arrived.signals.max()))
-        self._out_of_time |= bool(arrived.out_of_time.any())
+        if report.signals.any():
+            self.stopped_by = signal.Signals(int(report.signals.max()))
+        self._out_of_time |= bool(report.out_of_time.any())
         self._seconds_logging += time.perf_counter() - began
         return self.stopped_by is not None or self._out_of_time
 
-    def _receive(self) -> tuple[Arrived, Message]:
-        """What was sent longest ago, with its lost updates and eager steps counted."""
-        received = self._gather.receive()
-        assert received is not None
-        everyone, sent = received
-        losses = 0 if sent.row is None else len(LOSS_COLUMNS)
-        ends = accumulate([losses, sent.steps, int(sent.lr_is_sent), 1, 1, 1, sent.steps], initial=0)
-        *parts, eager = (everyone[:, begin:end] for begin, end in pairwise(ends))
-        arrived = Arrived(*parts)
-        self.progress.skipped += arrived.lost
-        self.progress.eager_steps += int(eager.any(axis=0).sum())
-        return arrived, sent
+    def _receive(self) -> Report:
+        """The report that was sent longest ago, with its lost updates and eager steps counted."""
+        report = self._reports.receive()
+        self.progress.skipped += report.skipped
+        self.progress.eager_steps += int(report.eager.any(axis=0).sum())
+        return report
 
-    def _seconds_of_row(self, arrived: Arrived, steps: int) -> float:
+    def _seconds_of_row(self, report: Report) -> float:
         """Mean walltime of the row's steps on the slowest rank.
 
         A host that runs ahead of its GPU sees neither when a step begins nor when it ends. The device does, and it ends a gather
@@ -518,34 +394,29 @@ class Trainer:
         """
         before, self._row_before = self._row_before, self._gather.ended
         if before is None or self._row_before is None:
-            return float(arrived.seconds.max())
-        return before.elapsed_time(self._row_before) / 1e3 / steps
+            return float(report.seconds.max())
+        return before.elapsed_time(self._row_before) / 1e3 / report.row_steps
 
     @property
     def seconds_logging(self) -> float:
         """What a row of a step costs this rank's host, seconds, without waiting for ranks or devices."""
         return self._seconds_logging / max(1, self._rows)
 
-    def _refuse_non_finite(self, arrived: Arrived, step: int) -> None:
-        """Ends the run where an update was lost or a loss is not finite, whatever the strategy.
-
-        Args:
-            arrived: of the steps since the last time.
-            step: the number of the last of them.
-        """
-        loss, norms = arrived.losses[:, :1], arrived.norms
-        if not arrived.lost and np.isfinite(loss).all():
+    def _refuse_non_finite(self, report: Report) -> None:
+        """Ends the run where an update was lost or a loss is not finite, whatever the strategy."""
+        loss, norms = report.losses[:, :1], report.norms
+        if not report.skipped and np.isfinite(loss).all():
             return
         norm_first = not np.isfinite(norms[:, :-1]).all()  # what came first is the cause
-        last = step
+        last = report.step
         with suppress(RuntimeError):  # of a rank that has left already
-            while len(self._gather):  # steps that were made since count too
-                later, sent = self._receive()
-                norms, last = np.concatenate([norms, later.norms], axis=1), sent.step
-        kinds = [("loss", loss, step), ("gradient's norm", norms, last)]
+            while len(self._reports):  # steps that were made since count too
+                later = self._receive()
+                norms, last = np.concatenate([norms, later.norms], axis=1), later.step
+        kinds = [("loss", loss, report.step), ("gradient's norm", norms, last)]
         if norm_first:
             kinds.reverse()
-        lost = _count_bad(norms)
+        lost = count_bad(norms)
         applied = f"; {lost} update{'s were' if lost > 1 else ' was'} not applied" if lost else ""
         sentence = next(filter(None, (name_bad(*kind) for kind in kinds)))
         raise NonFiniteLossError(
@@ -634,7 +505,7 @@ class Trainer:
             self._write_checkpoint(best=best)
 
     def _write_checkpoint(self, *, best: bool) -> None:
-        self._random_states = self._gather.objects(random_state(self.here.device))
+        self._random_states = self._gather.objects(checkpoint.random_state(self.here.device))
         self._has_checkpoint = True
         if self.folder is None:
             return
@@ -657,30 +528,6 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of this process's random number generators, in tensors and plain values: torch's, Python's and numpy's."""
-    version, words, gauss = random.getstate()
-    name, key, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002  (a user's model may draw from it)
-    assert name == "MT19937"
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [torch.tensor(np.asarray(key, dtype=np.int64)), place, has_gauss, cached],
-    }
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Goes on from `random_state()`."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    key, *rest = state["numpy"]
-    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-
-
 def _plateau(optimizer: torch.optim.Optimizer, config: PlateauConfig) -> ReduceLROnPlateau | None:
     if config.factor >= 1:
         return None
@@ -688,11 +535,6 @@ def _plateau(optimizer: torch.optim.Optimizer, config: PlateauConfig) -> ReduceL
         optimizer, factor=config.factor, patience=config.patience, threshold=config.threshold, threshold_mode="abs",
         min_lr=config.min_lr,
     )  # fmt: skip
-
-
-def _count_bad(norms: np.ndarray) -> int:
-    """In how many steps some rank's norm was not finite, of `[ranks, steps]`."""
-    return int((~np.isfinite(norms)).any(axis=0).sum())
 
 
 def _tell(row: dict[str, float | int | None]) -> None:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ddpkit.errors import InputError
-from ddpkit.train import TrainConfig
+from ddpkit.train_config import TrainConfig
 
 PRECISIONS = ("mixed", "float32", "float64")
 SOURCES = ("generated", "generated_crystals", "files")

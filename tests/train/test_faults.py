@@ -18,6 +18,7 @@ from starts import wait_for
 from tiny import TINY
 
 from ddpkit import checkpoint
+from ddpkit.checkpoint import random_state, set_random_state
 from ddpkit.errors import RankLostError
 from ddpkit.experiments import run
 from ddpkit.experiments.config import read
@@ -25,7 +26,6 @@ from ddpkit.ranks.group import Environment
 from ddpkit.ranks.lifeline import Lifeline, alive
 from ddpkit.ranks.mpirun import mpirun
 from ddpkit.record import RunFolder, record_failure
-from ddpkit.train import random_state, set_random_state
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
