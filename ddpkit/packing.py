@@ -31,7 +31,7 @@ def pack(batch: Batch, *, pin: bool = False) -> tuple[Tensor, Batch]:
     return flat, batch.replace(**packed)
 
 
-def moved(flat: Tensor, batch: Batch, device: torch.device | str) -> tuple[Tensor, Batch]:
+def to_device(flat: Tensor, batch: Batch, device: torch.device | str) -> tuple[Tensor, Batch]:
     """A packed batch on another device, by one copy that the host waits for only where the buffer is not page-locked.
 
     Args:

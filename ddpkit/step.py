@@ -1,6 +1,15 @@
 """One optimizer step: forward, loss, gradients, synchronisation, clipping, update.
 
-`make_step` builds it for every strategy, compiled or not; a train loop calls it with one batch after another.
+`make_step` builds it for every strategy, compiled or not; a train loop calls it with one batch after another. Who does what
+depends on when the strategy acts (`GradientSync.acts`):
+
+| acts | `.grad` is written by | averaged by | parameters updated by |
+|---|---|---|---|
+| after backward | `EagerGradients`; compiled: `CompiledGradients` | `synchronize()` | `Update` |
+| during backward | `EagerGradients`; compiled: through `CompiledForces` | the backward pass and `synchronize()` | `Update` |
+| in graph | `CompiledGradients` | its graph (`AfterGradients.trace`) | `Update`, or its graph |
+
+With `cuda_graphs`, `ddpkit.capture.steps.RecordedSteps` records these parts and replays them.
 """
 
 import itertools

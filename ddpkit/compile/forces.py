@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ddpkit.compile import parity, situations
+from ddpkit.compile.conditions import Conditions
 from ddpkit.compile.graph import (
-    Conditions,
     Kernel,
     Symbols,
     Traced,

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from ddpkit.capture.recording import as_one
 from ddpkit.compile import parity, situations
-from ddpkit.compile.graph import Conditions, Kernel, Traced, lower, trace
+from ddpkit.compile.conditions import Conditions
+from ddpkit.compile.graph import Kernel, Traced, lower, trace
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
 from ddpkit.compile.objective import Criterion, Objective, State, Tree, WithFacts, differentiable, loss_of, total
 from ddpkit.compile.parity import Difference

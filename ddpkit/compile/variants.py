@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from ddpkit.batch import Batch
 from ddpkit.compile import parity
-from ddpkit.compile.graph import Conditions
+from ddpkit.compile.conditions import Conditions
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
 from ddpkit.errors import InputError
 from ddpkit.ranks.agree import agree, in_turn, most_on_ranks, share

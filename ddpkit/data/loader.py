@@ -14,7 +14,7 @@ from ddpkit.data.batching import collate
 from ddpkit.data.neighbours import KeptLists
 from ddpkit.data.prepared import PreparedSet
 from ddpkit.data.sampler import GlobalStep
-from ddpkit.packing import moved, pack
+from ddpkit.packing import pack, to_device
 from ddpkit.padding import own_sizes, pad
 
 
@@ -153,9 +153,9 @@ class Loader:
         if self._stream is None or not isinstance(item, _Made):
             return item
         with torch.cuda.stream(self._stream):
-            there = [moved(*pair, self.device) for pair in zip(item.buffers, item.batches, strict=True)]
+            on_device = [to_device(*pair, self.device) for pair in zip(item.buffers, item.batches, strict=True)]
             copied = self._stream.record_event()
-        return _Made(item.step, [batch for _, batch in there], [buffer for buffer, _ in there], copied)
+        return _Made(item.step, [batch for _, batch in on_device], [buffer for buffer, _ in on_device], copied)
 
     def _arrived(self, made: _Made) -> list[Batch]:
         """The batches of a step, whose copies what is launched from now on waits for."""

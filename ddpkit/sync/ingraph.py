@@ -15,7 +15,7 @@ from ddpkit.sync.buckets import Bucket, by_kind
 
 if TYPE_CHECKING:
     from ddpkit.compile.parity import Difference
-    from ddpkit.sync.update import GraphUpdate
+    from ddpkit.sync.graph_update import GraphUpdate
 
 
 class InGraphSync(GradientSync):
@@ -87,7 +87,7 @@ class InGraphSync(GradientSync):
             )
         if not self.optimizer_in_graph:
             return _Buckets(self, trained)
-        from ddpkit.sync.update import GraphUpdate
+        from ddpkit.sync.graph_update import GraphUpdate
 
         return _BucketsAndUpdate(self, trained, GraphUpdate(optimizer, clip_norm, trained))
 
@@ -95,7 +95,7 @@ class InGraphSync(GradientSync):
         """All that the update depends on, where that is part of the graph."""
         if not self.optimizer_in_graph:
             return ()
-        from ddpkit.sync.update import form_of
+        from ddpkit.sync.graph_update import form_of
 
         return form_of(optimizer)
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from toy import Molecules, Toy, as_dict, random_batch
 
 import ddpkit
-from ddpkit.compile.graph import Conditions, trace
+from ddpkit.compile.conditions import Conditions
+from ddpkit.compile.graph import trace
 from ddpkit.compile.layout import Layout, sizes_of
 from ddpkit.errors import InputError
 

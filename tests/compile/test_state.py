@@ -17,7 +17,7 @@ from ddpkit.compile import forces, gradients, situations
 from ddpkit.compile.backend import using
 from ddpkit.compile.snapshot import Snapshot
 from ddpkit.errors import InputError, RankDisagreementError
-from ddpkit.sync.update import GraphUpdate
+from ddpkit.sync.graph_update import GraphUpdate
 from ddpkit.testing import run_ranks
 
 COMPILED = ["none", "custom", "standard", "overlap", "ingraph"]

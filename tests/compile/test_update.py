@@ -8,7 +8,7 @@ from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.errors import InputError, ParityError
-from ddpkit.sync import update as in_graph
+from ddpkit.sync import graph_update as in_graph
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95)),

@@ -11,7 +11,7 @@ from helpers import molecule
 from ddpkit import InputError
 from ddpkit.data import Capacity, Loader, Sampler, Sweep, choose_capacities, collate, write_prepared
 from ddpkit.data import loader as loader_module
-from ddpkit.packing import moved, pack
+from ddpkit.packing import pack, to_device
 from ddpkit.padding import own_sizes, pad
 
 
@@ -174,14 +174,14 @@ def test_copies_to_a_gpu_go_ahead_and_steps_wait_for_them_on_the_device(frames, 
 
     def copy(flat, batch, device):
         notes.append(f"copy to {device}")
-        return moved(flat, batch, "cpu")
+        return to_device(flat, batch, "cpu")
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("step"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: notes.append(f"kept for {stream.name}"))
     monkeypatch.setattr(loader_module, "pack", lambda batch, pin: pack(batch, pin=pin and torch.cuda.is_available()))
-    monkeypatch.setattr(loader_module, "moved", copy)
+    monkeypatch.setattr(loader_module, "to_device", copy)
     plan = {"accumulate": 2, "capacities": [], "most_neighbours": frames.most_neighbours(3.0)}
     expected = [batches for _, batches in loader(frames, **plan).epoch(0)]
     sampler = loader(frames, **plan).sampler

@@ -4,7 +4,7 @@ import torch
 from helpers import crystal, molecule
 
 from ddpkit.data import collate
-from ddpkit.packing import ALIGNMENT, moved, pack
+from ddpkit.packing import ALIGNMENT, pack, to_device
 from ddpkit.padding import own_sizes, pad
 
 
@@ -42,11 +42,11 @@ def test_a_packed_batch_is_the_batch_in_one_aligned_buffer(name):
 @pytest.mark.parametrize("name", batches())
 def test_one_copy_takes_it_elsewhere(name):
     flat, packed = pack(batches()[name])
-    copied, there = moved(flat.clone(), packed, "cpu")
+    copied, there = to_device(flat.clone(), packed, "cpu")
     for field, value in packed.tensors().items():
         torch.testing.assert_close(getattr(there, field), value, rtol=0, atol=0, equal_nan=True)
         assert getattr(there, field).untyped_storage().data_ptr() == copied.data_ptr()
-    _, away = moved(flat, packed, "meta")
+    _, away = to_device(flat, packed, "meta")
     assert {k: (v.shape, v.dtype) for k, v in away.tensors().items()} == {
         k: (v.shape, v.dtype) for k, v in packed.tensors().items()
     }

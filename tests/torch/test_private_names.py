@@ -23,7 +23,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from ddpkit import torch_private
 from ddpkit.compile import backend, inductor
-from ddpkit.compile.graph import _function
+from ddpkit.compile.conditions import _function
 from ddpkit.compile.public import Public
 from ddpkit.errors import InputError
 

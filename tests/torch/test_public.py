@@ -10,7 +10,8 @@ from torch import nn
 
 import ddpkit
 from ddpkit.compile import backend
-from ddpkit.compile.graph import Conditions, Interpreted, trace
+from ddpkit.compile.conditions import Conditions
+from ddpkit.compile.graph import Interpreted, trace
 from ddpkit.compile.layout import Layout, sizes_of
 from ddpkit.compile.public import Public
 from ddpkit.errors import InputError, ParityError
