@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ddpkit.capture.recording import make
 from ddpkit.compile.gradients import CompiledGradients
-from ddpkit.compile.objective import Tree
+from ddpkit.compile.outputs import Tree
 from ddpkit.errors import RecordingError
 from ddpkit.ranks.agree import exchange, name_ranks
 from ddpkit.ranks.device import wait_for_event

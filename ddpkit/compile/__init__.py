@@ -3,12 +3,13 @@
 Loads the compiler on first use. What a batch passes, module by module:
 
 1. `gradients` (a whole step) or `forces` (a model alone) takes it, and runs the code that is looked up for it.
-2. `situations`: the state that model and criterion are in; `snapshot` tells states apart, `objective` holds a state's tensors.
+2. `situations`: the state that model and criterion are in; `snapshot` tells states apart, and `state` holds their tensors.
 3. `variants`: the code of that state that serves the batch, by its form (`layout`) and its sizes (`conditions`).
 
-Where there is no code yet, `graph` traces the function and compiles the trace, by the `backend` that is chosen: `inductor` (with
-`kernels`, for CPUs) or `public`. `cache` keeps the code on disk and `digest` tells codes apart. `parity` compares the code with
-eager code before it is used. `lines` and `script` name the line of the model that a message is about.
+Where there is no code yet, `graph` traces the `objective` (model and criterion) with all its `outputs`, and compiles the trace
+by the `backend` that is chosen: `inductor` (with `kernels`, for CPUs) or `public`. `cache` keeps the code on disk and `digest`
+tells codes apart. `parity` compares the code with eager code before it is used. `lines` and `script` name the line of the model
+that a message is about.
 """
 
 from importlib import import_module

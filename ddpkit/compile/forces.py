@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ddpkit.compile import parity, situations
+from ddpkit.compile import parity
 from ddpkit.compile.conditions import Conditions
 from ddpkit.compile.graph import (
     Kernel,
@@ -21,9 +21,11 @@ from ddpkit.compile.graph import (
     trace,
 )
 from ddpkit.compile.layout import Flat, Layout, describe
-from ddpkit.compile.objective import State, Tree, WithFacts, apart
-from ddpkit.compile.situations import Situations
+from ddpkit.compile.objective import apart
+from ddpkit.compile.outputs import Tree, WithFacts
+from ddpkit.compile.situations import Situation, Situations
 from ddpkit.compile.snapshot import Snapshot
+from ddpkit.compile.state import State
 from ddpkit.compile.variants import Code, Variants
 
 
@@ -54,7 +56,7 @@ def compile_forces(
 
 
 @dataclass(frozen=True)
-class Facts:
+class ForcesFacts:
     """What tracing a model tells beside the graph.
 
     Attributes:
@@ -85,7 +87,7 @@ class ForcesCode(Code):
 
     forward: Kernel
     backward: Kernel
-    facts: Facts
+    facts: ForcesFacts
     arguments: list[tuple[str, int]]
 
 
@@ -125,7 +127,7 @@ class _Apply(torch.autograd.Function):
 
 
 @dataclass
-class Situation(situations.Situation):
+class ForcesSituation(Situation):
     """What belongs to a state of the model.
 
     Attributes:
@@ -159,10 +161,10 @@ class CompiledForces(nn.Module):
         self.tally = parity.Tally(self._examples)
         self._situations = Situations({"model": self.model}, self._make)
 
-    def _make(self, snapshot: Snapshot) -> Situation:
+    def _make(self, snapshot: Snapshot) -> ForcesSituation:
         """What belongs to a state of the model."""
         state = State(snapshot, {name: p for name, p in self.model.named_parameters() if p.requires_grad})
-        return Situation(
+        return ForcesSituation(
             state,
             Variants(
                 lambda examples, sizes: self._trace(state, examples, sizes),
@@ -222,7 +224,7 @@ class CompiledForces(nn.Module):
         if not self._begun and self.training:
             self._compile(self._situations.now(), batch, together=True)
 
-    def _compile(self, now: Situation, batch: Any, *, together: bool) -> None:
+    def _compile(self, now: ForcesSituation, batch: Any, *, together: bool) -> None:
         now.variants.prepare(batch, together=together)
         self._begun = True
         self._situations.ignore(now.state.rewritten)
@@ -231,7 +233,7 @@ class CompiledForces(nn.Module):
         leaves = [leaf.detach() for leaf in batch.tensors()]
         return code.facts.result.fill(iter(_Apply.apply(code, sizes, leaves, *state.tensors())))  # type: ignore[no-untyped-call]
 
-    def _trace(self, state: State, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, Facts]:
+    def _trace(self, state: State, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, ForcesFacts]:
         """The joint graph of outputs and gradients, and what else there is to a code."""
         layout = Layout.of(examples)
 
@@ -249,11 +251,11 @@ class CompiledForces(nn.Module):
 
         def joint(
             batch: Any, fixed: list[Tensor], given: list[Tensor] | None = None
-        ) -> tuple[list[Tensor | None], Facts]:
+        ) -> tuple[list[Tensor | None], ForcesFacts]:
             tree, outputs, trained, rest = run(batch, fixed)
             gradients = torch.autograd.grad([x for x in outputs if x.requires_grad], trained, given, allow_unused=True)
             changed = {n: value for n, value in enumerate(rest, state.trained) if is_changed(value)}
-            facts = Facts(
+            facts = ForcesFacts(
                 layout,
                 tree,
                 [x.requires_grad for x in outputs],
@@ -266,7 +268,7 @@ class CompiledForces(nn.Module):
         traced = trace(function, layout, sizes, state.tensors(), tangents)
         return traced, function.facts
 
-    def _lower(self, traced: tuple[Traced, Facts]) -> ForcesCode:
+    def _lower(self, traced: tuple[Traced, ForcesFacts]) -> ForcesCode:
         """Cuts the joint graph in two, and compiles both halves."""
         joint, facts = traced
         symbols = joint.symbols

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddpkit.capture.recording import as_one
-from ddpkit.compile import parity, situations
+from ddpkit.compile import parity
 from ddpkit.compile.conditions import Conditions
 from ddpkit.compile.graph import Kernel, Traced, lower, trace
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
-from ddpkit.compile.objective import Criterion, Objective, State, Tree, WithFacts, differentiable, loss_of, total
+from ddpkit.compile.objective import Criterion, Objective, differentiable, loss_of, total
+from ddpkit.compile.outputs import Tree, WithFacts
 from ddpkit.compile.parity import Difference
-from ddpkit.compile.situations import Situations
+from ddpkit.compile.situations import Situation, Situations
 from ddpkit.compile.snapshot import Snapshot
+from ddpkit.compile.state import State
 from ddpkit.compile.variants import Code, Variants
 from ddpkit.errors import InputError
 from ddpkit.ranks.agree import on_the_way_to
@@ -26,7 +28,7 @@ from ddpkit.torch_private import add_all, pytree
 
 
 @dataclass(frozen=True)
-class Facts:
+class StepFacts:
     """What tracing a step tells beside the graph.
 
     Attributes:
@@ -52,7 +54,7 @@ class StepCode(Code):
     """
 
     kernel: Kernel
-    facts: Facts
+    facts: StepFacts
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Outcome:
 
 
 @dataclass
-class Situation(situations.Situation):
+class StepSituation(Situation):
     """What belongs to a state of model and criterion.
 
     Attributes:
@@ -120,17 +122,17 @@ class CompiledGradients:
         self._tolerance = tolerance
         self.tally = parity.Tally(list(examples))
         self._begun = False
-        self._now: Situation
+        self._now: StepSituation
         roots = {"model": model, "criterion": criterion}
         self._situations = Situations(roots, self._make, lambda: sync.graph_form(optimizer))
         self._make(Snapshot(roots))  # refuses what can be refused before the first step
 
-    def _make(self, snapshot: Snapshot) -> Situation:
+    def _make(self, snapshot: Snapshot) -> StepSituation:
         """What belongs to a state."""
         trained = self._sync.parameters
         after = self._sync.after_gradients(trained, optimizer=self._optimizer, clip_norm=self._clip_norm)
         state = State(snapshot, trained)
-        return Situation(state, after, {one: self._make_variants(state, one) for one in (after, after.for_each)})
+        return StepSituation(state, after, {one: self._make_variants(state, one) for one in (after, after.for_each)})
 
     def _make_variants(self, state: State, after: AfterGradients) -> Variants[StepCode]:
         return Variants(
@@ -222,7 +224,7 @@ class CompiledGradients:
 
     # --- a micro-batch --------------------------------------------------------------------------------------------
 
-    def _run(self, now: Situation, after: AfterGradients, batch: Any) -> Outcome:
+    def _run(self, now: StepSituation, after: AfterGradients, batch: Any) -> Outcome:
         """One micro-batch, compiled if there is code for it."""
         flat, variants = Flat.of(batch), now.variants[after]
         ready = None if now.steps_to_wait else variants.find(flat)
@@ -235,7 +237,7 @@ class CompiledGradients:
         after.run(gradients)
         return Outcome(result, shown, [gradient is not None for gradient in gradients])
 
-    def _why_eager(self, now: Situation, variants: Variants[StepCode], batch: Flat) -> str:
+    def _why_eager(self, now: StepSituation, variants: Variants[StepCode], batch: Flat) -> str:
         if now.steps_to_wait:
             return f"{self._situations.unsteady} changes too often for the compiled step (see the warning)"
         shape = describe(sizes_of(Layout.of([batch.batch]), batch.batch))
@@ -268,11 +270,11 @@ class CompiledGradients:
 
     def _trace(
         self, state: State, after: AfterGradients, examples: Sequence[Any], sizes: dict[str, int]
-    ) -> tuple[Traced, Facts]:
+    ) -> tuple[Traced, StepFacts]:
         """The graph, and what else there is to a code."""
         layout = Layout.of(examples)
 
-        def step(batch: Any, fixed: list[Tensor]) -> tuple[list[Tensor | None], Facts]:
+        def step(batch: Any, fixed: list[Tensor]) -> tuple[list[Tensor | None], StepFacts]:
             parameters, others = fixed[: state.trained], fixed[state.trained : len(state.names)]
             trained = [tensor.detach().requires_grad_() for tensor in parameters]
             with torch.enable_grad():
@@ -282,14 +284,14 @@ class CompiledGradients:
                 norm = after.trace(parameters, gradients, fixed[len(state.names) :])
             tree, tensors = Tree.of(result)
             outputs = [*tensors, *shown.values(), *([] if norm is None else [norm])]
-            facts = Facts(layout, tree, list(shown), [gradient is not None for gradient in gradients])
+            facts = StepFacts(layout, tree, list(shown), [gradient is not None for gradient in gradients])
             return [x.detach() for x in outputs], facts
 
         function = WithFacts(step)
         traced = trace(function, layout, sizes, [*state.tensors(), *after.tensors()])
         return traced, function.facts
 
-    def _lower(self, traced: tuple[Traced, Facts]) -> StepCode:
+    def _lower(self, traced: tuple[Traced, StepFacts]) -> StepCode:
         graph, facts = traced
         first_fixed = len(graph.symbols.sizes) + len(graph.symbols.leaves)
         kernel = lower(graph.graph, graph.symbols, graph.inputs, range(first_fixed, len(graph.inputs)))

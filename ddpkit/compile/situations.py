@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from ddpkit.compile.objective import State
 from ddpkit.compile.snapshot import Snapshot
+from ddpkit.compile.state import State
 
 _KEPT = 8  # states, so that what comes and goes is not compiled anew
 _AT_ONCE = 3  # times that another value of an attribute is compiled for at once
