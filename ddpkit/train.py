@@ -256,7 +256,7 @@ class Trainer:
                 row_steps += 1
                 if self._projection is not None:
                     self._projection.after(p.step)
-                stop = self._read(bar, p.step - self._late)
+                stop = self._read_until(bar, p.step - self._late)
                 if due:
                     now = time.perf_counter()
                     seconds = (now - last_logged) / row_steps
@@ -273,11 +273,11 @@ class Trainer:
                 if stop or (c.max_steps is not None and p.step >= c.max_steps):
                     break
                 if c.is_checkpoint_due(p.step) and p.step_in_epoch < total:
-                    if self._look(bar):
+                    if self._read_all(bar):
                         break
                     with record_function(BETWEEN):
                         self._save()
-            self._look(bar)
+            self._read_all(bar)
             seconds = time.perf_counter() - last_logged
             p.seconds_in_epoch += seconds
             p.seconds_steps += seconds
@@ -285,7 +285,7 @@ class Trainer:
         except NonFiniteGradientError:  # told by the strategy on every rank, before the step had ended
             p.skipped += 1
             with suppress(RuntimeError):  # of a rank that has left already
-                self._read(bar, p.step)
+                self._read_until(bar, p.step)
             raise
         finally:
             bar.close()
@@ -333,25 +333,25 @@ class Trainer:
             row_steps=row_steps,
         )
 
-    def _look(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
+    def _read_all(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
         """Has ranks look together at all steps so far, so that no checkpoint hides a lost one; whether they agreed to stop."""
-        stop = self._read(bar, self.progress.step)
+        stop = self._read_until(bar, self.progress.step)
         if len(self._ledger):
             self._send([], seconds=0.0)
-            stop = self._read(bar, self.progress.step) or stop
+            stop = self._read_until(bar, self.progress.step) or stop
         return stop
 
-    def _read(self, bar: tqdm, last: int) -> bool:  # type: ignore[type-arg]
+    def _read_until(self, bar: tqdm, last: int) -> bool:  # type: ignore[type-arg]
         """Judges what ranks have sent up to step `last` and writes its rows; whether they agreed to stop.
 
         All ranks read the same at the same step, whatever has arrived before, so that they act alike.
         """
         stop = False
         while len(self._reports) and self._reports.oldest <= last:
-            stop = self._judge(bar) or stop
+            stop = self._act_on_report(bar) or stop
         return stop
 
-    def _judge(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
+    def _act_on_report(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
         """Judges what was sent longest ago and writes its row; whether ranks agreed to stop."""
         report = self._receive()
         row = report.row

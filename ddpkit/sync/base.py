@@ -203,8 +203,9 @@ class GradientSync:
     ) -> AfterGradients:
         """What follows the gradients in a compiled step: where they are written, or what the graph does with them.
 
-        Called once for each state of model and criterion that code is compiled for, frozen and unfrozen parameters included. By
-        default each gradient is written to a tensor of its own, which becomes `.grad`, and `synchronize()` averages.
+        Called when the step is made, and for each state of model and criterion that code is compiled for, frozen and unfrozen
+        parameters included: several times with the same parameters, too. By default each gradient is written to a tensor of its
+        own, which becomes `.grad`, and `synchronize()` averages.
 
         Args:
             trained: the parameters that are trained now, by name.
