@@ -1,6 +1,7 @@
 """What holds for all tests: one thread, and a cache of the compiler that is theirs alone."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,15 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+def compile_headers_once(folder):
+    """Has all processes of the tests use `headers.py` as their C++ compiler."""
+    if compiler := shutil.which("g++"):
+        words = [sys.executable, "-IS", str(HERE / "headers.py"), str(folder), compiler]
+        (folder / "g++").write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        (folder / "g++").chmod(0o755)
+        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
 def pytest_configure(config):
     """A start looks through the whole cache of the compiler: that of the user may hold gigabytes of other programs."""
     config.compiled = tempfile.mkdtemp(prefix="ddpkit-tests-")
@@ -123,6 +133,7 @@ def pytest_configure(config):
         # The other workers have the other cores: a second file of a graph would be its headers once more.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     elif config.getoption("numprocesses", None) and "not slow" not in config.getoption("markexpr"):
+        compile_headers_once(Path(config.compiled))
         # Each process that compiles would try each kind of vector instructions anew, for seconds; here it is done for all.
         done = subprocess.run([sys.executable, "-c", TRY_INSTRUCTIONS], capture_output=True, text=True, check=False)
         if done.stdout.strip() == "True":

@@ -24,11 +24,15 @@ _READ_LATER = ("TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_USE_AGENT_STORE")
 LIBRARY = ("compile.forces", "compile.gradients", "loss", "ranks.group", "step", "sync")
 """Modules of ddpkit that a rank is likely to need."""
 
+# The compiler takes two seconds to import. Beside a GPU it is left out: had an import looked at the GPU, no fork could use it.
 _SCRIPT = """
-import importlib
+import contextlib, importlib, torch
 
 for module in {modules}:
     importlib.import_module("ddpkit." + module)
+if torch.cuda.device_count() == 0:
+    with contextlib.suppress(ImportError, AttributeError):  # another torch: ranks that compile will say so
+        importlib.import_module("ddpkit.compile.inductor")
 from ddpkit.testing.nursery import leave, serve
 from ddpkit.testing.ranks import work
 
