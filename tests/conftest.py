@@ -1,5 +1,6 @@
 """What holds for all tests: one thread, and a cache of the compiler that is theirs alone."""
 
+import gc
 import os
 import shlex
 import shutil
@@ -116,10 +117,10 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def compile_headers_once(folder):
-    """Has all processes of the tests use `headers.py` as their C++ compiler."""
+def compile_quickly(folder):
+    """Has all processes of the tests use `quick_compiler.py` as their C++ compiler."""
     if compiler := shutil.which("g++"):
-        words = [sys.executable, "-IS", str(HERE / "headers.py"), str(folder), compiler]
+        words = [sys.executable, "-IS", str(HERE / "quick_compiler.py"), str(folder), compiler]
         (folder / "g++").write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         (folder / "g++").chmod(0o755)
         os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
@@ -133,7 +134,7 @@ def pytest_configure(config):
         # The other workers have the other cores: a second file of a graph would be its headers once more.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     elif config.getoption("numprocesses", None) and "not slow" not in config.getoption("markexpr"):
-        compile_headers_once(Path(config.compiled))
+        compile_quickly(Path(config.compiled))
         # Each process that compiles would try each kind of vector instructions anew, for seconds; here it is done for all.
         done = subprocess.run([sys.executable, "-c", TRY_INSTRUCTIONS], capture_output=True, text=True, check=False)
         if done.stdout.strip() == "True":
@@ -151,6 +152,11 @@ def pytest_collection_modifyitems(items):
         if item.path in place:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: place.get(item.path, -1))
+
+
+def pytest_collection_finish():
+    """What is loaded by now stays: collections of garbage need not look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

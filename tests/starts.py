@@ -72,9 +72,10 @@ def ddpkit(words, folder):
 
 
 def fork_program(path, words, variables, folder):
-    """A Python program under way, as `ddpkit` above; it must end well or not at all. It prints to `output` in the folder."""
+    """A Python program under way, as `ddpkit` above; it must end well or not at all. It prints to `output` and `errors` there."""
     folder.mkdir()
-    return nursery(variables, MODULES).fork(_job(folder, run_program, str(path), words), variables, folder / "output")
+    job = _job(folder, run_program, str(path), words)
+    return nursery(variables, MODULES).fork(job, variables, folder / "output", folder / "errors")
 
 
 def run_ddpkit(*words, ranks=1, launcher="torchrun", timeout=300):

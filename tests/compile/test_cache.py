@@ -2,11 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import pytest
+from starts import fork_program
 
 from ddpkit.compile import cache
 from ddpkit.errors import InputError
@@ -31,13 +32,14 @@ PROGRAM = textwrap.dedent("""
 
 
 def start(folder):
-    """What a start of the program says on the error stream."""
+    """What a start of the program says, and on the error stream."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    for name in ("TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_VEC_ISA_OK"):
-        environment.pop(name, None)
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    return done.returncode, done.stdout, done.stderr
+    environment.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
+    with tempfile.TemporaryDirectory() as name:
+        program, said = Path(name) / "program.py", Path(name) / "said"
+        program.write_text(PROGRAM)
+        code = fork_program(program, [], environment, said).wait(300.0)
+        return code, (said / "output").read_text(), (said / "errors").read_text()
 
 
 def compiled_files(folder):

@@ -7,6 +7,7 @@ import torch
 from toy import Toy, random_batch
 
 import ddpkit
+from ddpkit.compile.backend import using
 from ddpkit.errors import InputError, ParityError
 from ddpkit.sync import graph_update as in_graph
 
@@ -18,6 +19,9 @@ OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "Nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
 }
+# one of each family is compiled; the others' graphs are interpreted where little time is to be taken
+QUICK = [(name, "inductor" if name in ("AdamW", "momentum") else "interpreted") for name in OPTIMIZERS]
+LONG = [(name, "inductor") for name, compiler in QUICK if compiler == "interpreted"]
 
 
 def make(optimizer, model, *, clip_norm=None):
@@ -32,9 +36,16 @@ def make(optimizer, model, *, clip_norm=None):
     )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_trains_as_torch_does(name):
+@pytest.mark.parametrize(
+    ("name", "compiler"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
+)
+def test_trains_as_torch_does(name, compiler):
     """With clipping, a schedule, two groups, a bad batch, accumulation and a change to the ordinary optimizer."""
+    with using(compiler):
+        compare_with_torch(name)
+
+
+def compare_with_torch(name):
     found = []
     for compiled in (False, True):
         model = Toy()
@@ -66,6 +77,7 @@ def test_trains_as_torch_does(name):
             torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_state_goes_on_from_where_the_optimizer_was():
     """A checkpoint of the one is continued by the other."""
     found = []

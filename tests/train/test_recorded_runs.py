@@ -12,7 +12,9 @@ from ddpkit.experiments.config import read
 from ddpkit.ranks.group import Environment
 
 LOSSES = ["loss", "loss_energy", "loss_forces", "grad_norm"]
-COMPILED = ("compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true")
+COMPILED = (
+    "compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true", "model.num_layers=1",
+)  # fmt: skip
 HERE = {"cpu": ("device=cpu", "compiler=interpreted"), "cuda": ("device=cuda", "compiler=inductor")}
 SIZED = [
     ("cpu", 2),
