@@ -12,9 +12,8 @@ from ddpkit.experiments.config import read
 from ddpkit.ranks.group import Environment
 
 LOSSES = ["loss", "loss_energy", "loss_forces", "grad_norm"]
-COMPILED = (
-    "compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true", "model.num_layers=1",
-)  # fmt: skip
+SMALL = "model.num_layers=1"
+COMPILED = ("compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true", SMALL)
 HERE = {"cpu": ("device=cpu", "compiler=interpreted"), "cuda": ("device=cuda", "compiler=inductor")}
 SIZED = [
     ("cpu", 2),
@@ -65,7 +64,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(ddpkit_run, sized, f
     compiled, ranks = sized
     run = folder / "parts"
     ddpkit_run(*compiled, "cuda_graphs=true", "train.max_steps=39", f"run_dir={run}", ranks=ranks)
-    ddpkit_run(f"resume={run}", "train.max_steps=null", "train.max_epochs=8", ranks=ranks)
+    ddpkit_run(f"resume={run}", SMALL, "train.max_steps=null", "train.max_epochs=8", ranks=ranks)
     assert (steps(run)[["step", *LOSSES]] == steps(folder / "recorded")[["step", *LOSSES]]).all(axis=None)
     assert summary(run)["captured_steps"] > 30
 
