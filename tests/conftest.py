@@ -125,6 +125,7 @@ def compile_quickly(folder):
         (folder / "g++").write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         (folder / "g++").chmod(0o755)
         os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"  # each process would do so anew
 
 
 def pytest_configure(config):

@@ -127,6 +127,7 @@ def test_trains_as_eager_does(strategy):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_a_sabotaged_graph_is_refused_by_name(monkeypatch):
     honest = compiled_gradients.trace
 
@@ -188,6 +189,7 @@ def test_batches_that_are_dicts():
         assert_gradients(model, expected)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_what_varies_in_a_dict_is_learned():
     """In the first batch there are as many frames as channels; the second batch tells them apart."""
 
@@ -268,6 +270,7 @@ class Sharing(torch.nn.Module):
         return self.last(self.inner.layers(x))
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("strategy", ["custom", "standard", "overlap", "ingraph"])
 def test_shared_modules_and_weights(strategy):
     torch.manual_seed(0)
@@ -299,6 +302,7 @@ class Overwriting(torch.nn.Module):
         return batch
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("strategy", "compiled"),
     [("custom", False), ("custom", True), ("standard", True), ("overlap", True), ("ingraph", True)],

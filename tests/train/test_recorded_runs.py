@@ -13,7 +13,7 @@ from ddpkit.ranks.group import Environment
 
 LOSSES = ["loss", "loss_energy", "loss_forces", "grad_norm"]
 SMALL = "model.num_layers=1"
-COMPILED = ("compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true", SMALL)
+RUN = ("compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true", SMALL)
 HERE = {"cpu": ("device=cpu", "compiler=interpreted"), "cuda": ("device=cuda", "compiler=inductor")}
 SIZED = [
     ("cpu", 2),
@@ -33,7 +33,7 @@ def summary(folder):
 @pytest.fixture(scope="module", params=SIZED, ids=lambda sized: f"{sized[1]}-{sized[0]}")
 def sized(request):
     device, ranks = request.param
-    return (*COMPILED, *HERE[device]), ranks
+    return (*RUN, *HERE[device]), ranks
 
 
 @pytest.fixture(scope="module")
