@@ -90,6 +90,9 @@ else:
 _ON_CPU = {"realize_opcount_threshold": 1, "realize_reads_threshold": 1}
 # With symbolic sizes, Triton kernels whose loops were reordered may fail to split (CantSplit, pytorch issue 183696).
 _ON_GPU = {"loop_ordering_after_fusion": False}
+# Torch before 2.13 takes a chain of conversions for its last one: what is rounded on purpose would not be
+# (tests/torch/unrounded.py). Its other patterns are of attention and of products of matrices, by which potentials hardly gain.
+_KEEPS_ROUNDING = {} if release() >= (2, 13) else {"pattern_matcher": False}
 
 # What is called, with the arguments that are given by keyword or by place.
 _TAKES: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
@@ -117,7 +120,7 @@ def unlike() -> list[str]:
             differences.append(f"{function.__qualname__}({', '.join(names)})")
     if not set(_CompileFxKwargs.__annotations__) >= _COMPILES_WITH:
         differences.append(f"compile_fx_inner({', '.join(sorted(_COMPILES_WITH))})")
-    settings = [(inductor_config, name) for name in (*_ON_CPU, *_ON_GPU)]
+    settings = [(inductor_config, name) for name in (*_ON_CPU, *_ON_GPU, *_KEEPS_ROUNDING)]
     settings += [(symbolic_config, "backed_size_oblivious"), (compiler_config, "cache_key_tag")]
     return differences + [f"{home.__name__}.{name}" for home, name in settings if not hasattr(home, name)]
 
@@ -240,7 +243,7 @@ class Inductor(Backend):
     def prepare(self, graph: fx.GraphModule, symbols: Symbols, *, inference: bool) -> None:
         with self._context(symbols):
             if inference:
-                joint_graph_passes(graph)
+                _rewrite(graph)
         output = output_of(graph)
         # outputs keep the strides they were traced with
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
@@ -277,7 +280,7 @@ class Inductor(Backend):
         """Cuts where little has to be saved."""
         graph = joint.graph
         with self._context(joint.symbols):
-            joint_graph_passes(graph)
+            _rewrite(graph)
             first, second = min_cut_rematerialization_partition(graph, joint.inputs, num_fwd_outputs=kept)
         results: list[fx.Node] = list(output_of(first).args[0])  # type: ignore[arg-type]
         saved = [node.name for node in results[kept:]]
@@ -299,6 +302,12 @@ class Inductor(Backend):
         assert isinstance(symbols, FakeSymbols)
         with _size_oblivious(), tracing(TracingContext(symbols.fake)):
             yield
+
+
+def _rewrite(graph: fx.GraphModule) -> None:
+    """What torch rewrites before a graph is cut and compiled."""
+    with inductor_config.patch(_KEEPS_ROUNDING):
+        joint_graph_passes(graph)
 
 
 class _Draws(TorchDispatchMode):

@@ -5,13 +5,14 @@ import pytest
 import read_too_early
 import scripted_sizes
 import torch
+import unrounded
 
 from ddpkit.torch_private import release
 
 
 @pytest.mark.parametrize(
     ("fault", "until"),
-    [(double_backward, None), (scripted_sizes, None), (read_too_early, (2, 14))],
+    [(double_backward, None), (scripted_sizes, None), (read_too_early, (2, 14)), (unrounded, (2, 13))],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_fault_shows_itself(fault, until, monkeypatch, tmp_path):
