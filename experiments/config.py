@@ -1,6 +1,7 @@
 """The typed configuration of a run, composed by Hydra from `conf/`."""
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -261,13 +262,19 @@ def flat(config: DictConfig) -> dict[str, Any]:
     return dict(leaves(OmegaConf.to_container(config), ""))
 
 
+@functools.cache
+def _leaves(*overrides: str) -> dict[str, Any]:
+    """Every leaf with these overrides alone; kept, since Hydra takes a tenth of a second to compose."""
+    return flat(_compose(overrides))
+
+
 def keys_of(override: str, config: DictConfig) -> list[str]:
     """The leaves that one override of `config` sets: what it names, and what it changes of the defaults (a group, say)."""
     name = override.partition("=")[0].lstrip("+~").partition("@")[0]
     leaves = flat(config)
     keys = {key for key in leaves if key == name or key.startswith(f"{name}.")}
     with suppress(InputError):
-        defaults, alone = flat(_compose([])), flat(_compose([override]))
+        defaults, alone = _leaves(), _leaves(override)
         keys |= {key for key in defaults.keys() | alone.keys() if defaults.get(key) != alone.get(key)}
     return sorted(keys)
 

@@ -13,9 +13,22 @@ from tiny import TINY
 
 from ddpkit import checkpoint
 from ddpkit.errors import InputError
+from ddpkit.experiments import config
 from ddpkit.experiments import run as command
 from ddpkit.experiments.cli import _dispatch
 from ddpkit.experiments.config import read
+
+
+def test_what_an_override_sets_is_composed_once(monkeypatch):
+    """Hydra takes a tenth of a second each time, and a resumed run asks twice for each of its overrides."""
+    composed, compose = [], config.compose
+    monkeypatch.setattr(config, "compose", lambda *words, **how: composed.append(how) or compose(*words, **how))
+    config._leaves.cache_clear()
+    whole = read(["train.max_steps=7", "model=allegro_tiny"])
+    for _ in range(2):
+        assert config.keys_of("train.max_steps=7", whole) == ["train.max_steps"]
+        assert "model.num_layers" in config.keys_of("model=allegro_tiny", whole)
+    assert len(composed) == 4  # the whole, the defaults, and each override alone
 
 
 @pytest.fixture
