@@ -254,6 +254,35 @@ def clear_caches() -> None:
     clear()
 
 
+# --- compiling ahead of time: documented functions in a module that is private by name ------------------------------------------
+
+
+def compile_ahead(exported: Any, path: Path, metadata: dict[str, str]) -> None:
+    """Compiles an exported program into a file that Python and C++ load.
+
+    Args:
+        exported: by `torch.export.export`.
+        path: of the file, ending in .pt2.
+        metadata: readable in Python and C++.
+    """
+    inductor = importlib.import_module("torch._inductor")
+    inductor.aoti_compile_and_package(
+        exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
+    )
+
+
+def load_ahead(path: Path, index: int) -> Callable[..., list[Tensor]]:
+    """The code of such a file.
+
+    Args:
+        path: of the file.
+        index: of the GPU; -1 for the CPU.
+    """
+    inductor = importlib.import_module("torch._inductor")
+    loaded: Callable[..., list[Tensor]] = inductor.aoti_load_package(str(path), device_index=index)
+    return loaded
+
+
 # --- TorchScript --------------------------------------------------------------------------------------------------------------
 
 # torch.jit.script leaves the function here for torch.compile.

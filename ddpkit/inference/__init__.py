@@ -1,0 +1,1 @@
+"""Models for inference: one compiled file for Python, ASE and LAMMPS."""

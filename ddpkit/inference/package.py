@@ -1,0 +1,150 @@
+"""A model compiled into one file: an AOTInductor package, which Python and C++ load without compiling.
+
+A model for inference is a module of positional tensors (`ddpkit.inference.inputs.Inputs`) that returns
+
+    energies of the owned atoms [owned] float64, eV, and
+    slopes [edges, 3] float64, eV/Å: the derivative of the sum of these energies by the edge vectors.
+
+Forces follow as `forces[centre] += slope; forces[neighbour] -= slope`. Edges longer than the cutoff must add nothing.
+A model that passes messages asks for the features of ghosts by `ddpkit.inference.exchange.from_owners`.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import ddpkit.inference.exchange  # noqa: F401  (registers the operators that compiled code may call)
+from ddpkit.errors import InputError
+from ddpkit.inference.inputs import SMALLEST, random_inputs
+from ddpkit.torch_private import compile_ahead, load_ahead, release
+
+FORMAT = 1
+KEY = "ddpkit"  # of the metadata, in Python and in C++
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What a package says of itself, as JSON under the key "ddpkit" of its metadata."""
+
+    model: str  # the class
+    species: list[str]
+    r_max: float  # Å
+    cutoffs: list[list[float]] | None  # [species, species] of centre and neighbour, Å; None for r_max throughout
+    precision: str  # "float64", "float32" or "mixed"
+    dtype: str  # of the layers, and of the rows that are exchanged: "float64" or "float32"
+    message_passing: bool  # whether it takes `incoming`, and exchanges rows between ranks
+    exchange_width: int  # the widest of these rows; 0 where none are exchanged
+    parameters: int
+    weights_sha256: str
+    averaged: bool  # weights averaged in training
+    device: str  # "cpu" or "cuda"
+    torch: str
+    ddpkit: str
+    source: str  # the run or checkpoint
+    format: int = FORMAT
+
+
+def compile_package(module: nn.Module, metadata: Metadata, path: Path, say: Callable[[str], None] = print) -> None:
+    """Traces and compiles a model for inference, for any number of atoms, edges and neighbours, into a file.
+
+    Args:
+        module: called with the tensors of `Inputs`, in evaluation mode; it may call `torch.autograd.grad`.
+        metadata: written into the file; it says what the module takes and where it computes.
+        path: of the file, ending in .pt2.
+        say: is told what is going on.
+    """
+    # All sizes differ, from one another and from 3: sizes that are equal in a trace are one.
+    example = random_inputs(
+        11,
+        6 if metadata.message_passing else 8,
+        7,
+        species=len(metadata.species),
+        r_max=metadata.r_max,
+        message_passing=metadata.message_passing,
+        seed=0,
+        device=metadata.device,
+    ).arguments()
+    say("tracing the model")
+    with torch.autograd.set_multithreading_enabled(False):
+        traced = make_fx(lambda *x: tuple(module(*x)), tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
+    # what the trace asked of the example's sizes is forgotten here, and asked again of sizes without values
+    exported = torch.export.export(_Flat(traced), example, dynamic_shapes=(_dims(metadata),))
+    say("compiling, which may take minutes")
+    compile_ahead(exported, path, {KEY: json.dumps(asdict(metadata))})
+
+
+class _Flat(nn.Module):
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.traced(*tensors))
+
+
+def _dims(metadata: Metadata) -> tuple[dict[int, Any], ...]:
+    edges, owned, every, most, most_in = (
+        torch.export.Dim(name, min=SMALLEST) for name in ("edges", "owned", "all", "most", "most_in")
+    )
+    dims: tuple[dict[int, Any], ...] = ({0: edges}, {0: every}, {0: edges}, {0: edges}, {0: owned, 1: most})
+    return (*dims, {0: every, 1: most_in}) if metadata.message_passing else dims
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a package says of itself, and whether it can be used here; nothing of it is run.
+
+    Raises:
+        InputError: the file is no package, is damaged, or was made for another torch, format or a device that is not here.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: give a package that `ddpkit export` wrote.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            named = [name for name in archive.namelist() if name.endswith("_metadata.json")]
+            told = json.loads(json.loads(archive.read(named[0]))[KEY])
+            damaged = archive.testzip()
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is no package that `ddpkit export` wrote, or it is damaged ({type(error).__name__}): export the model again."
+        ) from error
+    if damaged is not None:
+        raise InputError(f"{path} is damaged (the checksum of {damaged} is wrong): copy or export it again.")
+    _refuse_unlike(path, told)
+    return Metadata(**told)
+
+
+def _refuse_unlike(path: Path, told: Mapping[str, Any]) -> None:
+    if told.get("format") != FORMAT or {f.name for f in fields(Metadata)} != told.keys():
+        raise InputError(
+            f"{path} is a package of format {told.get('format')}, and this ddpkit reads {FORMAT}: export the model again with it."
+        )
+    if release(told["torch"]) != release():
+        raise InputError(
+            f"{path} was compiled by torch {told['torch']} and cannot run under torch {torch.__version__}: export the model "
+            "again here, or install that release."
+        )
+    if told["device"] == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"{path} was compiled for an NVIDIA GPU, and there is none here: export the model with --device cpu."
+        )
+
+
+def load_package(path: Path, device: torch.device) -> Callable[..., list[Tensor]]:
+    """The compiled code of a package, called with the tensors of `Inputs` on that device.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    index = (device.index or 0) if device.type == "cuda" else -1
+    try:
+        return load_ahead(path, index)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be loaded here ({why}): export the model again on this machine.") from error
