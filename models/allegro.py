@@ -11,7 +11,7 @@ from ddpkit.errors import InputError
 from ddpkit.models import reference
 from ddpkit.models.config import PotentialConfig
 from ddpkit.models.geometry import wigner_3j
-from ddpkit.models.graph import at_centre, at_neighbour, is_literal, pad, sum_to_centre, unpad
+from ddpkit.models.graph import at_centre, at_neighbour, is_literal, pad, sum_to_centre, unpad, without_ghosts
 from ddpkit.models.irreps import Irrep
 from ddpkit.models.mlp import MLP, uniform
 from ddpkit.models.potential import Edges, Potential
@@ -229,7 +229,7 @@ class Allegro(Potential):
         scalars = [first]
         harmonics = pad(edges.harmonics, graph)
         own = pad(own, graph)
-        norm = (edges.species @ self.inverse_sqrt_neighbors).unsqueeze(1)
+        norm = (without_ghosts(edges.species, graph) @ self.inverse_sqrt_neighbors).unsqueeze(1)
         chain = None
         for product, module in zip(self.products, self.latents, strict=True):
             latent = cast("MLP", module)

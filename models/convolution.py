@@ -210,6 +210,8 @@ def places_of(graph: Graph, numbers_of_paths: Iterable[int], *, leaf: bool) -> P
     """Index tables of the convolution."""
     exact = algorithms(graph.centre.device).exact_tables
     blocks = blocks_of(graph.outgoing, graph.centre, graph.slot, exact=exact)
+    assert graph.incoming is not None
+    assert graph.incoming_slot is not None
     incoming = blocks_of(graph.incoming, graph.neighbour, graph.incoming_slot, exact=exact)
     edge = blocks.rows.gather
     # what is padded stays padded: one past the last place

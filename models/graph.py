@@ -83,18 +83,23 @@ def table_of(rows: Tensor, number: int) -> Table:
 
 
 class Graph(NamedTuple):
-    """The edges of a batch, seen from both ends."""
+    """The edges of a batch, seen from both ends.
+
+    Where a system is divided among ranks, the atoms of a rank are centres, and neighbours may be ghosts as well, copies of atoms
+    of other ranks: they follow the rank's own, in everything that has a row for each atom.
+    """
 
     centre: Tensor  # [edges] int64, sorted
     neighbour: Tensor  # [edges] int64
     outgoing: Table  # [atoms, most] edges whose centre is the atom
-    incoming: Table  # [atoms, most] edges whose neighbour is the atom
+    incoming: Table | None  # [atoms and ghosts, most] edges whose neighbour it is; None where no derivative needs it
     slot: Tensor  # [edges] where in the flattened `outgoing` an edge stands
-    incoming_slot: Tensor  # [edges] where in the flattened `incoming`
+    incoming_slot: Tensor | None  # [edges] where in the flattened `incoming`
+    everyone: int | None = None  # number of atoms and ghosts where the system is divided among ranks
 
     @property
     def atoms(self) -> int:
-        """Number of atoms."""
+        """Number of atoms that are centres."""
         return self.outgoing.rows.shape[0]
 
 
@@ -102,17 +107,37 @@ def graph_of(batch: Batch) -> Graph:
     """The graph of a batch; traceable where the batch holds its neighbour tables."""
     batch = batch.with_neighbours()
     assert batch.neighbours is not None
-    assert batch.incoming is not None
-    centre, neighbour = batch.edge_index[0], batch.edge_index[1]
-    edges, most = centre.shape[0], batch.neighbours.shape[1]
-    outgoing, incoming = table_of(batch.neighbours, edges), table_of(batch.incoming, edges)
+    return graph_from(batch.edge_index[0], batch.edge_index[1], batch.neighbours, batch.incoming)
+
+
+def graph_from(
+    centre: Tensor, neighbour: Tensor, neighbours: Tensor, incoming: Tensor | None, everyone: int | None = None
+) -> Graph:
+    """The graph of edges and their tables.
+
+    Args:
+        centre: `[edges]`, sorted.
+        neighbour: `[edges]`.
+        neighbours: `[atoms, most]` the edges of each centre, padded with the number of edges.
+        incoming: `[atoms and ghosts, most]` the edges of each neighbour, likewise.
+        everyone: number of atoms and ghosts where the system is divided among ranks.
+    """
+    edges, most = centre.shape[0], neighbours.shape[1]
+    outgoing = table_of(neighbours, edges)
     counts = outgoing.listed.sum(1)
-    empty_before = torch.arange(batch.neighbours.shape[0], device=centre.device) * most - (counts.cumsum(0) - counts)
+    empty_before = torch.arange(neighbours.shape[0], device=centre.device) * most - (counts.cumsum(0) - counts)
     slot = torch.arange(edges, device=centre.device) + empty_before.index_select(0, centre)
+    if incoming is None:
+        return Graph(centre, neighbour, outgoing, None, slot, None, everyone)
     incoming_slot = slot.new_zeros(edges + 1).scatter(
-        0, batch.incoming.reshape(-1), torch.arange(batch.incoming.numel(), device=slot.device)
+        0, incoming.reshape(-1), torch.arange(incoming.numel(), device=slot.device)
     )[:edges]
-    return Graph(centre, neighbour, outgoing, incoming, slot, incoming_slot)
+    return Graph(centre, neighbour, outgoing, table_of(incoming, edges), slot, incoming_slot, everyone)
+
+
+def without_ghosts(x: Tensor, graph: Graph) -> Tensor:
+    """`[atoms and ghosts, ...]` -> `[atoms, ...]`: the rows of the centres."""
+    return x if graph.everyone is None else x[: graph.atoms]
 
 
 BLOCK = 8
@@ -153,7 +178,7 @@ class _Take(torch.autograd.Function):
     """`x[index]`, for x `[rows, ...]` and index `[n]`; `table` lists for each row the places where index names it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, table: Table) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, index: Tensor, table: Table | None) -> Tensor:  # type: ignore[override]
         ctx.index, ctx.table = index, table
         return x.index_select(0, index)
 
@@ -252,6 +277,7 @@ def sum_to_neighbour(x: Tensor, graph: Graph) -> Tensor:
     """`[edges, ...]` -> `[atoms, ...]`: the sum over the edges whose neighbour is the atom."""
     if is_literal():
         return x.new_zeros((graph.atoms, *x.shape[1:])).index_add(0, graph.neighbour, x)
+    assert graph.incoming is not None
     return _Total.apply(x, graph.neighbour, graph.incoming)
 
 

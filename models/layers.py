@@ -8,9 +8,10 @@ import torch
 from e3nn.math import normalize2mom
 from torch import Tensor
 
+from ddpkit.inference.exchange import from_owners
 from ddpkit.models import reference
 from ddpkit.models.convolution import Convolution
-from ddpkit.models.graph import algorithms, is_literal, pad_rows, unpad_rows
+from ddpkit.models.graph import Graph, algorithms, is_literal, pad_rows, unpad_rows
 from ddpkit.models.irreps import Features, Irrep, Irreps, product_irreps
 from ddpkit.models.kernels import Kernels
 from ddpkit.models.mlp import MLP, silu
@@ -34,12 +35,26 @@ class Linear(torch.nn.Module):
         scale = [torch.full((a * b,), 1 / math.sqrt(a), dtype=dtype, device="cpu") for a, b in self.shapes]
         self.register_buffer("scale", torch.cat(scale), persistent=False)
 
+    @property
+    def width(self) -> int:
+        """Numbers of an atom in the features it returns."""
+        return sum((2 * ir[0] + 1) * b for ir, (_, b) in zip(self.irreps, self.shapes, strict=True))
+
     def forward(self, x: Features) -> Features:
         """Features -> features."""
         blocks = (self.weight * self.scale).split([a * b for a, b in self.shapes])
         return {
             ir: x[ir] @ block.reshape(shape) for ir, shape, block in zip(self.irreps, self.shapes, blocks, strict=True)
         }
+
+
+def features_with_ghosts(x: Features, graph: Graph) -> Features:
+    """Features of a rank's atoms -> those of its ghosts too, from the ranks that own them."""
+    if graph.everyone is None:
+        return x
+    flat = from_owners(torch.cat([part.flatten(1) for part in x.values()], 1), graph.everyone)
+    parts = flat.split([part.shape[1] * part.shape[2] for part in x.values()], 1)
+    return {ir: rows.unflatten(1, part.shape[1:]) for (ir, part), rows in zip(x.items(), parts, strict=True)}
 
 
 class Groups(NamedTuple):
@@ -219,19 +234,26 @@ class Layer(torch.nn.Module):
         self.kernel = kernel  # last, as its state in checkpoints
 
     def forward(
-        self, x: Features, radial: Tensor, kernel: Convolution, shared: Any, embedding: Tensor, groups: Groups
+        self,
+        x: Features,
+        mixed: Features,
+        radial: Tensor,
+        kernel: Convolution,
+        shared: Any,
+        embedding: Tensor,
+        groups: Groups,
     ) -> Features:
         """Features -> features.
 
         Args:
-            x: features.
+            x: features of the centres.
+            mixed: `linear_in(x)`, of the neighbours.
             radial: `[edges, bessels]`.
             kernel: computes the convolution.
             shared: what the kernels prepared for all layers.
             embedding: of the species.
             groups: the atoms by species.
         """
-        mixed = self.linear_in(x)
         matrices = self.radial.matrices()
         hidden = self.radial.hidden(radial, matrices)
         out = self.linear_out(kernel(mixed, hidden, matrices[-1], shared))

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ddpkit.errors import InputError
 from ddpkit.models.config import PotentialConfig
+from ddpkit.models.graph import without_ghosts
 from ddpkit.models.irreps import Features, Irreps
 from ddpkit.models.kernels import Kernels, kernels_on
-from ddpkit.models.layers import Layer, groups_of
+from ddpkit.models.layers import Layer, features_with_ghosts, groups_of
+from ddpkit.models.local import Local
 from ddpkit.models.mlp import MLP
 from ddpkit.models.potential import Edges, Potential
 from ddpkit.models.reference import ReferenceConvolution
@@ -41,6 +43,7 @@ class NequIP(Potential):
         portable: settings that say how the same is computed, with values that need no GPU.
     """
 
+    message_passing = True
     portable: ClassVar[dict[str, Any]] = {"kernels": "ddpkit"}
 
     def __init__(
@@ -98,6 +101,18 @@ class NequIP(Potential):
         kernels = [cast("Layer", layer).kernel for layer in self.layers]
         return {id(k): ReferenceConvolution(k.irreps_in, k.l_max, k.irreps_out, k.dtype) for k in kernels}
 
+    def for_inference(self) -> Local:
+        """A copy of the model for `ddpkit.inference`, on the kernels that run on every device and on any graph."""
+        local = super().for_inference()
+        for layer in cast("NequIP", local.potential).layers:
+            layer.kernel = cast("Layer", layer).convolution
+        return local
+
+    def exchange_width(self) -> int:
+        """The widest row of features that layers need from other ranks: the first knows the ghosts' species."""
+        later = [cast("Layer", layer).linear_in for layer in list(self.layers)[1:]]
+        return max((linear.width for linear in later), default=0)
+
     def atomic_energies(self, edges: Edges) -> Tensor:
         """`[atoms]` energies in units of the species' scales, before shifts."""
         radial = self.radial_factor * edges.radial
@@ -105,8 +120,11 @@ class NequIP(Potential):
         layers = [cast("Layer", layer) for layer in self.layers]
         kernels = kernels_on(radial.device, [(layer.kernel, layer.convolution) for layer in layers])
         shared = kernels[0].prepare(kernels, edges, norm)
-        groups = groups_of(edges.species)
+        groups = groups_of(without_ghosts(edges.species, edges.graph))
         x: Features = {(0, 1): (edges.species @ self.embedding).unsqueeze(1)}
         for layer, kernel in zip(layers, kernels, strict=True):
-            x = layer(x, radial, kernel, shared, self.embedding, groups)
+            mixed = layer.linear_in(x)
+            if layer is not layers[0]:  # before, all there is to know of ghosts is their species
+                mixed = features_with_ghosts(mixed, edges.graph)
+            x = layer(x, mixed, radial, kernel, shared, self.embedding, groups)
         return self.readout(x[0, 1].squeeze(1)).squeeze(1)

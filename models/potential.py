@@ -10,6 +10,7 @@ from ase.data import atomic_numbers
 from torch import Tensor
 
 from ddpkit.batch import Batch
+from ddpkit.frames import stress_of, sum_over_frames
 from ddpkit.models.config import PotentialConfig
 from ddpkit.models.geometry import RadialBasis, SphericalHarmonics, cutoff_derivative, polynomial_cutoff
 from ddpkit.models.graph import (
@@ -21,7 +22,9 @@ from ddpkit.models.graph import (
     graph_of,
     sum_to_centre,
     sum_to_neighbour,
+    without_ghosts,
 )
+from ddpkit.models.local import Local
 
 
 class Edges(NamedTuple):
@@ -37,7 +40,7 @@ class Edges(NamedTuple):
 class Potential(torch.nn.Module):
     """A model of atomic energies that depend on edge vectors, with forces and stress as their derivatives.
 
-    Subclasses implement `atomic_energies`.
+    Subclasses implement `atomic_energies`, and say in `message_passing` whether features of neighbours enter it.
 
     Args:
         config: what all potentials are configured by.
@@ -46,6 +49,7 @@ class Potential(torch.nn.Module):
     charges: Tensor
     screening: Tensor
     is_reference = False
+    message_passing = False
     kernels: str = "ddpkit"
     inverse_cutoffs: Tensor
     inverse_sqrt_neighbors: Tensor
@@ -107,31 +111,68 @@ class Potential(torch.nn.Module):
             leaf = not vectors.requires_grad
             if leaf:
                 vectors.requires_grad_()
-            lengths = self._lengths(vectors, graph, batch.species)
-            atomic = self._energies(lengths, graph, batch.species, leaf=leaf)
-            if self.zbl and self.is_reference:
-                atomic = atomic + sum_to_centre(self._repulsion(lengths, graph, batch.species)[0], graph).squeeze(1)
-            (slope,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
-            if self.zbl and not self.is_reference:
-                # depends on no parameter: its slope is written down, not differentiated
-                if leaf:
-                    length, unit, scaled, inverse_cutoff = lengths
-                    lengths = Lengths(length.detach(), unit.detach(), scaled.detach(), inverse_cutoff)
-                pair, pair_slope = self._repulsion(lengths, graph, batch.species)
-                atomic = atomic + sum_to_centre(pair, graph).squeeze(1).double()
-                slope = slope + (pair_slope * lengths.unit).double()
-            energy = _sum_over_frames(atomic, batch)
+            atomic, slope = self._differentiated(vectors, graph, batch.species, leaf=leaf)
+            energy = sum_over_frames(atomic, batch)
             result = {"energy": energy, "forces": sum_to_centre(slope, graph) - sum_to_neighbour(slope, graph)}
             if batch.cell is not None:
-                virial = _sum_over_frames(sum_to_centre(vectors.unsqueeze(2) * slope.unsqueeze(1), graph), batch)
-                a, b, c = batch.cell.unbind(1)
-                volume = (a * torch.linalg.cross(b, c)).sum(1).abs().reshape(-1, 1, 1)
-                safe = torch.where(volume > 0, volume, torch.ones_like(volume))
-                stress = (virial + virial.transpose(1, 2)) / (2 * safe)
-                result["stress"] = torch.where(volume > 0, stress, torch.full_like(stress, torch.nan))
+                virial = sum_over_frames(sum_to_centre(vectors.unsqueeze(2) * slope.unsqueeze(1), graph), batch)
+                result["stress"] = stress_of(virial, batch.cell)
         if not self.training:
             return {name: value.detach() for name, value in result.items()}
         return result
+
+    def of_rank(self, vectors: Tensor, species: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+        """What the edges of a rank's atoms contribute, where a system is divided among ranks.
+
+        Args:
+            vectors: `[edges, 3]` float64, Å, from centre to neighbour.
+            species: `[atoms and ghosts]`.
+            graph: with `everyone`.
+
+        Returns:
+            Energies of the rank's atoms `[atoms]` float64, eV, and the derivative of the sum of all ranks' energies by the rank's
+            edge vectors `[edges, 3]` float64, eV/Å.
+        """
+        with torch.enable_grad():
+            atomic, slope = self._differentiated(vectors.detach().requires_grad_(), graph, species, leaf=True)
+        return atomic.detach(), slope.detach()
+
+    @property
+    def cutoffs(self) -> list[list[float]] | None:
+        """Cutoff of each pair (centre, neighbour) `[species, species]`, Å; None where it is `r_max` throughout."""
+        return None if self.inverse_cutoffs is None else self.inverse_cutoffs.reciprocal().tolist()
+
+    def for_inference(self) -> Local:
+        """A copy of the model for `ddpkit.inference`: it computes the atoms of one rank."""
+        return Local(copy.deepcopy(self).eval().requires_grad_(requires_grad=False))
+
+    def exchange_width(self) -> int:
+        """The widest row of features that layers need from other ranks; 0 where they need none."""
+        return 0
+
+    def _differentiated(self, vectors: Tensor, graph: Graph, species: Tensor, *, leaf: bool) -> tuple[Tensor, Tensor]:
+        """Energies of the centres `[atoms]`, eV, and the derivative of their sum by the edge vectors `[edges, 3]`, eV/Å.
+
+        Args:
+            vectors: `[edges, 3]` float64, Å.
+            graph: the edges.
+            species: of all atoms.
+            leaf: nobody asks for second derivatives by the vectors.
+        """
+        lengths = self._lengths(vectors, graph, species)
+        atomic = self._energies(lengths, graph, species, leaf=leaf)
+        if self.zbl and self.is_reference:
+            atomic = atomic + sum_to_centre(self._repulsion(lengths, graph, species)[0], graph).squeeze(1)
+        (slope,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
+        if self.zbl and not self.is_reference:
+            # depends on no parameter: its slope is written down, not differentiated
+            if leaf:
+                length, unit, scaled, inverse_cutoff = lengths
+                lengths = Lengths(length.detach(), unit.detach(), scaled.detach(), inverse_cutoff)
+            pair, pair_slope = self._repulsion(lengths, graph, species)
+            atomic = atomic + sum_to_centre(pair, graph).squeeze(1).double()
+            slope = slope + (pair_slope * lengths.unit).double()
+        return atomic, slope
 
     def _lengths(self, vectors: Tensor, graph: Graph, species: Tensor) -> "Lengths":
         vectors = vectors.to(self.geometry_dtype)
@@ -150,7 +191,7 @@ class Potential(torch.nn.Module):
         radial = self.radial_basis(lengths.scaled).to(self.dtype) * envelope
         harmonics = self.spherical_harmonics(lengths.unit).to(self.dtype)
         atomic = self.atomic_energies(Edges(graph, one_hot, radial, harmonics, leaf)).double()
-        one_hot = one_hot.double()
+        one_hot = without_ghosts(one_hot.double(), graph)
         return one_hot @ self.shifts + (one_hot @ self.scales) * atomic
 
     def _repulsion(self, lengths: "Lengths", graph: Graph, species: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,8 +238,3 @@ def zbl_energy(length: Tensor, charges: tuple[Tensor, Tensor], screening: Tensor
     bare = (0.5 * 14.399645) * z1 * z2 / length
     energy = bare * terms.sum(1, keepdim=True)
     return energy, -(bare * scale * (decays * terms).sum(1, keepdim=True) + energy / length)
-
-
-def _sum_over_frames(x: Tensor, batch: Batch) -> Tensor:
-    """`[atoms, ...]` -> `[frames, ...]`."""
-    return x.new_zeros((batch.num_frames, *x.shape[1:])).index_add(0, batch.frame, x)

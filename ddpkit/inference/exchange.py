@@ -42,9 +42,11 @@ class _OneRank:
     """The exchange of a rank without ghosts."""
 
     def from_owners(self, rows: Tensor, number: int) -> Tensor:
+        """See `Exchange`."""
         return self._copy(rows, number)
 
     def to_owners(self, rows: Tensor, number: int) -> Tensor:
+        """See `Exchange`."""
         return self._copy(rows, number)
 
     @staticmethod
@@ -55,6 +57,26 @@ class _OneRank:
                 "compute inside ddpkit.inference.exchange.exchanging(...), or without ghosts."
             )
         return rows.clone()
+
+
+class Mirrored:
+    """An exchange within one rank, whose ghosts are copies of its own atoms.
+
+    Args:
+        owner: `[ghosts]`, the atom that each ghost is a copy of.
+    """
+
+    def __init__(self, owner: Tensor) -> None:
+        self.owner = owner
+
+    def from_owners(self, rows: Tensor, number: int) -> Tensor:
+        """See `Exchange`."""
+        del number
+        return torch.cat((rows, rows.index_select(0, self.owner)))
+
+    def to_owners(self, rows: Tensor, number: int) -> Tensor:
+        """See `Exchange`."""
+        return rows[:number].index_add(0, self.owner, rows[number:])
 
 
 _exchange: ContextVar[Exchange] = ContextVar("exchange", default=_OneRank())  # noqa: B039  (it has no state)

@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
     def arguments(self) -> tuple[Tensor, ...]:
         """Those that the model takes."""
-        return tuple(x for x in self if x is not None)
+        return tuple(x.contiguous() for x in self if x is not None)
 
 
 def inputs_of(

@@ -38,9 +38,9 @@ class Metadata:
     r_max: float  # Å
     cutoffs: list[list[float]] | None  # [species, species] of centre and neighbour, Å; None for r_max throughout
     precision: str  # "float64", "float32" or "mixed"
-    dtype: str  # of the layers, and of the rows that are exchanged: "float64" or "float32"
-    message_passing: bool  # whether it takes `incoming`, and exchanges rows between ranks
-    exchange_width: int  # the widest of these rows; 0 where none are exchanged
+    dtype: str  # of the layers, and of rows that are exchanged: "float64" or "float32"
+    message_passing: bool  # whether it takes `incoming`
+    exchange_width: int  # the widest row that is exchanged between ranks; 0 where none are
     parameters: int
     weights_sha256: str
     averaged: bool  # weights averaged in training
