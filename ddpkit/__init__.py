@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ddpkit.calculator import Calculator as Calculator
     from ddpkit.compile import compile_forces as compile_forces
     from ddpkit.errors import InputError as InputError
+    from ddpkit.inference.export import export as export
+    from ddpkit.inference.exported import load_exported as load_exported
     from ddpkit.loss import EnergyForcesLoss as EnergyForcesLoss
     from ddpkit.loss import global_mean as global_mean
     from ddpkit.ranks.group import init_process_group as init_process_group
@@ -41,8 +43,10 @@ _HOME = {
     "OverlapSync": "ddpkit.sync.overlap",
     "StandardSync": "ddpkit.sync.standard",
     "compile_forces": "ddpkit.compile",
+    "export": "ddpkit.inference.export",
     "global_mean": "ddpkit.loss",
     "init_process_group": "ddpkit.ranks.group",
+    "load_exported": "ddpkit.inference.exported",
     "make_step": "ddpkit.step",
     "make_sync": "ddpkit.sync",
 }

@@ -20,12 +20,12 @@ class Calculator(AseCalculator):  # type: ignore[misc]
 
     Args:
         model: a module of the model contract (called with a `Batch`, with the attributes `species` and `r_max`), or the path of a
-            run folder or checkpoint.
-        device: where to compute; the GPU where there is one.
+            run folder, a checkpoint or a file of `ddpkit export`.
+        device: where to compute; the GPU where there is one. An exported model computes where it was compiled for.
         options: passed on to ASE's calculator.
 
     Raises:
-        InputError: the model has no `species` or `r_max`, or there is no such checkpoint.
+        InputError: the model has no `species` or `r_max`, or it cannot be loaded.
     """
 
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
@@ -33,9 +33,9 @@ class Calculator(AseCalculator):  # type: ignore[misc]
     def __init__(self, model: nn.Module | str | Path, device: str | torch.device | None = None, **options: Any) -> None:
         super().__init__(**options)
         if not isinstance(model, nn.Module):
-            from ddpkit.checkpoint import load_model
+            from ddpkit.inference.exported import load
 
-            model = load_model(Path(model))
+            model = load(Path(model))
         for name in ("species", "r_max"):
             if not hasattr(model, name):
                 raise InputError(f"{type(model).__name__} has no attribute {name}: a calculator needs a model that has")
