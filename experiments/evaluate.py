@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ddpkit import checkpoint
 from ddpkit.analysis import accuracy, figures, published, tables
-from ddpkit.checkpoint import checkpoint_of, load_model
+from ddpkit.checkpoint import checkpoint_of
 from ddpkit.data import PreparedSet, collate
 from ddpkit.data.labels import by_preparing
 from ddpkit.errors import InputError
@@ -23,6 +23,8 @@ from ddpkit.evaluate import Evaluation, evaluate
 from ddpkit.experiments import run_data, torsion
 from ddpkit.experiments.config import read, read_saved
 from ddpkit.experiments.data import told
+from ddpkit.inference.exported import load
+from ddpkit.inference.package import SUFFIX
 from ddpkit.ranks import group, phase
 from ddpkit.ranks.agree import agree
 from ddpkit.ranks.group import Environment
@@ -69,8 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "under mpirun. Predicts with the averaged weights where the run kept them."
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder (its best checkpoint) or a file"
-    )
+        "run", type=Path, metavar="RUN_OR_CHECKPOINT",
+        help="a run folder (its best checkpoint), a checkpoint's file, or a file of ddpkit export",
+    )  # fmt: skip
     parser.add_argument(
         "data", type=Path, nargs="?", metavar="DATA",
         help="a prepared set or a file that ASE reads (default: what the run was trained on)",
@@ -133,7 +136,7 @@ def _evaluate(args: argparse.Namespace, here: Environment) -> None:
             raise InputError(f"{args.run} lies in no run folder, so its data are not known: give DATA too.")
         beside = Beside(accuracy.read_beside(args.beside), f"In brackets: {args.beside}.") if args.beside else None
         fragments = torsion.read_fragments(args.torsion, args.torsion_reference) if args.torsion else []
-        model = load_model(args.run).to(here.device).requires_grad_(requires_grad=False)
+        model = load(args.run, here.device).requires_grad_(requires_grad=False)
     chosen = _open(args, config, model) if args.data is not None or config is not None else None
     out = _out(args, config, chosen)
     with agree("making the folder"):
@@ -154,7 +157,9 @@ def _evaluate(args: argparse.Namespace, here: Environment) -> None:
 
 
 def _configuration(run: Path) -> DictConfig | None:
-    """The configuration of the run that a path means or lies in."""
+    """The configuration of the run that a path means or lies in; none for an exported model, which may lie anywhere."""
+    if run.suffix == SUFFIX:
+        return None
     folder = run if run.is_dir() else run.parent.parent
     return read_saved(folder) if (folder / "config.yaml").is_file() else None
 

@@ -23,7 +23,7 @@ from ddpkit.errors import InputError, ParityError
 from ddpkit.inference.exchange import Mirrored, exchanging
 from ddpkit.inference.exported import Exported
 from ddpkit.inference.inputs import random_inputs
-from ddpkit.inference.package import Metadata, compile_package, load_package
+from ddpkit.inference.package import SUFFIX, Metadata, compile_package, load_package
 
 Say = Callable[[str], None]
 _PATIENCE = 10.0  # seconds between lines while there is nothing new
@@ -82,8 +82,8 @@ def export(
 
 
 def _require_place(path: Path) -> None:
-    if path.suffix != ".pt2":
-        raise InputError(f"{path} does not end in .pt2: give such a name, by which the file is recognised.")
+    if path.suffix != SUFFIX:
+        raise InputError(f"{path} does not end in {SUFFIX}: give such a name, by which the file is recognised.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

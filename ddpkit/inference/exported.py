@@ -10,7 +10,7 @@ from ddpkit.batch import Batch
 from ddpkit.checkpoint import load_model
 from ddpkit.frames import stress_of, sum_over_frames
 from ddpkit.inference.inputs import SMALLEST, Inputs, inputs_of
-from ddpkit.inference.package import load_package, read_metadata
+from ddpkit.inference.package import SUFFIX, load_package, read_metadata
 
 
 def load_exported(path: Path | str, device: torch.device | str | None = None) -> "Exported":
@@ -18,7 +18,8 @@ def load_exported(path: Path | str, device: torch.device | str | None = None) ->
 
     Args:
         path: of the file.
-        device: for a model that was compiled for GPUs, the one to compute on; by default the first.
+        device: for a model that was compiled for GPUs, the one to compute on; by default the first. A model that was compiled for
+            CPUs computes there, whatever this says.
 
     Raises:
         InputError: the file is no package, is damaged, or does not run here (another torch, no GPU, another processor).
@@ -32,8 +33,8 @@ def load(path: Path, device: torch.device | str | None = None) -> nn.Module:
     Raises:
         InputError: it cannot be loaded.
     """
-    if path.suffix == ".pt2":
-        return load_exported(path)
+    if path.suffix == SUFFIX:
+        return load_exported(path, device)
     model = load_model(path)
     return model if device is None else model.to(device)
 
@@ -61,7 +62,7 @@ class Exported(nn.Module):
         self.path = path
         self.metadata = read_metadata(path)
         self.device = torch.device(self.metadata.device)
-        if device is not None and self.device.type == "cuda":
+        if device is not None and torch.device(device).type == self.device.type:
             self.device = torch.device(device)
         self.species = tuple(self.metadata.species)
         self.r_max = self.metadata.r_max

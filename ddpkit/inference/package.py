@@ -10,6 +10,7 @@ A model that passes messages asks for the features of ghosts by `ddpkit.inferenc
 """
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +27,7 @@ from ddpkit.inference.inputs import SMALLEST, random_inputs
 from ddpkit.torch_private import compile_ahead, load_ahead, release
 
 FORMAT = 1
+SUFFIX = ".pt2"
 KEY = "ddpkit"  # of the metadata, in Python and in C++
 
 
@@ -71,13 +73,17 @@ def compile_package(module: nn.Module, metadata: Metadata, path: Path, say: Call
         seed=0,
         device=metadata.device,
     ).arguments()
-    say("tracing the model")
-    with torch.autograd.set_multithreading_enabled(False):
-        traced = make_fx(lambda *x: tuple(module(*x)), tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
-    # what the trace asked of the example's sizes is forgotten here, and asked again of sizes without values
-    exported = torch.export.export(_Flat(traced), example, dynamic_shapes=(_dims(metadata),))
-    say("compiling, which may take minutes")
-    compile_ahead(exported, path, {KEY: json.dumps(asdict(metadata))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of names within it
+        say("tracing the model")
+        with torch.autograd.set_multithreading_enabled(False):
+            traced = make_fx(lambda *x: tuple(module(*x)), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+                *example
+            )
+        # what the trace asked of the example's sizes is forgotten here, and asked again of sizes without values
+        exported = torch.export.export(_Flat(traced), example, dynamic_shapes=(_dims(metadata),))
+        say("compiling, which may take minutes")
+        compile_ahead(exported, path, {KEY: json.dumps(asdict(metadata))})
 
 
 class _Flat(nn.Module):
@@ -101,14 +107,16 @@ def read_metadata(path: Path) -> Metadata:
     """What a package says of itself, and whether it can be used here; nothing of it is run.
 
     Raises:
-        InputError: the file is no package, is damaged, or was made for another torch, format or a device that is not here.
+        InputError: the file is no package, is damaged, or was made for another torch or format, or for a device or
+            processor that is not here.
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}: give a package that `ddpkit export` wrote.")
     try:
         with zipfile.ZipFile(path) as archive:
             named = [name for name in archive.namelist() if name.endswith("_metadata.json")]
-            told = json.loads(json.loads(archive.read(named[0]))[KEY])
+            everything = json.loads(archive.read(named[0]))
+            told = json.loads(everything[KEY])
             damaged = archive.testzip()
     except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
         raise InputError(
@@ -117,6 +125,11 @@ def read_metadata(path: Path) -> Metadata:
     if damaged is not None:
         raise InputError(f"{path} is damaged (the checksum of {damaged} is wrong): copy or export it again.")
     _refuse_unlike(path, told)
+    instructions = str(everything.get("AOTI_CPU_ISA", "")).split()[:1]
+    if instructions == ["AVX512"] and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise InputError(
+            f"{path} was compiled for processors with instructions (AVX512) that this one lacks: export the model again here."
+        )
     return Metadata(**told)
 
 
