@@ -36,7 +36,7 @@ def export(
     device: str = "cpu",
     source: str = "",
     averaged: bool = False,
-    say: Say = lambda _: None,
+    say: Say | None = None,
 ) -> Metadata:
     """Compiles a model into one file, compares what it computes with the model, and moves it into place.
 
@@ -48,7 +48,7 @@ def export(
         device: "cpu" or "cuda": where the file computes. A file for GPUs is made on one.
         source: where the weights come from, in words.
         averaged: whether they were averaged in training.
-        say: is told what is going on.
+        say: called with a line of text when there is something new, and every ten seconds.
 
     Returns:
         What the file says of itself.
@@ -71,6 +71,7 @@ def export(
     model = copy.deepcopy(model).to(device).eval()
     module = cast("Any", model).for_inference().to(device).eval()
     metadata = _describe(model, module, device, source=source, averaged=averaged)
+    say = say or (lambda _: None)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         made = Path(folder) / path.name
         with _patient(say):
