@@ -256,6 +256,13 @@ def clear_caches() -> None:
 
 # --- compiling ahead of time: documented functions in a module that is private by name ------------------------------------------
 
+_AHEAD = {
+    # code for as many threads as there are where it runs, not where it was compiled: ranks of one thread would fight for cores
+    "cpp.dynamic_threads": True,
+    # they serve many compilations, take longer than one, and are named by a program (openssl) that need not be there
+    "aot_inductor.precompile_headers": False,
+}
+
 
 def compile_ahead(exported: Any, path: Path, metadata: dict[str, str]) -> None:
     """Compiles an exported program into a file that Python and C++ load.
@@ -266,9 +273,8 @@ def compile_ahead(exported: Any, path: Path, metadata: dict[str, str]) -> None:
         metadata: readable in Python and C++.
     """
     inductor = importlib.import_module("torch._inductor")
-    inductor.aoti_compile_and_package(
-        exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
-    )
+    settings = {"aot_inductor.metadata": metadata, **_AHEAD}
+    inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
 
 
 def load_ahead(path: Path, index: int) -> Callable[..., list[Tensor]]:

@@ -82,7 +82,7 @@ class Exported(nn.Module):
         atoms, edges = batch.positions.shape[0], batch.edge_index.shape[1]
         centre, neighbour = inputs.centre[:edges], inputs.neighbour[:edges]
         energies, slopes = energies[:atoms], slopes[:edges]  # without what padded them
-        forces = slopes.new_zeros(atoms, 3).index_add(0, centre, slopes).index_add(0, neighbour, slopes, alpha=-1)
+        forces = slopes.new_zeros(atoms, 3).index_add(0, centre, slopes).index_add(0, neighbour, -slopes)
         result = {"energy": sum_over_frames(energies, batch), "forces": forces}
         if batch.cell is not None:
             of_edges = inputs.vectors[:edges].unsqueeze(2) * slopes.unsqueeze(1)

@@ -10,6 +10,8 @@ A model that passes messages asks for the features of ghosts by `ddpkit.inferenc
 """
 
 import json
+import os
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -61,7 +63,25 @@ def compile_package(module: nn.Module, metadata: Metadata, path: Path, say: Call
         metadata: written into the file; it says what the module takes and where it computes.
         path: of the file, ending in .pt2.
         say: is told what is going on.
+
+    Raises:
+        InputError: the module cannot be traced, or there is no compiler.
     """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise InputError(
+            f"There is no C++ compiler {compiler} here, which an export needs: install one, or name it in CXX; what is exported "
+            "runs without."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of names within it
+        say("tracing the model")
+        exported = _traced(module, metadata)
+        say("compiling, which may take minutes")
+        compile_ahead(exported, path, {KEY: json.dumps(asdict(metadata))})
+
+
+def _traced(module: nn.Module, metadata: Metadata) -> torch.export.ExportedProgram:
     # All sizes differ, from one another and from 3: sizes that are equal in a trace are one.
     example = random_inputs(
         11,
@@ -73,17 +93,20 @@ def compile_package(module: nn.Module, metadata: Metadata, path: Path, say: Call
         seed=0,
         device=metadata.device,
     ).arguments()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of names within it
-        say("tracing the model")
+    trace = make_fx(lambda *x: tuple(module(*x)), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    try:
         with torch.autograd.set_multithreading_enabled(False):
-            traced = make_fx(lambda *x: tuple(module(*x)), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
-                *example
-            )
+            traced = trace(*example)
         # what the trace asked of the example's sizes is forgotten here, and asked again of sizes without values
-        exported = torch.export.export(_Flat(traced), example, dynamic_shapes=(_dims(metadata),))
-        say("compiling, which may take minutes")
-        compile_ahead(exported, path, {KEY: json.dumps(asdict(metadata))})
+        return torch.export.export(_Flat(traced), example, dynamic_shapes=(_dims(metadata),))
+    except InputError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{metadata.model} cannot be traced for any number of atoms ({type(error).__name__}: {why}): what for_inference() "
+            "returns must not look at the values of tensors; take numbers from shapes."
+        ) from error
 
 
 class _Flat(nn.Module):

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -214,7 +215,7 @@ def test_eval_takes_it(package, model, tmp_path, capsys):
     evaluate.add_arguments(parser)
     words = [package, tmp_path / "set.xyz", "--out", tmp_path / "out", "--device", "cpu"]
     evaluate.main(parser.parse_args([str(word) for word in words]))
-    assert "500.0" in capsys.readouterr().out  # meV/Å, of all components
+    assert re.search(r"O +6 +500 +500", capsys.readouterr().out)  # meV/Å
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------------------
@@ -306,6 +307,25 @@ def test_a_model_that_says_another_thing_for_inference_is_not_written(package, m
     monkeypatch.setattr(exporting, "compile_package", lambda _, __, path, ___: shutil.copy(package, path))
     with pytest.raises(ParityError, match=r"than the model: energy by 0\.5 relative .* for frames of"):
         ddpkit.export(Wrong(), tmp_path / "model.pt2")
+
+
+def test_export_refuses_a_model_that_looks_at_values(tmp_path):
+    class Peeking(EmbeddedAtom):
+        def _pairs(self, vectors, species, centre, neighbour):
+            assert int(centre.max()) >= 0
+            return super()._pairs(vectors, species, centre, neighbour)
+
+    with pytest.raises(
+        InputError, match=r"^Peeking cannot be traced for any number of atoms .*take numbers from shapes"
+    ):
+        ddpkit.export(Peeking(), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_where_there_is_no_compiler(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"There is no C\+\+ compiler no-such-compiler here"):
+        ddpkit.export(model, tmp_path / "model.pt2")
 
 
 @pytest.mark.usefixtures("uncompiled")
