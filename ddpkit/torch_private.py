@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -262,6 +262,14 @@ _AHEAD = {
     # they serve many compilations, take longer than one, and are named by a program (openssl) that need not be there
     "aot_inductor.precompile_headers": False,
 }
+
+
+@contextlib.contextmanager
+def sizes_are_many() -> Iterator[None]:
+    """While tracing, no size that varies, nor a part of one, is asked whether it is 1: torch.export has no public way."""
+    config = importlib.import_module("torch.fx.experimental._config")
+    with config.patch(backed_size_oblivious=True):
+        yield
 
 
 def compile_ahead(exported: Any, path: Path, metadata: dict[str, str]) -> None:

@@ -162,8 +162,9 @@ def blocks_of(table: Table, ends: Tensor, slot: Tensor, *, exact: bool) -> Block
             atoms and edges alone, so that nothing waits for the device; some are empty.
     """
     edges, (atoms, most) = ends.shape[0], table.rows.shape
-    last = ((table.listed.sum(1) + BLOCK - 1) // BLOCK).cumsum(0)
-    first = torch.cat((last.new_zeros(1), last[:-1]))
+    counts = (table.listed.sum(1) + BLOCK - 1) // BLOCK
+    last = counts.cumsum(0)
+    first = last - counts
     slot = slot + (first * BLOCK - torch.arange(atoms, device=slot.device) * most).index_select(0, ends)
     number = int(last[-1]) if exact else (edges + (BLOCK - 1) * atoms) // BLOCK
     if isinstance(number, int):  # and not the size of a trace, which has edges

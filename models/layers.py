@@ -85,7 +85,8 @@ def groups_of(one_hot: Tensor) -> Groups:
     last = ((member.sum(0) + GROUP - 1) // GROUP).cumsum(0)
     first = torch.cat((last.new_zeros(1), last[:-1]))
     slot = ((first * GROUP + seen - 1) * member).sum(1)
-    blocks = int(last[-1]) if exact else (atoms + GROUP - 1) // GROUP + species
+    # of the atoms, and one begun of each species; in one fraction, since a compiler must see that it divides the table's size
+    blocks = int(last[-1]) if exact else (atoms + GROUP - 1 + GROUP * species) // GROUP
     table = slot.new_full((blocks * GROUP,), atoms).scatter(0, slot, torch.arange(atoms, device=slot.device))
     number = torch.arange(blocks, device=slot.device)
     of_block = (number.unsqueeze(1) >= last).sum(1).clamp(max=species - 1)

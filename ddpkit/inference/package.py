@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import ddpkit.inference.exchange  # noqa: F401  (registers the operators that compiled code may call)
 from ddpkit.errors import InputError
 from ddpkit.inference.inputs import SMALLEST, random_inputs
-from ddpkit.torch_private import compile_ahead, load_ahead, release
+from ddpkit.torch_private import compile_ahead, load_ahead, release, sizes_are_many
 
 FORMAT = 1
 SUFFIX = ".pt2"
@@ -84,9 +84,9 @@ def compile_package(module: nn.Module, metadata: Metadata, path: Path, say: Call
 def _traced(module: nn.Module, metadata: Metadata) -> torch.export.ExportedProgram:
     # All sizes differ, from one another and from 3: sizes that are equal in a trace are one.
     example = random_inputs(
-        11,
-        6 if metadata.message_passing else 8,
-        7,
+        23,
+        14,
+        19,
         species=len(metadata.species),
         r_max=metadata.r_max,
         message_passing=metadata.message_passing,
@@ -95,10 +95,10 @@ def _traced(module: nn.Module, metadata: Metadata) -> torch.export.ExportedProgr
     ).arguments()
     trace = make_fx(lambda *x: tuple(module(*x)), tracing_mode="symbolic", _allow_non_fake_inputs=True)
     try:
-        with torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.set_multithreading_enabled(False), sizes_are_many():
             traced = trace(*example)
-        # what the trace asked of the example's sizes is forgotten here, and asked again of sizes without values
-        return torch.export.export(_Flat(traced), example, dynamic_shapes=(_dims(metadata),))
+            # what the trace took for granted of the example's sizes is forgotten here, and found out for all sizes
+            return torch.export.export(_Flat(traced), example, dynamic_shapes=(_dims(metadata),))
     except InputError:
         raise
     except Exception as error:
