@@ -256,11 +256,16 @@ def clear_caches() -> None:
 
 # --- compiling ahead of time: documented functions in a module that is private by name ------------------------------------------
 
-_AHEAD = {
+_AHEAD: dict[str, Any] = {
     # code for as many threads as there are where it runs, not where it was compiled: ranks of one thread would fight for cores
     "cpp.dynamic_threads": True,
     # they serve many compilations, take longer than one, and are named by a program (openssl) that need not be there
     "aot_inductor.precompile_headers": False,
+}
+# As in `ddpkit.compile.inductor`, for the same reasons: NequIP's code for CPUs is a tenth faster, and Triton splits what it can.
+_AHEAD_ON = {
+    "cpu": {"realize_opcount_threshold": 1, "realize_reads_threshold": 1},
+    "cuda": {"loop_ordering_after_fusion": False},
 }
 
 
@@ -272,16 +277,17 @@ def sizes_are_many() -> Iterator[None]:
         yield
 
 
-def compile_ahead(exported: Any, path: Path, metadata: dict[str, str]) -> None:
+def compile_ahead(exported: Any, path: Path, metadata: dict[str, str], device: str) -> None:
     """Compiles an exported program into a file that Python and C++ load.
 
     Args:
         exported: by `torch.export.export`.
         path: of the file, ending in .pt2.
         metadata: readable in Python and C++.
+        device: "cpu" or "cuda".
     """
     inductor = importlib.import_module("torch._inductor")
-    settings = {"aot_inductor.metadata": metadata, **_AHEAD}
+    settings = {"aot_inductor.metadata": metadata, **_AHEAD, **_AHEAD_ON[device]}
     inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
 
 

@@ -78,7 +78,7 @@ def compile_package(module: nn.Module, metadata: Metadata, path: Path, say: Call
         say("tracing the model")
         exported = _traced(module, metadata)
         say("compiling, which may take minutes")
-        compile_ahead(exported, path, {KEY: json.dumps(asdict(metadata))})
+        compile_ahead(exported, path, {KEY: json.dumps(asdict(metadata))}, metadata.device)
 
 
 def _traced(module: nn.Module, metadata: Metadata) -> torch.export.ExportedProgram:
