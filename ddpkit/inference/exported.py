@@ -10,6 +10,7 @@ from ddpkit.batch import Batch
 from ddpkit.checkpoint import load_model
 from ddpkit.frames import stress_of, sum_over_frames
 from ddpkit.inference.inputs import SMALLEST, Inputs, inputs_of
+from ddpkit.inference.memory import keep_freed_memory
 from ddpkit.inference.package import SUFFIX, load_package, read_metadata
 
 
@@ -67,6 +68,8 @@ class Exported(nn.Module):
         self.species = tuple(self.metadata.species)
         self.r_max = self.metadata.r_max
         self._run = load_package(path, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy loads the file again."""

@@ -4,7 +4,9 @@ import argparse
 import copy
 import json
 import pickle
+import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -180,6 +182,18 @@ def test_is_loaded_by_a_process_without_the_model(package, model):
     atoms.calc = Calculator(model, device="cpu")
     assert float(energy) == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
     assert knows_models == "False"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to keep memory")
+def test_steps_take_no_memory_anew(exported):
+    inputs = random_inputs(2000, 0, 60, species=2, r_max=R_MAX, message_passing=True, seed=0, device="cpu").arguments()
+    for _ in range(3):
+        exported._run(*inputs)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        exported._run(*inputs)
+    pages = sum(x.nbytes for x in inputs[:1]) // resource.getpagesize()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages  # of one array in ten steps
 
 
 @pytest.mark.parametrize("owned", [2, 5, 30])
