@@ -133,7 +133,7 @@ def _evaluate(args: argparse.Namespace, here: Environment) -> None:
         config = _configuration(args.run)
         _refuse_without_weights(args.run)
         if config is None and args.data is None and args.torsion is None:
-            raise InputError(f"{args.run} lies in no run folder, so its data are not known: give DATA too.")
+            raise InputError(f"{args.run} {_outside(args.run)}, so its data are not known: give DATA too.")
         beside = Beside(accuracy.read_beside(args.beside), f"In brackets: {args.beside}.") if args.beside else None
         fragments = torsion.read_fragments(args.torsion, args.torsion_reference) if args.torsion else []
         model = load(args.run, here.device).requires_grad_(requires_grad=False)
@@ -162,6 +162,10 @@ def _configuration(run: Path) -> DictConfig | None:
         return None
     folder = run if run.is_dir() else run.parent.parent
     return read_saved(folder) if (folder / "config.yaml").is_file() else None
+
+
+def _outside(run: Path) -> str:
+    return "is an exported model" if run.suffix == SUFFIX else "lies in no run folder"
 
 
 def _refuse_without_weights(run: Path) -> None:
@@ -216,7 +220,7 @@ def _open(args: argparse.Namespace, saved: DictConfig | None, model: Any) -> Cho
         with agree("reading the run"):
             if saved is None and part != "all":
                 raise InputError(
-                    f"{args.run} lies in no run folder, so how it divided its data is not known: leave --split {part} out."
+                    f"{args.run} {_outside(args.run)}, so how it divided its data is not known: leave --split {part} out."
                 )
             config = read(["data=files", "data.path=-"])
             if saved is not None and part != "all":

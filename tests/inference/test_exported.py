@@ -230,6 +230,8 @@ def test_eval_takes_it(package, model, tmp_path, capsys):
     words = [package, tmp_path / "set.xyz", "--out", tmp_path / "out", "--device", "cpu"]
     evaluate.main(parser.parse_args([str(word) for word in words]))
     assert re.search(r"O +6 +500 +500", capsys.readouterr().out)  # meV/Å
+    with pytest.raises(InputError, match=r"model\.pt2 is an exported model, so its data are not known: give DATA too"):
+        evaluate.main(parser.parse_args([str(package), "--device", "cpu"]))
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------------------
