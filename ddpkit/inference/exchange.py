@@ -29,7 +29,9 @@ SCHEMAS = {
 
 
 class Exchange(Protocol):
-    """What carries rows between ranks. Both functions are collective; what they return shares no memory with `rows`."""
+    """What carries rows between ranks. Both functions are collective; what they return shares no memory with `rows`, which
+    compiled code overwrites as soon as they have returned.
+    """
 
     def from_owners(self, rows: Tensor, number: int) -> Tensor:
         """`[owned, width]` -> `[number, width]`: the same rows, then those of the ghosts, from their owners."""
