@@ -28,6 +28,7 @@ VERBS = {
     "models": ("ddpkit.experiments.models_table", "list the named models with their parameters", False),
     "data": ("ddpkit.experiments.data", "make, prepare or describe data", False),
     "eval": ("ddpkit.experiments.evaluate", "accuracy tables of a run or checkpoint", False),
+    "lammps": ("ddpkit.experiments.lammps", "run an exported model in LAMMPS", True),
     "export": ("ddpkit.experiments.export", "compile a trained model into one file for Python, ASE and LAMMPS", False),
     "bench sync": ("ddpkit.experiments.bench_sync", "time gradient synchronisation", False),
     "bench step": ("ddpkit.experiments.bench_step", "time a training step, beside the peer's", False),

@@ -1,0 +1,93 @@
+// A model compiled into one file by `ddpkit export`.
+#pragma once
+
+#include "json.h"
+
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/headeronly/version.h>
+
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace ddpkit {
+
+// Errors of torch go on with a stack; who runs LAMMPS needs their first line.
+inline std::string first_line(const std::string &text)
+{
+  return text.substr(0, std::min(text.find('\n'), (size_t) 300));
+}
+
+inline int gpus()
+{
+  return c10::impl::hasDeviceGuardImpl(c10::kCUDA) ? c10::impl::getDeviceGuardImpl(c10::kCUDA)->deviceCount() : 0;
+}
+
+class Package {
+ public:
+  std::vector<std::string> species;
+  double r_max = 0;              // Å
+  std::vector<double> cutoffs;   // Å, [species, species] of centre and neighbour
+  bool passes_messages = false;  // takes the table `incoming`, and exchanges rows between ranks
+  int exchange_width = 0;        // columns of the widest of these rows
+  int exchange_bytes = 8;        // of each of their numbers
+  c10::Device device = c10::kCPU;
+
+  // Raises std::runtime_error with a sentence where the file cannot be used here; `local_rank` chooses the GPU.
+  Package(const std::string &path, int local_rank)
+  {
+    const Json told = read(path);
+    const std::string written_by = told["torch"].text, release = minor(written_by);
+    if (told["format"].number != 1)
+      throw std::runtime_error(path + " is a package of another format: export the model again with the ddpkit that built this plugin");
+    if (release != minor(TORCH_VERSION))
+      throw std::runtime_error(path + " was compiled by torch " + written_by + " and cannot run under torch " TORCH_VERSION
+                               ": export the model again with this release");
+    for (const Json &name : told["species"].list) species.push_back(name.text);
+    r_max = told["r_max"].number;
+    cutoffs.assign(species.size() * species.size(), r_max);
+    if (told["cutoffs"].kind != Json::NOTHING)
+      for (size_t i = 0; i < species.size(); i++)
+        for (size_t j = 0; j < species.size(); j++)
+          cutoffs[i * species.size() + j] = told["cutoffs"].list.at(i).list.at(j).number;
+    passes_messages = told["message_passing"].number;
+    exchange_width = (int) told["exchange_width"].number;
+    exchange_bytes = told["dtype"].text == "float32" ? 4 : 8;
+    if (told["device"].text == "cuda") {
+      const int number = gpus();
+      if (!number)
+        throw std::runtime_error(path + " was compiled for an NVIDIA GPU, and torch has none here: export the model with --device cpu");
+      device = c10::Device(c10::kCUDA, local_rank % number);
+    }
+    try {
+      loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, 1, device.index());
+    } catch (const std::exception &error) {
+      throw std::runtime_error(path + " cannot be loaded here (" + first_line(error.what()) + "): export the model again on this machine");
+    }
+  }
+
+  std::vector<at::Tensor> run(std::vector<at::Tensor> inputs) { return loader->boxed_run(std::move(inputs)); }
+
+ private:
+  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
+
+  static Json read(const std::string &path)
+  {
+    if (!std::ifstream(path)) throw std::runtime_error("there is no file " + path + ": give a package that `ddpkit export` wrote");
+    try {
+      const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
+      return JsonReader(metadata.at("ddpkit")).read();
+    } catch (const std::exception &) {
+      throw std::runtime_error(path + " is no package that `ddpkit export` wrote, or it is damaged: export the model again");
+    }
+  }
+
+  static std::string minor(const std::string &version)
+  {
+    return version.substr(0, version.find('.', version.find('.') + 1));
+  }
+};
+
+}    // namespace ddpkit

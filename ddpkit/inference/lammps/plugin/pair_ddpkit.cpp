@@ -1,0 +1,382 @@
+// Models of ddpkit in LAMMPS: energies and forces from a package that `ddpkit export` wrote. Neither Python nor the source of
+// LAMMPS is needed; `ddpkit lammps build` compiles this file as a plugin.
+//
+//   pair_style ddpkit [chunk N]           N: compute so many atoms at a time, which bounds memory
+//   pair_coeff * * model.pt2 H C N O      an element of the model for each atom type
+
+#include "edges.h"
+#include "exchange.h"
+#include "package.h"
+
+#include "atom.h"
+#include "comm.h"
+#include "error.h"
+#include "force.h"
+#include "lammps.h"
+#include "memory.h"
+#include "neigh_list.h"
+#include "neighbor.h"
+#include "pair.h"
+#include "universe.h"
+#include "update.h"
+#include "utils.h"
+
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <cctype>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <memory>
+#include <string>
+#include <unistd.h>
+#include <vector>
+
+namespace LAMMPS_NS {
+
+using ddpkit::PADDING;
+
+class PairDdpkit : public Pair, public ddpkit::Exchange {
+ public:
+  explicit PairDdpkit(LAMMPS *lmp) : Pair(lmp)
+  {
+    manybody_flag = one_coeff = 1;
+    single_enable = restartinfo = 0;
+    no_virial_fdotr_compute = 1;
+    nextra = 1;  // processor seconds inside the model, for `compute pair`
+    pvector = &seconds;
+  }
+
+  ~PairDdpkit() override
+  {
+    if (allocated) {
+      memory->destroy(setflag);
+      memory->destroy(cutsq);
+    }
+    pvector = nullptr;
+  }
+
+  void settings(int narg, char **arg) override
+  {
+    chunk = 0;
+    if (narg == 2 && !std::strcmp(arg[0], "chunk")) chunk = utils::bnumeric(FLERR, arg[1], false, lmp);
+    if ((narg != 0 && narg != 2) || (narg == 2 && chunk < 1))
+      error->all(FLERR, "pair_style ddpkit takes nothing but `chunk N`, with N atoms at a time: the cutoff stands in the package that "
+                        "pair_coeff names");
+  }
+
+  void coeff(int narg, char **arg) override
+  {
+    const int types = atom->ntypes;
+    if (narg < 3 || std::strcmp(arg[0], "*") || std::strcmp(arg[1], "*"))
+      error->all(FLERR, "pair_style ddpkit needs `pair_coeff * * model.pt2` and an element for each atom type");
+    if (narg != types + 3)
+      error->all(FLERR, "pair_coeff of pair_style ddpkit names {} elements for {} atom types: give one for each type", narg - 3, types);
+    const std::string path = arg[2];
+    together([&] {
+      package.reset();
+      register_operators();
+      package = std::make_unique<ddpkit::Package>(path, local_rank());
+      // The second serves tests: what a GPU's operators make is what the loop makes.
+      const bool by_operators = package->device.is_cuda() || std::getenv("DDPKIT_LAMMPS_OPERATORS");
+      if (by_operators) candidates = std::make_unique<ddpkit::DeviceCandidates>(package->device);
+      else candidates = std::make_unique<ddpkit::HostCandidates>();
+    });
+    species_of_type.assign(types + 1, 0);
+    for (int type = 1; type <= types; type++) {
+      const auto &names = package->species;
+      const auto place = std::find(names.begin(), names.end(), arg[type + 2]);
+      if (place == names.end()) {
+        std::string known;
+        for (const auto &name : names) known += (known.empty() ? "" : ", ") + name;
+        error->all(FLERR, "the model in {} does not know {}, which pair_coeff gives for atom type {}: it knows {}", path, arg[type + 2],
+                   type, known);
+      }
+      species_of_type[type] = place - names.begin();
+    }
+    squared = package->cutoffs;
+    for (double &cutoff : squared) cutoff *= cutoff;
+    if (!allocated) {
+      allocated = 1;
+      memory->create(setflag, types + 1, types + 1, "pair:setflag");
+      memory->create(cutsq, types + 1, types + 1, "pair:cutsq");
+    }
+    for (int i = 1; i <= types; i++)
+      for (int j = i; j <= types; j++) setflag[i][j] = 1;
+    if (chunk && package->passes_messages)
+      error->all(FLERR, "the model in {} passes messages between atoms, so it cannot be computed in chunks: leave `chunk` away, or use "
+                        "more ranks", path);
+    comm_forward = comm_reverse = (package->exchange_width * package->exchange_bytes + 7) / 8;
+  }
+
+  void init_style() override
+  {
+    if (std::strcmp(update->unit_style, "metal"))
+      error->all(FLERR, "pair_style ddpkit computes eV and Angstrom, and the units are {}: use `units metal`", update->unit_style);
+    if (!force->newton_pair) error->all(FLERR, "pair_style ddpkit needs the forces of ghost atoms: use `newton on`");
+    if (utils::strmatch(force->pair_style, "^hybrid") && !utils::strmatch(force->pair_style, "^hybrid/overlay"))
+      error->all(FLERR, "pair_style ddpkit computes all atoms together: use it alone or in `hybrid/overlay`, not in {}", force->pair_style);
+    if (neighbor->exclude)
+      error->all(FLERR, "pair_style ddpkit needs all neighbours of an atom: remove `neigh_modify exclude`");
+    if (atom->molecular != Atom::ATOMIC && atom->nbonds)
+      for (int k = 1; k <= 3; k++)
+        if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0)
+          error->all(FLERR, "pair_style ddpkit needs bonded atoms in the neighbour list, and special_bonds takes them out: use "
+                            "`special_bonds lj/coul 1 1 1`, or data without bonds");
+    // a style inside hybrid is not asked for the width of its rows once it knows it
+    force->pair->comm_forward = std::max(force->pair->comm_forward, comm_forward);
+    force->pair->comm_reverse = std::max(force->pair->comm_reverse, comm_reverse);
+    neighbor->add_request(this, NeighConst::REQ_FULL);
+    warn_of_slow_products();
+  }
+
+  double init_one(int, int) override { return package->r_max; }
+
+  void compute(int eflag, int vflag) override
+  {
+    ev_init(eflag, vflag);
+    try {
+      const c10::InferenceMode guard;
+      current() = package->passes_messages ? this : nullptr;
+      if (neighbor->ago == 0 || candidates->owned() != atom->nlocal) take_neighbours();
+      compute_chunks();
+    } catch (const LAMMPSException &) {
+      throw;
+    } catch (const std::exception &raised) {
+      error->one(FLERR, "pair_style ddpkit failed on rank {}: {}", comm->me, ddpkit::first_line(raised.what()));
+    }
+  }
+
+  int pack_forward_comm(int n, int *list, double *buf, int, int *) override
+  {
+    for (int k = 0; k < n; k++) std::memcpy(buf + k * doubles, row(list[k]), bytes);
+    return n * (int) doubles;
+  }
+
+  void unpack_forward_comm(int n, int first, double *buf) override
+  {
+    for (int k = 0; k < n; k++) std::memcpy(row(first + k), buf + k * doubles, bytes);
+  }
+
+  int pack_reverse_comm(int n, int first, double *buf) override
+  {
+    for (int k = 0; k < n; k++) std::memcpy(buf + k * doubles, row(first + k), bytes);
+    return n * (int) doubles;
+  }
+
+  void unpack_reverse_comm(int n, int *list, double *buf) override
+  {
+    for (int k = 0; k < n; k++) {
+      if (is_float) add((float *) row(list[k]), (const float *) (buf + k * doubles));
+      else add((double *) row(list[k]), buf + k * doubles);
+    }
+  }
+
+  at::Tensor from_owners(const at::Tensor &rows, int64_t all) override
+  {
+    at::Tensor made = at::empty({all, rows.size(1)}, rows.options().device(c10::kCPU));
+    made.narrow(0, 0, rows.size(0)).copy_(rows);
+    exchange(made);
+    comm->forward_comm(this, (int) doubles);
+    return made.to(rows.device());
+  }
+
+  at::Tensor to_owners(const at::Tensor &rows, int64_t owned) override
+  {
+    at::Tensor made = at::empty(rows.sizes(), rows.options().device(c10::kCPU));
+    made.copy_(rows);
+    exchange(made);
+    comm->reverse_comm(this, (int) doubles);
+    return made.narrow(0, 0, owned).to(rows.device());
+  }
+
+  double memory_usage() override { return (double) species.capacity() * sizeof(int64_t); }
+
+ private:
+  std::unique_ptr<ddpkit::Package> package;
+  std::unique_ptr<ddpkit::Candidates> candidates;
+  std::vector<int64_t> species_of_type, species;
+  std::vector<double> squared;  // cutoffs
+  bigint chunk = 0;             // atoms at a time; 0 for all
+  double seconds = 0;
+
+  // what is exchanged: rows of owned atoms, two that pad, then ghosts
+  char *rows_exchanged = nullptr;
+  size_t bytes = 0, doubles = 0;  // of a row
+  bool is_float = false;
+
+  char *row(int k) { return rows_exchanged + (k < atom->nlocal ? k : k + PADDING) * bytes; }
+
+  template <typename T> void add(T *to, const T *from)
+  {
+    for (size_t k = 0; k < bytes / sizeof(T); k++) to[k] += from[k];
+  }
+
+  void exchange(at::Tensor &rows)
+  {
+    rows_exchanged = (char *) rows.data_ptr();
+    bytes = rows.size(1) * rows.element_size();
+    doubles = (bytes + 7) / 8;
+    is_float = rows.scalar_type() == at::kFloat;
+    if ((int) doubles > comm_forward || !(is_float || rows.scalar_type() == at::kDouble))
+      throw std::runtime_error("the model exchanges rows that are wider than its package says: export it again");
+  }
+
+  int local_rank() const
+  {
+    MPI_Comm host;
+    int rank;
+    MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
+    MPI_Comm_rank(host, &rank);
+    MPI_Comm_free(&host);
+    return rank;
+  }
+
+  // What fails on one rank is an error of all: they say what the first of these says.
+  template <typename Work> void together(const Work &work)
+  {
+    std::string why;
+    try {
+      work();
+    } catch (const LAMMPSException &) {
+      throw;
+    } catch (const std::exception &raised) {
+      why = ddpkit::first_line(raised.what());
+    }
+    int failed = why.empty() ? comm->nprocs : comm->me, first;
+    MPI_Allreduce(&failed, &first, 1, MPI_INT, MPI_MIN, world);
+    if (first == comm->nprocs) return;
+    int length = (int) why.size();
+    MPI_Bcast(&length, 1, MPI_INT, first, world);
+    why.resize(length);
+    MPI_Bcast(&why[0], length, MPI_CHAR, first, world);
+    error->all(FLERR, why);
+  }
+
+  // LAMMPS may bring a `dgemm_` of its own, which then is torch's too: ten times slower.
+  void warn_of_slow_products()
+  {
+    Dl_info where;
+    void *const used = dlsym(RTLD_DEFAULT, "dgemm_");
+    if (comm->me == 0 && used && dladdr(used, &where) && std::strstr(where.dli_fname, "/liblammps"))
+      error->warning(FLERR, "products of matrices in float64 are slow, since torch's dgemm_ is that of {}: start LAMMPS by `ddpkit "
+                            "lammps`, or with libtorch_cpu.so in LD_PRELOAD", where.dli_fname);
+  }
+
+  void take_neighbours()
+  {
+    // a list that leaves atoms out has fewer, and is not in their order
+    bool whole = list->inum == atom->nlocal;
+    for (int k = 0; whole && k < list->inum; k++) whole = list->ilist[k] == k;
+    if (!whole) throw std::runtime_error("LAMMPS' neighbour list leaves atoms out: remove `neigh_modify include`");
+    candidates->take(list->inum, [&](int64_t i, std::vector<int> &other) {
+      const int *const neighbours = list->firstneigh[i];
+      for (int k = 0; k < list->numneigh[i]; k++) other.push_back(neighbours[k] & NEIGHMASK);
+    });
+  }
+
+  void compute_chunks()
+  {
+    const int64_t owned = atom->nlocal, all = owned + atom->nghost;
+    species.resize(all);
+    for (int64_t i = 0; i < all; i++) species[i] = species_of_type[atom->type[i]];
+    const ddpkit::Atoms atoms{owned, all, all ? atom->x[0] : nullptr, species, squared, (int64_t) package->species.size(), package->r_max};
+    // message passing needs this rank even where it has no atoms
+    if (!owned && !package->passes_messages) return;
+    const int64_t step = chunk ? chunk : std::max<int64_t>(owned, 1);
+    for (int64_t from = 0; from == 0 || from < owned; from += step)
+      compute_chunk(candidates->pick(atoms, from, std::min(from + step, owned), chunk != 0, package->passes_messages));
+  }
+
+  void compute_chunk(const ddpkit::Edges &edges)
+  {
+    const auto start = std::chrono::steady_clock::now();
+    const std::vector<at::Tensor> outputs = package->run(edges.inputs);
+    const int64_t number = edges.number, centres = edges.inputs[4].size(0) - PADDING;
+    const at::Tensor energies = outputs[0].to(c10::kCPU).contiguous();  // waits for a GPU
+    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double *const e = energies.data_ptr<double>();
+    for (int64_t i = 0; i < centres; i++) {
+      if (eflag_global) eng_vdwl += e[i];
+      if (eflag_atom) eatom[edges.first_centre + i] += e[i];
+    }
+    const at::Tensor vectors = edges.inputs[0].narrow(0, 0, number), slopes = outputs[1].narrow(0, 0, number);
+    const at::Tensor centre = edges.inputs[2].narrow(0, 0, number);
+    add_forces(vectors.to(c10::kCPU), slopes.to(c10::kCPU).contiguous(), centre.to(c10::kCPU), edges.ends.to(c10::kCPU), edges.first_centre);
+  }
+
+  void add_forces(const at::Tensor &vectors, const at::Tensor &slopes, const at::Tensor &centre, const at::Tensor &ends, int64_t first)
+  {
+    const double *const v = vectors.data_ptr<double>(), *const s = slopes.data_ptr<double>();
+    const int64_t *const centres = centre.data_ptr<int64_t>();
+    const int *const others = ends.data_ptr<int>();
+    double sum[6] = {0, 0, 0, 0, 0, 0};
+    for (int64_t k = 0; k < ends.size(0); k++) {
+      const double *const r = v + 3 * k, *const g = s + 3 * k;
+      double *const at_centre = atom->f[first + centres[k]], *const at_other = atom->f[others[k]];
+      for (int c = 0; c < 3; c++) {
+        at_centre[c] += g[c];
+        at_other[c] -= g[c];
+      }
+      if (!vflag_either) continue;
+      const double w[6] = {-r[0] * g[0], -r[1] * g[1], -r[2] * g[2], -r[0] * g[1], -r[0] * g[2], -r[1] * g[2]};
+      for (int c = 0; c < 6; c++) {
+        sum[c] += w[c];
+        if (!vflag_atom) continue;
+        vatom[first + centres[k]][c] += 0.5 * w[c];
+        vatom[others[k]][c] += 0.5 * w[c];
+      }
+    }
+    if (vflag_global)
+      for (int c = 0; c < 6; c++) virial[c] += sum[c];
+  }
+};
+
+}    // namespace LAMMPS_NS
+
+extern "C" {
+
+typedef void *(lammpsplugin_factory) (void *);
+struct lammpsplugin_t {
+  const char *version, *style, *name, *info, *author;
+  union {
+    lammpsplugin_factory *v1;
+    void *v2;
+  } creator;
+  void *handle;
+};
+typedef void (*lammpsplugin_register)(lammpsplugin_t *, void *);
+
+// Processes that their launcher started as ranks, and LAMMPS' MPI as one each, would all compute the same.
+static void require_ranks(int ranks)
+{
+  const char *const wanted = std::getenv("DDPKIT_RANKS"), *const rank = std::getenv("DDPKIT_RANK");
+  if (!wanted || std::atoi(wanted) == ranks) return;
+  if (!rank || !std::strcmp(rank, "0"))
+    fprintf(stderr, "ddpkit: %s ranks were started, but the MPI of this LAMMPS knows %d: use `ddpkit lammps -n %s ...`, or the launcher of "
+                    "the MPI that LAMMPS was built against.\n", wanted, ranks, wanted);
+  else sleep(2);  // so that the first can say so before its launcher ends it
+  fflush(stderr);
+  _exit(2);
+}
+
+static void *create_ddpkit(void *lmp) { return new LAMMPS_NS::PairDdpkit((LAMMPS_NS::LAMMPS *) lmp); }
+
+void lammpsplugin_init(void *lmp, void *handle, void *regfunc)
+{
+  require_ranks(((LAMMPS_NS::LAMMPS *) lmp)->universe->nprocs);
+  lammpsplugin_t plugin;
+  std::memset(&plugin, 0, sizeof(plugin));
+  plugin.version = DDPKIT_LAMMPS_VERSION;
+  plugin.style = "pair";
+  plugin.name = "ddpkit";
+  plugin.info = "models of ddpkit";
+  plugin.author = "ddpkit";
+  plugin.creator.v1 = &create_ddpkit;
+  plugin.handle = handle;
+  ((lammpsplugin_register) regfunc)(&plugin, lmp);
+}
+}
