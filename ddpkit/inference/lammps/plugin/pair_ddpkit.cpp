@@ -119,7 +119,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     if (!force->newton_pair) error->all(FLERR, "pair_style ddpkit needs the forces of ghost atoms: use `newton on`");
     if (utils::strmatch(force->pair_style, "^hybrid") && !utils::strmatch(force->pair_style, "^hybrid/overlay"))
       error->all(FLERR, "pair_style ddpkit computes all atoms together: use it alone or in `hybrid/overlay`, not in {}", force->pair_style);
-    if (neighbor->exclude)
+    if (neighbor->nex_type + neighbor->nex_group + neighbor->nex_mol)
       error->all(FLERR, "pair_style ddpkit needs all neighbours of an atom: remove `neigh_modify exclude`");
     if (atom->molecular != Atom::ATOMIC && atom->nbonds)
       for (int k = 1; k <= 3; k++)

