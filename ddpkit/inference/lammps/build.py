@@ -54,7 +54,11 @@ def _digest(installation: Installation) -> str:
     torch, lammps = torch_folder(), installation.program
     for path in sorted(SOURCE.iterdir()):
         facts.update(path.read_bytes())
-    for path in (lammps, *sorted(lammps.parent.glob("liblammps.so*")), *sorted(lammps.parent.parent.glob("lib*/liblammps.so*"))):
+    for path in (
+        lammps,
+        *sorted(lammps.parent.glob("liblammps.so*")),
+        *sorted(lammps.parent.parent.glob("lib*/liblammps.so*")),
+    ):
         about = path.stat()
         facts.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
     words = (str(torch), importlib.metadata.version("torch"), str(installation.mpi.headers), sys.executable, *OPTIONS)
@@ -91,8 +95,8 @@ def _compile(installation: Installation, plugin: Path) -> None:
         if done.returncode:
             why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:]).strip()
             raise InputError(
-                f"{compiler} cannot compile the plugin for {installation.program} ({why}): use a compiler that knows C++20, such as "
-                "g++ 11, and a LAMMPS of 2024 or later."
+                f"{compiler} cannot compile the plugin for {installation.program} ({why}): use a compiler that knows C++20, "
+                "such as g++ 11, and a LAMMPS of 2024 or later."
             )
         (Path(made) / NAME).replace(plugin)
 
@@ -108,10 +112,13 @@ def _told(installation: Installation) -> tuple[str, list[str]]:
     version = re.search(r"Parallel Simulator - (.+)", done.stdout)
     if done.returncode or version is None:
         why = " ".join((done.stderr or done.stdout).split())[-300:]
-        raise InputError(f"{installation.program} does not run ({why}): install 'ddpkit[lammps]', or set DDPKIT_LMP to one that does.")
+        raise InputError(
+            f"{installation.program} does not run ({why}): install 'ddpkit[lammps]', or set DDPKIT_LMP to one that does."
+        )
     packages = re.search(r"Installed packages:(.*?)(?:List of|\Z)", done.stdout, re.DOTALL)
     if packages is None or "PLUGIN" not in packages[1].split():
         raise InputError(
-            f"{installation.program} was built without plugins: install 'ddpkit[lammps]', or build LAMMPS with `-D PKG_PLUGIN=on`."
+            f"{installation.program} was built without plugins: install 'ddpkit[lammps]', or build LAMMPS with "
+            "`-D PKG_PLUGIN=on`."
         )
     return version[1].strip(), re.findall(r"^(-DLAMMPS_\w+)", done.stdout, re.MULTILINE)

