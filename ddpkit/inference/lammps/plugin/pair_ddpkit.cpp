@@ -317,22 +317,29 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     const double *const v = vectors.data_ptr<double>(), *const s = slopes.data_ptr<double>();
     const int64_t *const centres = centre.data_ptr<int64_t>();
     const int *const others = ends.data_ptr<int>();
+    double *const f = atom->nmax ? atom->f[0] : nullptr;
     double sum[6] = {0, 0, 0, 0, 0, 0};
-    for (int64_t k = 0; k < ends.size(0); k++) {
-      const double *const r = v + 3 * k, *const g = s + 3 * k;
-      double *const at_centre = atom->f[first + centres[k]], *const at_other = atom->f[others[k]];
-      for (int c = 0; c < 3; c++) {
-        at_centre[c] += g[c];
-        at_other[c] -= g[c];
+    const int64_t edges = ends.size(0);
+    for (int64_t k = 0; k < edges;) {
+      const int64_t centre_here = centres[k];
+      double total[3] = {0, 0, 0};  // edges of a centre follow one another
+      for (; k < edges && centres[k] == centre_here; k++) {
+        const double *const r = v + 3 * k, *const g = s + 3 * k;
+        double *const at_other = f + 3 * (int64_t) others[k];
+        for (int c = 0; c < 3; c++) {
+          total[c] += g[c];
+          at_other[c] -= g[c];
+        }
+        if (!vflag_either) continue;
+        const double w[6] = {-r[0] * g[0], -r[1] * g[1], -r[2] * g[2], -r[0] * g[1], -r[0] * g[2], -r[1] * g[2]};
+        for (int c = 0; c < 6; c++) {
+          sum[c] += w[c];
+          if (!vflag_atom) continue;
+          vatom[first + centre_here][c] += 0.5 * w[c];
+          vatom[others[k]][c] += 0.5 * w[c];
+        }
       }
-      if (!vflag_either) continue;
-      const double w[6] = {-r[0] * g[0], -r[1] * g[1], -r[2] * g[2], -r[0] * g[1], -r[0] * g[2], -r[1] * g[2]};
-      for (int c = 0; c < 6; c++) {
-        sum[c] += w[c];
-        if (!vflag_atom) continue;
-        vatom[first + centres[k]][c] += 0.5 * w[c];
-        vatom[others[k]][c] += 0.5 * w[c];
-      }
+      for (int c = 0; c < 3; c++) f[3 * (first + centre_here) + c] += total[c];
     }
     if (vflag_global)
       for (int c = 0; c < 6; c++) virial[c] += sum[c];
