@@ -1,8 +1,8 @@
-"""Models of the `nequip` and `nequip-allegro` packages, turned into ours."""
+"""Models of the `nequip` and `nequip-allegro` packages, turned into ours, and which of their weights are which of ours."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def from_nequip(module: torch.nn.Module) -> Potential:
     Raises:
         InputError: the module uses something that our models do not have.
     """
-    layers = _energy_layers(module)
+    layers = energy_layers(module)
     for name in ("edge_norm", "per_type_energy_scale_shift"):
         if name not in layers:
             raise _refuse(f"a model without {name}")
@@ -52,6 +52,11 @@ def from_nequip(module: torch.nn.Module) -> Potential:
         model = _nequip(layers)
     else:
         raise _refuse(f"a model made of {', '.join(layers)}")
+    for ours, theirs, places in pairs(model, layers):
+        flat = theirs.detach().reshape(-1)
+        ours.data.copy_((flat if places is None else flat[places]).reshape(ours.shape))
+        if isinstance(ours, torch.nn.Parameter):
+            ours.requires_grad_(theirs.requires_grad)
     device = layers["edge_norm"]._rmax_recip.device
     return model.to(device).train(module.training)
 
@@ -60,7 +65,29 @@ def _refuse(what: str) -> InputError:
     return InputError(f"{what} cannot be imported: import models built by NequIPGNNModel or AllegroModel")
 
 
-def _energy_layers(module: torch.nn.Module) -> dict[str, Any]:
+class Pair(NamedTuple):
+    """Numbers that our model and theirs share: ours, flat, are theirs, flat, at `places`; all in order where that is None."""
+
+    ours: Tensor
+    theirs: Tensor
+    places: Tensor | None = None
+
+
+def pairs(model: Potential, layers: dict[str, Any]) -> list[Pair]:
+    """All that training changes or a configuration sets, as it stands in both.
+
+    Args:
+        model: ours.
+        layers: of the same model of theirs, from `energy_layers`.
+
+    Raises:
+        InputError: the two are not the same model.
+    """
+    both = _allegro_pairs if isinstance(model, Allegro) else _nequip_pairs
+    return both(cast("Any", model), layers)
+
+
+def energy_layers(module: torch.nn.Module) -> dict[str, Any]:
     """The named layers of the energy model inside its wrappers."""
     inner: Any = module
     while True:
@@ -106,7 +133,9 @@ def _common(layers: dict[str, Any], bessel: Any, norm: Any, weight: Tensor) -> d
             arguments[name] = _values(getattr(scale_shift, name))
             arguments[f"{name}_trainable"] = getattr(scale_shift, f"{name}_trainable")
     if edge_norm._per_edge_type:
-        arguments["cutoffs"] = edge_norm._rmax_recip.reciprocal().reshape(types, types).tolist()
+        # the reciprocal of a reciprocal may pass the cutoff by a rounding
+        table = edge_norm._rmax_recip.reciprocal().clamp(max=edge_norm.r_max)
+        arguments["cutoffs"] = table.reshape(types, types).tolist()
     pair = layers.get("pair_potential")
     if pair is not None:
         if type(pair).__name__ != "ZBL":
@@ -125,11 +154,22 @@ def _values(x: Tensor) -> float | list[float]:
     return values[0] if len(values) == 1 else values
 
 
-def _load_common(model: Potential, layers: dict[str, Any], bessel: Any, norm: Any) -> None:
-    model.radial_basis.roots.data.copy_(bessel.bessel_weights.detach().reshape(-1))
-    model.inverse_sqrt_neighbors.copy_(norm.norm_const.reshape(-1))
+def _common_pairs(model: Potential, layers: dict[str, Any], bessel: Any, norm: Any) -> list[Pair]:
+    edge_norm, scale_shift = layers["edge_norm"], layers["per_type_energy_scale_shift"]
+    shared = [
+        Pair(model.radial_basis.roots, bessel.bessel_weights),
+        _per_species(model.inverse_sqrt_neighbors, norm.norm_const),
+    ]
+    given = (name for name in ("shifts", "scales") if getattr(scale_shift, f"has_{name}"))
+    shared += [_per_species(getattr(model, name), getattr(scale_shift, name)) for name in given]
     if model.inverse_cutoffs is not None:
-        model.inverse_cutoffs.copy_(layers["edge_norm"]._rmax_recip.reshape(model.inverse_cutoffs.shape))
+        shared.append(Pair(model.inverse_cutoffs, edge_norm._rmax_recip))
+    return shared
+
+
+def _per_species(ours: Tensor, theirs: Tensor) -> Pair:
+    """Theirs may be one number for all species."""
+    return Pair(ours, theirs, torch.zeros_like(ours, dtype=torch.int64) if theirs.numel() == 1 else None)
 
 
 def _mlp_weights(mlp: Any) -> tuple[list[Tensor], list[float], str | None]:
@@ -164,8 +204,8 @@ def _mlp_weights(mlp: Any) -> tuple[list[Tensor], list[float], str | None]:
     return weights, alphas, known[names.pop()] if names else None
 
 
-def _load_mlp(ours: MLP, theirs: Any, columns: Sequence[int] | None = None) -> None:
-    """Copies the weights of a `ScalarMLPFunction`; `columns` orders those of the last matrix."""
+def _mlp_pairs(ours: MLP, theirs: Any, columns: Tensor | None = None) -> list[Pair]:
+    """The weights of a `ScalarMLPFunction`; `columns` orders those of the last matrix."""
     weights, alphas, nonlinearity = _mlp_weights(theirs)
     product = ours.nonlinearity is None
     same = (
@@ -176,10 +216,15 @@ def _load_mlp(ours: MLP, theirs: Any, columns: Sequence[int] | None = None) -> N
     )
     if not same:
         raise _refuse("an MLP of another shape or normalisation than the model's other ones")
-    for n, (own, weight) in enumerate(zip(ours.weights, weights, strict=True)):
-        last = columns is not None and n == len(weights) - 1
-        own.data.copy_(weight.detach()[:, columns] if last else weight.detach())
-        own.requires_grad_(weight.requires_grad)
+    both = [Pair(own, weight) for own, weight in zip(ours.weights, weights, strict=True)]
+    if columns is not None:
+        both[-1] = both[-1]._replace(places=_numbered(weights[-1])[:, columns].reshape(-1))
+    return both
+
+
+def _numbered(x: Tensor) -> Tensor:
+    """The place in x, flat, of each of its numbers, in the shape of x."""
+    return torch.arange(x.numel()).reshape(x.shape)
 
 
 def _mlp_shape(mlp: Any) -> tuple[list[int], str | None]:
@@ -198,11 +243,6 @@ def _normalises_forward(mlp: Any) -> bool:
 def _depth_width(mlp: Any, default_width: int) -> tuple[int, int, str | None]:
     hidden, nonlinearity = _mlp_shape(mlp)
     return len(hidden), hidden[0] if hidden else default_width, nonlinearity
-
-
-def _copy(ours: torch.nn.Parameter, theirs: Tensor) -> None:
-    ours.data.copy_(theirs.detach().reshape(ours.shape))
-    ours.requires_grad_(theirs.requires_grad)
 
 
 def _irreps(irreps: Any) -> list[Irrep]:
@@ -253,27 +293,34 @@ def _allegro(layers: dict[str, Any]) -> Allegro:
         path_channel_coupling=core.tps[0].path_channel_coupling,
         forward_normalize=all(_normalises_forward(mlp) for mlp in mlps),
     )
-    _load_common(model, layers, bessel, core.avg_num_neighbors_norm)
-    _copy(model.centre_embedding, kinds.center_embed.weight)
-    _copy(model.neighbour_embedding, kinds.neighbor_embed.weight)
-    scalars, channels = core.num_scalar_features, core.num_tensor_features
+    for product, theirs in zip(model.products, core.tps, strict=True):
+        if cast("PathWeights", product).weights.numel() != theirs.weights.numel():
+            raise _refuse("an Allegro with other tensor product paths")
+    return model
+
+
+def _allegro_pairs(model: Allegro, layers: dict[str, Any]) -> list[Pair]:
+    embed = dict(layers["radial_chemical_embed"].named_children())
+    bessel, kinds, core = embed["bessel_encode"], embed["type_embed"], layers["allegro"]
+    scalars, channels, degrees = model.num_scalar_features, model.num_tensor_features, model.num_degrees
     # theirs are ordered by channel, then degree; ours by degree, then channel
-    weights = torch.arange(channels * (l_max + 1)).reshape(channels, l_max + 1).t().reshape(-1)
+    weights = torch.arange(channels * degrees).reshape(channels, degrees).t().reshape(-1)
     with_scalars = torch.cat((torch.arange(scalars), scalars + weights))
-    _load_mlp(model.radial_linear, kinds.basis_linear)
-    _load_mlp(model.scalar_embed, scalar_embed)
-    _load_mlp(model.tensor_embed, tensor_embed.env_embed_linear, weights.tolist())
-    _load_mlp(model.first_linear, core.first_layer_env_embed_projection, with_scalars.tolist())
+    both = [
+        *_common_pairs(model, layers, bessel, core.avg_num_neighbors_norm),
+        Pair(model.centre_embedding, kinds.center_embed.weight),
+        Pair(model.neighbour_embedding, kinds.neighbor_embed.weight),
+        *_mlp_pairs(model.radial_linear, kinds.basis_linear),
+        *_mlp_pairs(model.scalar_embed, layers["scalar_embed_mlp"].mlp_module),
+        *_mlp_pairs(model.tensor_embed, layers["tensor_embed"].env_embed_linear, weights),
+        *_mlp_pairs(model.first_linear, core.first_layer_env_embed_projection, with_scalars),
+        *_mlp_pairs(model.readout, layers["edge_readout"].mlp_module),
+    ]
     for n, (product, latent) in enumerate(zip(model.products, model.latents, strict=True)):
         last = n == core.num_layers - 1
-        assert isinstance(product, PathWeights)
-        assert isinstance(latent, MLP)
-        if product.weights.numel() != core.tps[n].weights.numel():
-            raise _refuse("an Allegro with other tensor product paths")
-        _copy(product.weights, core.tps[n].weights)
-        _load_mlp(latent, core.latents[n], None if last else with_scalars.tolist())
-    _load_mlp(model.readout, readout)
-    return model
+        both.append(Pair(cast("PathWeights", product).weights, core.tps[n].weights))
+        both += _mlp_pairs(cast("MLP", latent), core.latents[n], None if last else with_scalars)
+    return both
 
 
 def _nequip(layers: dict[str, Any]) -> NequIP:
@@ -330,8 +377,16 @@ def _nequip(layers: dict[str, Any]) -> NequIP:
     )
     if not math.isclose(layers["factor"].factor, model.radial_factor, rel_tol=1e-9):
         raise _refuse("a NequIP with another factor of its radial basis")
-    _load_common(model, layers, bessel, norm)
-    _copy(model.embedding, weight)
+    return model
+
+
+def _nequip_pairs(model: NequIP, layers: dict[str, Any]) -> list[Pair]:
+    convnets = [layers[f"layer{n}_convnet"] for n in range(len(model.layers))]
+    both = [
+        *_common_pairs(model, layers, layers["bessel_encode"], convnets[0].conv.avg_num_neighbors_norm),
+        Pair(model.embedding, layers["type_embed"].embed_module.weight),
+        *_mlp_pairs(model.readout, layers["per_atom_energy_readout"].mlp_module),
+    ]
     for layer, convnet in zip(model.layers, convnets, strict=True):
         ours, conv = cast("Layer", layer), convnet.conv
         if (ours.self_connection is None) != (conv.sc is None):
@@ -340,18 +395,15 @@ def _nequip(layers: dict[str, Any]) -> NequIP:
             raise _refuse("a NequIP with other tensor product paths")
         for linear, peer in ((ours.linear_in, conv.linear_1), (ours.linear_out, conv.linear_2)):
             blocks = _blocks(linear.irreps, linear.shapes, peer)
-            _copy(linear.weight, torch.cat([block.reshape(-1) for block in blocks]))
-            linear.weight.requires_grad_(peer.weight.requires_grad)
+            both.append(Pair(linear.weight, peer.weight, torch.cat([block.reshape(-1) for block in blocks])))
         if ours.self_connection is not None:
             connection = ours.self_connection
-            shapes = [(a, weight.shape[1], b) for a, b in connection.shapes]
+            shapes = [(a, connection.weight.shape[0], b) for a, b in connection.shapes]
             # theirs are [in, embedding, out]; ours have the embedding first
             blocks = [block.transpose(0, 1).flatten(1) for block in _blocks(connection.irreps, shapes, conv.sc)]
-            connection.weight.data.copy_(torch.cat(blocks, 1))
-            connection.weight.requires_grad_(conv.sc.weight.requires_grad)
-        _load_mlp(ours.radial, conv.edge_mlp)
-    _load_mlp(model.readout, readout)
-    return model
+            both.append(Pair(connection.weight, conv.sc.weight, torch.cat(blocks, 1).reshape(-1)))
+        both += _mlp_pairs(ours.radial, conv.edge_mlp)
+    return both
 
 
 def _check_convnet(convnet: Any, *, first: bool) -> None:
@@ -370,7 +422,7 @@ def _check_convnet(convnet: Any, *, first: bool) -> None:
 
 
 def _blocks(irreps: Sequence[Irrep], shapes: Sequence[tuple[int, ...]], theirs: Any) -> list[Tensor]:
-    """The flat weights of an e3nn `Linear` or `FullyConnectedTensorProduct`, for each irrep."""
+    """Places of the weights of each irrep in the flat ones of an e3nn `Linear` or `FullyConnectedTensorProduct`."""
     blocks: dict[Irrep, Tensor] = {}
     first = 0
     irreps_in = theirs.irreps_in if hasattr(theirs, "irreps_in") else theirs.irreps_in1
@@ -380,7 +432,7 @@ def _blocks(irreps: Sequence[Irrep], shapes: Sequence[tuple[int, ...]], theirs: 
         ir = irreps_in[i_in].ir
         if (ir.l, ir.p) in blocks:
             raise _refuse(f"a NequIP with several blocks of {ir}")
-        blocks[ir.l, ir.p] = theirs.weight.detach()[first : first + size].reshape(instruction.path_shape)
+        blocks[ir.l, ir.p] = torch.arange(first, first + size).reshape(instruction.path_shape)
         first += size
     if set(blocks) != set(irreps) or any(blocks[ir].shape != s for ir, s in zip(irreps, shapes, strict=True)):
         raise _refuse("a NequIP with other linear maps")
