@@ -28,6 +28,7 @@ VERBS = {
     "models": ("ddpkit.experiments.models_table", "list the named models with their parameters", False),
     "data": ("ddpkit.experiments.data", "make, prepare or describe data", False),
     "eval": ("ddpkit.experiments.evaluate", "accuracy tables of a run or checkpoint", False),
+    "md-check": ("ddpkit.experiments.md_check", "whether a model conserves energy and momentum in dynamics", False),
     "lammps": ("ddpkit.experiments.lammps", "run an exported model in LAMMPS", True),
     "export": ("ddpkit.experiments.export", "compile a trained model into one file for Python, ASE and LAMMPS", False),
     "bench sync": ("ddpkit.experiments.bench_sync", "time gradient synchronisation", False),

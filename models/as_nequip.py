@@ -29,7 +29,7 @@ def to_nequip(model: torch.nn.Module) -> torch.nn.Module:
     Those packages compute geometry in torch's default dtype, which they set to float64 for the process; so does this function.
 
     Args:
-        model: an `Allegro` or a `NequIP`. One with `precision="mixed"` becomes a model in float32, which computes in the same way;
+        model: an `Allegro` or a `NequIP`. One with `precision="mixed"` becomes a model in float32, which computes likewise;
             so does one with `precision="float32"`, whose geometry is in float64 from then on. Its `kernels` do not matter: theirs
             are chosen by `nequip-compile --modifiers`.
 

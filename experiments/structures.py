@@ -1,0 +1,95 @@
+"""Configurations made here, as ASE's `Atoms`: boxes of water, molecules, crystals."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.data import atomic_numbers, covalent_radii
+
+from ddpkit.data.molecules import DRUGS
+from ddpkit.errors import InputError
+
+_WATER_VOLUME = 18.01528 / 0.602214076  # Å^3 of a molecule at 1 g/cm^3
+PENTAPEPTIDE = (
+    "[NH3+][C@@H](Cc1c[nH]c2ccccc12)C(=O)NCC(=O)N[C@@H](Cc1ccc(O)cc1)C(=O)N[C@@H](CCCC[NH3+])C(=O)N1CCC[C@H]1C(=O)[O-]"
+)
+"""Trp-Gly-Tyr-Lys-Pro with its charges in water: 92 heavy atoms and hydrogens, and eight more."""
+
+
+def water(edge: int, seed: int = 1) -> Atoms:
+    """A periodic cube of water at 1 g/cm^3: `edge`^3 molecules on a lattice, each turned at random.
+
+    Args:
+        edge: molecules along an edge; 2 to 12 give 24 to 5,184 atoms.
+        seed: of the orientations.
+    """
+    random = np.random.default_rng(seed)
+    spacing = _WATER_VOLUME ** (1 / 3)
+    one = molecule("H2O")
+    inner = one.positions - one.get_center_of_mass()
+    sites = spacing * np.stack(np.meshgrid(*[np.arange(edge)] * 3, indexing="ij"), axis=-1).reshape(-1, 1, 3)
+    turns = np.linalg.qr(random.normal(size=(edge**3, 3, 3)))[0]
+    turns *= np.linalg.det(turns)[:, None, None]
+    positions = sites + np.einsum("ai,mij->maj", inner, turns)
+    return Atoms(
+        np.tile(one.numbers, edge**3),
+        positions.reshape(-1, 3),
+        cell=[edge * spacing] * 3,
+        pbc=True,
+        info={"name": "water"},
+    )
+
+
+def from_smiles(name: str, smiles: str, seed: int = 1) -> Atoms:
+    """A conformer of a molecule, without a cell.
+
+    Raises:
+        InputError: RDKit is not installed.
+    """
+    try:
+        from rdkit import Chem, rdBase
+        from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+    except ImportError as error:
+        raise InputError(f"{name} is built with RDKit: pip install 'ddpkit[data]'.") from error
+    rdBase.DisableLog("rdApp.*")
+    built = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    if rdDistGeom.EmbedMolecule(built, randomSeed=seed) != 0:
+        raise RuntimeError(f"no conformer of {smiles}")
+    rdForceFieldHelpers.MMFFOptimizeMolecule(built, maxIters=2000)
+    numbers = [atom.GetAtomicNum() for atom in built.GetAtoms()]
+    return Atoms(numbers, built.GetConformer().GetPositions(), info={"name": name})
+
+
+def crystal(species: Sequence[str]) -> Atoms:
+    """A disturbed crystal of one or two elements with the bond lengths of covalent radii."""
+    first, second = (*species, species[0])[:2]
+    bond = sum(float(covalent_radii[atomic_numbers[symbol]]) for symbol in (first, second))
+    if first == second:
+        unit, repeats = bulk(first, "fcc", a=2**0.5 * bond, cubic=True), 2
+    else:
+        unit, repeats = bulk(first + second, "rocksalt", a=2 * bond, cubic=True), 1
+    atoms = unit.repeat(repeats)
+    atoms.rattle(0.05, seed=1)
+    atoms.info["name"] = f"crystal of {first}" if first == second else f"crystal of {first}{second}"
+    return atoms
+
+
+def fitting(species: Sequence[str]) -> Atoms:
+    """A small configuration of species that a model knows: a molecule, water, or else a crystal.
+
+    Args:
+        species: chemical symbols.
+
+    Raises:
+        InputError: a species is no chemical symbol.
+    """
+    if unknown := [symbol for symbol in species if atomic_numbers.get(symbol, 0) < 1]:
+        raise InputError(
+            f"The model's species {unknown[0]!r} is no chemical symbol, so nothing can be built of it: give --structure."
+        )
+    if {"H", "C", "N", "O"} <= set(species):
+        return from_smiles("acetaminophen", DRUGS["acetaminophen"])
+    if {"H", "O"} <= set(species):
+        return water(2)
+    return crystal([symbol for symbol in species if symbol != "H"][:2] or species)
