@@ -22,7 +22,11 @@ from ddpkit.ranks.launchers import any_rank, place
 # verb -> (module, what it does, whether it takes Hydra overrides)
 VERBS = {
     "run": ("ddpkit.experiments.run", "train, under mpirun, torchrun, srun or alone", True),
-    "experiment": ("ddpkit.experiments.experiment", "run every configuration of a study: numerics or speed", True),
+    "experiment": (
+        "ddpkit.experiments.experiment",
+        "run every configuration of a study: numerics, speed or inference",
+        True,
+    ),
     "check": ("ddpkit.experiments.check", "compare a compiled step with the eager one", True),
     "analyze": ("ddpkit.analysis.cli", "turn run folders into tables, figures and a report", False),
     "models": ("ddpkit.experiments.models_table", "list the named models with their parameters", False),
@@ -88,6 +92,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
     module = importlib.import_module(module_name)
     if takes_overrides:
         if any(word in _HELP for word in rest):
+            if verb == "experiment" and rest[0] == "inference":
+                module = module.inference
             print(module.__doc__)
             return
         module.main(rest)

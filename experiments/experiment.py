@@ -2,6 +2,7 @@
 
 usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [--slurm] [OVERRIDES...]
        numerics: [seeds=N] [together=N] [scale=causes|emulated|node]    speed: [launches=N] [pairs=N]
+       ddpkit experiment inference ...                molecular dynamics in LAMMPS: see `ddpkit experiment inference --help`
 
 Each configuration becomes a run folder below `out` (default: studies/STUDY-SCALE). What is complete is skipped and what was
 interrupted is resumed, so that the same command can be given again; a run that failed of itself, as by NaN, is kept: it counts
@@ -36,6 +37,7 @@ from ddpkit.analysis import plan, speed
 from ddpkit.analysis.outcomes import ended
 from ddpkit.analysis.runs import read_runs
 from ddpkit.errors import InputError
+from ddpkit.experiments import inference
 from ddpkit.experiments.config import read
 from ddpkit.experiments.studies import STUDIES, Arm, Numerics, Speed
 from ddpkit.experiments.turns import Turns, order
@@ -69,6 +71,10 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         InputError: an unknown study or scale, or runs that failed.
     """
+    if arguments and arguments[0] == "inference":
+        with _stopped_like_ctrl_c():
+            inference.main(arguments[1:])
+        return
     options = _parse(arguments)
     scale = STUDIES[options.study][options.scale]
     ranks = options.ranks or scale.ranks
@@ -165,7 +171,9 @@ def _parse(arguments: Sequence[str]) -> Options:
     words = list(arguments)
     if not words or words[0] not in STUDIES:
         given = f"{words[0]!r} is no study" if words else "No study was named"
-        raise InputError(f"{given}: use `ddpkit experiment numerics` or `ddpkit experiment speed`.")
+        raise InputError(
+            f"{given}: use `ddpkit experiment numerics`, `ddpkit experiment speed` or `ddpkit experiment inference`."
+        )
     study, named, slurm, overrides = words[0], {"scale": "workstation"}, False, []
     for word in words[1:]:
         key, _, value = word.partition("=")

@@ -1,6 +1,7 @@
 """Configurations made here, as ASE's `Atoms`: boxes of water, molecules, crystals."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from ase import Atoms
@@ -12,9 +13,9 @@ from ddpkit.errors import InputError
 
 _WATER_VOLUME = 18.01528 / 0.602214076  # Å^3 of a molecule at 1 g/cm^3
 PENTAPEPTIDE = (
-    "[NH3+][C@@H](Cc1c[nH]c2ccccc12)C(=O)NCC(=O)N[C@@H](Cc1ccc(O)cc1)C(=O)N[C@@H](CCCC[NH3+])C(=O)N1CCC[C@H]1C(=O)[O-]"
+    "CC(=O)N[C@@H](Cc1c[nH]c2ccccc12)C(=O)NCC(=O)N[C@@H](Cc1ccc(O)cc1)C(=O)N[C@@H](CCCC[NH3+])C(=O)N1CCC[C@H]1C(=O)NC"
 )
-"""Trp-Gly-Tyr-Lys-Pro with its charges in water: 92 heavy atoms and hydrogens, and eight more."""
+"""Trp-Gly-Tyr-Lys-Pro between acetyl and N-methyl amide, with lysine's charge: 100 atoms."""
 
 
 def water(edge: int, seed: int = 1) -> Atoms:
@@ -93,3 +94,62 @@ def fitting(species: Sequence[str]) -> Atoms:
     if {"H", "O"} <= set(species):
         return water(2)
     return crystal([symbol for symbol in species if symbol != "H"][:2] or species)
+
+
+_IONS = {
+    "SOD": "Na",
+    "NA": "Na",
+    "NA+": "Na",
+    "CLA": "Cl",
+    "CL": "Cl",
+    "CL-": "Cl",
+    "POT": "K",
+    "K+": "K",
+    "CAL": "Ca",
+    "MG": "Mg",
+}
+
+
+def read_pdb(path: Path) -> Atoms:
+    """The atoms of a PDB file with its cell, periodic where it has one.
+
+    Elements stand in columns 77 and 78; where these are empty, the first letter of an atom's name is its element, except for ions.
+
+    Raises:
+        InputError: it cannot be read, or holds no atoms.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"pdb={path} cannot be read: give a PDB file.") from error
+    symbols, positions, cell = [], [], None
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.startswith("CRYST1"):
+                cell = [
+                    float(line[start : start + width])
+                    for start, width in ((6, 9), (15, 9), (24, 9), (33, 7), (40, 7), (47, 7))
+                ]
+            elif line.startswith(("ATOM", "HETATM")):
+                symbols.append(_element(line))
+                positions.append([float(line[start : start + 8]) for start in (30, 38, 46)])
+        except ValueError as error:
+            raise InputError(f"pdb={path}, line {number} is no atom or cell of a PDB file: correct it.") from error
+    if not symbols:
+        raise InputError(f"pdb={path} holds no atoms: give a PDB file with some.")
+    atoms = Atoms(symbols, positions, cell=cell, pbc=cell is not None, info={"name": path.stem})
+    if cell is None:
+        atoms.center(vacuum=5.0)
+    return atoms
+
+
+def _element(line: str) -> str:
+    written, residue = line[76:78].strip().capitalize(), line[17:21].strip()
+    if atomic_numbers.get(written, 0) > 0:
+        return written
+    if residue in _IONS:
+        return _IONS[residue]
+    letter = line[12:16].strip().lstrip("0123456789")[:1]
+    if atomic_numbers.get(letter, 0) < 1:
+        raise ValueError(line)
+    return letter
