@@ -5,7 +5,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ddpkit.analysis import attribution, blocks, claims, figures, numerics, plan, present, ranks, report, speed, tables
+from ddpkit.analysis import (
+    attribution,
+    blocks,
+    claims,
+    figures,
+    inference,
+    inference_figures,
+    numerics,
+    plan,
+    present,
+    ranks,
+    report,
+    speed,
+    tables,
+)
 from ddpkit.analysis.runs import Run, holds_runs, read_runs
 from ddpkit.errors import InputError
 
@@ -14,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `ddpkit analyze`."""
     parser.add_argument(
         "study",
-        choices=("numerics", "speed", "report", "ranks"),
-        help="numerics: loss differences (Table 3, Figure 1); speed: epoch times (Table 4); report: both as one HTML page; "
+        choices=("numerics", "speed", "inference", "report", "ranks"),
+        help="numerics: loss differences (Table 3, Figure 1); speed: epoch times (Table 4); inference: molecular dynamics "
+        "(section III); report: the first two as one HTML page; "
         "ranks: studies of numerics in sub-folders, each with another number of ranks, as one table and figure",
     )
     parser.add_argument(
@@ -60,6 +75,8 @@ def main(args: argparse.Namespace) -> None:
         _print_section(_speed(args.folder, out, args)[0])
     elif args.study == "ranks":
         _ranks(args.folder, out, args)
+    elif args.study == "inference":
+        _inference(args.folder, out)
     else:
         _report(args.folder, out, args)
 
@@ -161,6 +178,15 @@ def _speed(folder: Path, out: Path, args: argparse.Namespace, name: str = "speed
     return report.Section(
         "Speed: what does the scheme cost?", [facts], claims.speed_claims(data), [*shown, picture]
     ), runs
+
+
+def _inference(folder: Path, out: Path) -> None:
+    data = inference.read(folder)
+    values = inference.table(data)
+    shown = inference.tables(values, data)
+    tables.write(out, "inference", values, shown)
+    path = figures.save(inference_figures.panels(values, data.machine), out / "inference.png")
+    print("\n\n".join([*(table.text() for table in shown), f"figure: {path.resolve()}"]))
 
 
 def _report(folder: Path, out: Path, args: argparse.Namespace) -> None:

@@ -172,7 +172,7 @@ def _parse(arguments: Sequence[str]) -> Options:
     if not words or words[0] not in STUDIES:
         given = f"{words[0]!r} is no study" if words else "No study was named"
         raise InputError(
-            f"{given}: use `ddpkit experiment numerics`, `ddpkit experiment speed` or `ddpkit experiment inference`."
+            f"{given}: use `ddpkit experiment numerics`, `ddpkit experiment speed` or the like for inference."
         )
     study, named, slurm, overrides = words[0], {"scale": "workstation"}, False, []
     for word in words[1:]:

@@ -9,13 +9,13 @@ usage: ddpkit experiment inference [scale=demo|workstation|paper] [out=DIR] [OPT
     repeats=N       runs of each molecule with other velocities
     device=cpu|cuda default: the GPU where there is one
 
-The parts follow section III of C. W. Tan et al. (arXiv 2504.16068): small molecules without boundaries, water of 24 to 5,184 atoms
-on one rank, strong scaling of a large system over ranks. `calls` times the model alone in Python: the exported file, the model as it
-trains, and the same model compiled by `nequip-compile`, where that is installed.
+The parts follow section III of C. W. Tan et al. (arXiv 2504.16068): small molecules without boundaries, water of 24 to 5,184
+atoms on one rank, strong scaling of a large system over ranks. `calls` times the model alone in Python: the exported file, the
+model as it trains, and the same model compiled by `nequip-compile`, where that is installed.
 
-Untrained models hold no molecule together: a spring ties every atom to its place (`fix spring/self`), and neighbour lists are built
-anew every 20 steps, as for atoms that wander. Each cell has a folder with its input, log.lammps, output.txt and cell.json; cells that
-are complete are kept when the same command is given again. `ddpkit-analyze inference DIR` makes tables and figures.
+Untrained models hold no molecule together: a spring ties every atom to its place (`fix spring/self`), and neighbour lists are
+built anew every 20 steps, as for atoms that wander. Each cell has a folder with its input, log.lammps, output.txt and cell.json;
+cells that are complete are kept when the same command is given again. `ddpkit-analyze inference DIR` makes tables and figures.
 """
 
 import json
@@ -412,7 +412,7 @@ def _files(options: Options, name: str) -> dict[str, Path]:
     Raises:
         InputError: one of them cannot be made.
     """
-    folder = options.out / "models" / name
+    folder = (options.out / "models" / name).resolve()  # programs run in folders of their own
     files = {
         "weights": folder / "model.pt",
         "package": folder / f"model-{options.device}.pt2",
@@ -445,7 +445,7 @@ def _files(options: Options, name: str) -> dict[str, Path]:
         words = ["--mode", "aotinductor", "--device", options.device, "--target", "ase"]
         compiler = [sys.executable, "-m", "nequip.scripts.compile", str(weights), str(files["nequip"]), *words]
         _make(compiler, folder / "nequip-compile.txt", f"nequip-compile could not compile {name}")
-    return {key: path.resolve() for key, path in files.items()}
+    return files
 
 
 def _precision(settings: Sequence[str]) -> dict[str, str]:
@@ -515,18 +515,17 @@ def lammps(ranks: int) -> list[str]:
 
 
 def _run(command: Sequence[str], folder: Path, output: Any, *, sample_gpu: bool) -> dict[str, Any]:
-    """Runs a command; says how long it took and how much memory its largest process had."""
+    """Runs a command; says how long it took, and how much memory its largest process and a GPU had in use."""
     started = time.monotonic()
     # In a session of its own, so that Ctrl-C reaches us alone and we can end all of it.
     process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    with _ended_with_us(process), _gpu_memory(wanted=sample_gpu) as peak:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    with _ended_with_us(process), _memory(process.pid, gpu=sample_gpu) as (by_process, on_gpus):
+        code = process.wait()
     return {
-        "code": process.returncode,
+        "code": code,
         "seconds": time.monotonic() - started,
-        "memory_mb": usage.ru_maxrss / 1024,
-        "gpu_memory_mb": max(peak, default=None),
+        "memory_mb": max(by_process.values(), default=None),
+        "gpu_memory_mb": max(on_gpus, default=None),
     }
 
 
@@ -543,26 +542,44 @@ def _ended_with_us(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 @contextmanager
-def _gpu_memory(*, wanted: bool) -> Iterator[list[float]]:
-    """Collects the most that any GPU has in use, twice a second, in MiB."""
-    seen: list[float] = []
+def _memory(root: int, *, gpu: bool) -> Iterator[tuple[dict[int, float], list[float]]]:
+    """Collects, several times a second, the high-water marks of a process and its descendants, and what GPUs have in use, in MiB.
+
+    A process may become another program, whose mark begins anew: the last one counts.
+    """
+    by_process: dict[int, float] = {}
+    on_gpus: list[float] = []
     over = threading.Event()
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
 
     def watch() -> None:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not over.wait(0.5):
-            told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-            seen.extend(float(word) for word in told if word.isdigit())
+        while not over.wait(0.2):
+            by_process.update(_high_water_marks(root))
+            if gpu:
+                told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+                on_gpus.extend(float(word) for word in told if word.isdigit())
 
     watcher = threading.Thread(target=watch, daemon=True)
-    if wanted:
-        watcher.start()
+    watcher.start()
     try:
-        yield seen
+        yield by_process, on_gpus
     finally:
         over.set()
-        if wanted:
-            watcher.join()
+        watcher.join()
+
+
+def _high_water_marks(root: int) -> dict[int, float]:
+    """Of a process and its descendants, MiB."""
+    parents, marks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            facts = dict(re.findall(r"^(PPid|VmHWM):\s*(\d+)", path.read_text(), re.MULTILINE))
+            pid = int(path.parent.name)
+            parents[pid], marks[pid] = int(facts["PPid"]), int(facts.get("VmHWM", 0)) / 1024
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return {pid: marks[pid] for pid in family if pid in marks}
 
 
 def _last_words(path: Path) -> str:

@@ -96,24 +96,14 @@ def fitting(species: Sequence[str]) -> Atoms:
     return crystal([symbol for symbol in species if symbol != "H"][:2] or species)
 
 
-_IONS = {
-    "SOD": "Na",
-    "NA": "Na",
-    "NA+": "Na",
-    "CLA": "Cl",
-    "CL": "Cl",
-    "CL-": "Cl",
-    "POT": "K",
-    "K+": "K",
-    "CAL": "Ca",
-    "MG": "Mg",
-}
+_IONS = {"SOD": "Na", "NA": "Na", "NA+": "Na", "CLA": "Cl", "CL": "Cl", "CL-": "Cl", "POT": "K", "K+": "K", "ZN": "Zn"}
+_CELL = ((6, 15), (15, 24), (24, 33), (33, 40), (40, 47), (47, 54))  # columns of CRYST1
 
 
 def read_pdb(path: Path) -> Atoms:
     """The atoms of a PDB file with its cell, periodic where it has one.
 
-    Elements stand in columns 77 and 78; where these are empty, the first letter of an atom's name is its element, except for ions.
+    Elements stand in columns 77 and 78; where these are empty, the first letter of an atom's name is its element, but for ions.
 
     Raises:
         InputError: it cannot be read, or holds no atoms.
@@ -126,10 +116,7 @@ def read_pdb(path: Path) -> Atoms:
     for number, line in enumerate(lines, 1):
         try:
             if line.startswith("CRYST1"):
-                cell = [
-                    float(line[start : start + width])
-                    for start, width in ((6, 9), (15, 9), (24, 9), (33, 7), (40, 7), (47, 7))
-                ]
+                cell = [float(line[start:end]) for start, end in _CELL]
             elif line.startswith(("ATOM", "HETATM")):
                 symbols.append(_element(line))
                 positions.append([float(line[start : start + 8]) for start in (30, 38, 46)])
