@@ -70,7 +70,8 @@ class Scale:
         ranks: of the scaling part.
         scaling_edge: of the box of water that stands in where no protein is given.
         scaling_steps: before, and timed.
-        seconds: that each of those may take at most.
+        minimiser: iterations and evaluations of the energy at most, before molecules and scaling.
+        seconds: that each of the scaling part's stretches may take at most.
         replicas: of the protein, and the models that these are run with.
         calls: of each model in Python.
         call_edges: boxes of water for these.
@@ -85,6 +86,7 @@ class Scale:
     ranks: tuple[int, ...] = (1, 2, 4)
     scaling_edge: int = 12
     scaling_steps: tuple[int, int] = (100, 200)
+    minimiser: tuple[int, int] = (100, 1000)
     seconds: int = 180
     replicas: tuple[int, int, int] | None = (3, 3, 2)
     replica_models: tuple[str, ...] = ("allegro_small", "allegro_medium")
@@ -101,7 +103,8 @@ SCALES = {
         water_steps=(10, 40),
         ranks=(1, 2),
         scaling_edge=6,
-        scaling_steps=(10, 40),
+        scaling_steps=(5, 20),
+        minimiser=(3, 10),
         replicas=None,
         calls=10,
         call_edges=(2, 5),
@@ -165,6 +168,7 @@ class Task:
         atoms: the configuration, before replication.
         replicas: of it along each axis.
         before: steps that are not timed.
+        minimiser: iterations and evaluations of the energy at most.
         seconds: that each stretch may take; 0 for no limit.
     """
 
@@ -172,6 +176,7 @@ class Task:
     atoms: Atoms
     replicas: tuple[int, int, int] = (1, 1, 1)
     before: int = 0
+    minimiser: tuple[int, int] = (0, 0)
     seconds: int = 0
 
 
@@ -302,7 +307,7 @@ def _molecules(options: Options) -> Iterator[Task]:
         for model in scale.models:
             for repeat in range(1, scale.repeats + 1):
                 cell = _cell(options, "molecules", model, name, len(atoms), repeat=repeat, steps=steps)
-                yield Task(cell, atoms, before=before)
+                yield Task(cell, atoms, before=before, minimiser=scale.minimiser)
 
 
 def _waters(options: Options) -> Iterator[Task]:
@@ -330,7 +335,7 @@ def _scaling(options: Options) -> Iterator[Task]:
         for model in models:
             for ranks in scale.ranks:
                 cell = _cell(options, "scaling", model, system, number, ranks=ranks, steps=steps)
-                yield Task(cell, atoms, replicas, before, scale.seconds)
+                yield Task(cell, atoms, replicas, before, scale.minimiser, scale.seconds)
 
 
 def _calls(options: Options) -> Iterator[Task]:
@@ -394,7 +399,7 @@ def script(task: Task, model: Path, species: Sequence[str]) -> str:
     else:
         run = [
             "min_style cg",
-            "minimize 1e-7 1e-7 100 1000",
+            f"minimize 1e-7 1e-7 {task.minimiser[0]} {task.minimiser[1]}",
             "reset_timestep 0",
             velocities,
             bath,
