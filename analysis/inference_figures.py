@@ -63,6 +63,7 @@ def _molecules(axis: Any, rows: pd.DataFrame) -> None:
     axis.set_xticks(range(len(systems)), [f"{name}\n{atoms[name]} atoms" for name in systems])
     axis.set_ylabel("ms per step")
     axis.margins(y=0.15)
+    axis.set_xlim(-max(0.5, 1.5 - len(systems) / 2), len(systems) - 1 + max(0.5, 1.5 - len(systems) / 2))
     axis.set_title("Small molecules, NVE", loc="left")
     axis.legend()
 
@@ -136,6 +137,8 @@ def _breakdown(axis: Any, rows: pd.DataFrame) -> None:
 
 
 def _calls(axis: Any, rows: pd.DataFrame) -> None:
+    boxes = rows[rows["system"].str.startswith("water")]  # whose atoms have equally many neighbours
+    rows = boxes if len(boxes) else rows
     for m, model in enumerate(_names(rows["model"])):
         axis.plot([], [], color=_CYCLE[m % 7], marker=_MARKERS[m % 6], ms=4, lw=1.4, label=model)
         for engine, (_, line) in _ENGINE.items():
@@ -156,7 +159,7 @@ def _calls(axis: Any, rows: pd.DataFrame) -> None:
     _log(axis, rows["atoms"].unique())
     axis.set_xlabel("atoms")
     axis.set_ylabel("ms per call")
-    axis.set_title("Calls in Python", loc="left")
+    axis.set_title("Calls in Python" + (", boxes of water" if len(boxes) else ""), loc="left")
     axis.legend(fontsize=7)
 
 
@@ -165,7 +168,8 @@ def _log(axis: Any, places: Sequence[int]) -> None:
     axis.set_yscale("log")
     _plain_ticks(axis.xaxis, places)
     low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    subs = (1.0,) if high > 300 * low else (1.0, 2.0, 5.0) if high > 8 * low else tuple(map(float, range(1, 10)))
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25, lw=0.5, which="both")

@@ -37,7 +37,7 @@ import torch
 from ase import Atoms
 from ase.io.lammpsdata import write_lammps_data
 
-from ddpkit import checkpoint
+from ddpkit import __version__, checkpoint
 from ddpkit.data.molecules import DRUGS
 from ddpkit.errors import InputError
 from ddpkit.experiments.models_table import SPICE_SPECIES, build, model_names, model_spec
@@ -53,6 +53,7 @@ MOLECULES = {
 _SEED = 1  # of weights
 _SPRING = 5.0  # eV/Å^2
 _ROOM = 5.0  # Å around a molecule
+_REFUSED = 2  # exit code of our commands for what cannot be used
 _COMMAND = (sys.executable, "-m", "ddpkit.experiments")
 
 
@@ -213,6 +214,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"[{number}/{len(todo)}] {label}: {task.cell.atoms:,} atoms{left}", flush=True)
         result = _measure(task, models[task.cell.model], options.out / label)
         seconds += result["seconds"]
+        if result["code"] == _REFUSED:  # the others would be refused as well
+            raise InputError(f"{label} cannot be run: {result['error'].removeprefix('ddpkit: ')}")
         if result["status"] != "finished":
             failed.append(label)
             print(f"    failed: {result['error']}", flush=True)
@@ -509,9 +512,12 @@ def _measure(task: Task, files: Mapping[str, Path], folder: Path) -> dict[str, A
     }
     status = "finished" if result["code"] == 0 else "failed"
     error = "" if status == "finished" else _last_words(folder / "output.txt")
+    versions = {"ddpkit": __version__, "torch": torch.__version__}
     kept = {"cell": asdict(cell), "status": status, "error": error, **measured, "machine": _machine(cell.device)}
-    (folder / "cell.json").write_text(json.dumps(kept, indent=1) + "\n")
-    return kept
+    partial = folder / "cell.json.part"
+    partial.write_text(json.dumps(kept | {"versions": versions}, indent=1) + "\n")
+    partial.replace(folder / "cell.json")
+    return kept | {"code": result["code"]}
 
 
 def lammps(ranks: int) -> list[str]:
@@ -598,4 +604,6 @@ def _machine(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()})"
     models = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{models[0] if models else 'CPU'} ({os.cpu_count()} cores)"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    told = f", {threads} thread{'s' * (threads != '1')} a rank" if threads else ""
+    return f"{models[0] if models else 'CPU'} ({os.cpu_count()} cores{told})"

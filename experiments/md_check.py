@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     atoms = fitting(model.species) if args.structure is None else read(args.structure)
     described = atoms.info.get("name") or args.structure
     print(
-        f"{args.model}: {type(model).__name__}, {precision(model)}, on {calculator.device}; {len(atoms)} atoms "
+        f"{args.model}: {kind(model)}, {precision(model)}, on {calculator.device}; {len(atoms)} atoms "
         f"({described}{', periodic' if atoms.pbc.any() else ''})",
         flush=True,
     )
@@ -97,6 +97,11 @@ def read(path: Path) -> Atoms:
         raise InputError(f"--structure {path} holds no atoms: give a configuration with some.")
     # velocities, constraints and results of the file are not wanted
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+
+
+def kind(model: torch.nn.Module) -> str:
+    """The name of its class, or of the class that was exported."""
+    return str(getattr(getattr(model, "metadata", None), "model", type(model).__name__))
 
 
 def precision(model: torch.nn.Module) -> str:

@@ -52,7 +52,7 @@ def from_smiles(name: str, smiles: str, seed: int = 1) -> Atoms:
         from rdkit import Chem, rdBase
         from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
     except ImportError as error:
-        raise InputError(f"{name} is built with RDKit: pip install 'ddpkit[data]'.") from error
+        raise InputError(f"{name} is built with RDKit: pip install 'ddpkit[generate]'.") from error
     rdBase.DisableLog("rdApp.*")
     built = Chem.AddHs(Chem.MolFromSmiles(smiles))
     if rdDistGeom.EmbedMolecule(built, randomSeed=seed) != 0:

@@ -109,6 +109,15 @@ def test_what_is_complete_is_kept_and_what_failed_is_run_again(study, capsys):
     assert "(5 were complete before)" in capsys.readouterr().out
 
 
+def test_what_is_refused_for_one_cell_is_refused_for_all(study, tmp_path):
+    (tmp_path / "lammps.py").write_text("print('ddpkit: LAMMPS is on holiday: call it back.'); raise SystemExit(2)")
+    with pytest.raises(
+        InputError, match=r"water-allegro_tiny-water24-1 cannot be run: LAMMPS is on holiday: call it back\.$"
+    ):
+        study("parts=water")
+    assert not (study.out / "water-allegro_tiny-water81-1").exists()
+
+
 def test_the_folder_may_be_a_relative_one(study, monkeypatch):
     monkeypatch.chdir(study.out.parent)
     study.out = Path("elsewhere")
