@@ -4,6 +4,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from ase import Atoms, io
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise InputError(f"--seed {args.seed} is negative: give a number from 0 on.")
     calculator = Calculator(args.model, device=_device(args.device))
-    model = calculator.model
+    model: Any = calculator.model
     atoms = fitting(model.species) if args.structure is None else read(args.structure)
     described = atoms.info.get("name") or args.structure
     print(
@@ -93,8 +94,9 @@ def read(path: Path) -> Atoms:
         raise InputError(
             f"--structure {path} cannot be read ({why}): give a file that ASE reads, such as .xyz."
         ) from error
-    if not len(atoms):
-        raise InputError(f"--structure {path} holds no atoms: give a configuration with some.")
+    if len(atoms) < 2:
+        number = "one atom" if len(atoms) else "no atoms"
+        raise InputError(f"--structure {path} holds {number}: give a configuration with at least two.")
     # velocities, constraints and results of the file are not wanted
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
 

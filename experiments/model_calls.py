@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def _ours(path: Path, atoms: Atoms, device: str) -> tuple[Callable[[], object], 
         atoms.numbers.astype(np.int64), np.array(atoms.positions), 0.0, np.zeros((len(atoms), 3)),
         cell=np.array(atoms.cell) if periodic else None, pbc=np.array(atoms.pbc),
     )  # fmt: skip
-    model = calculator.model
+    model: Any = calculator.model
     batch = collate([frame], model.species, model.r_max, labels=False).to(calculator.device)
 
     def step() -> None:

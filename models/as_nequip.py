@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ddpkit.errors import InputError
-from ddpkit.models.allegro import Allegro
+from ddpkit.models.allegro import Allegro, PathWeights
 from ddpkit.models.convert import energy_layers, pairs
 from ddpkit.models.layers import Layer
 from ddpkit.models.mlp import MLP
@@ -136,7 +136,7 @@ def _their_packages() -> Iterator[None]:
 
 def nequip_configuration(model: Potential) -> dict[str, Any]:
     """What builds a model of this shape in `nequip`, as its configuration files have it: `_target_` and arguments."""
-    shape = _allegro(model) if isinstance(model, Allegro) else _nequip(model)
+    shape = _allegro(model) if isinstance(model, Allegro) else _nequip(cast("NequIP", model))
     return {**_common(model), **shape}
 
 
@@ -207,21 +207,23 @@ def _hidden(mlp: MLP, name: str, *, of: str = "hidden_layers_") -> dict[str, Any
 
 
 def _allegro(model: Allegro) -> dict[str, Any]:
-    features = {irrep for product in model.products for irrep in product.irreps[0]}  # type: ignore[union-attr]
+    products = [cast("PathWeights", product) for product in model.products]
+    latents = [cast("MLP", latent) for latent in model.latents]
+    features = {irrep for product in products for irrep in product.irreps[0]}
     embedded = model.scalar_embed.weights[-1].shape[1]
-    mlps = (model.radial_linear, model.tensor_embed, model.scalar_embed, model.readout, *model.latents)
+    mlps = (model.radial_linear, model.tensor_embed, model.scalar_embed, model.readout, *latents)
     arguments = {
         "_target_": "allegro.model.AllegroModel",
         "parity": any(p != (-1) ** l for l, p in features),
-        "num_layers": len(model.products),
+        "num_layers": len(products),
         "num_scalar_features": model.num_scalar_features,
         "num_tensor_features": model.num_tensor_features,
         "radial_chemical_embed_dim": 2 * model.centre_embedding.shape[1],
         **_hidden(model.scalar_embed, "scalar_embed_mlp"),
-        **_hidden(model.latents[0], "allegro_mlp"),  # type: ignore[arg-type]
+        **_hidden(latents[0], "allegro_mlp"),
         **_hidden(model.readout, "readout_mlp"),
-        "tp_path_channel_coupling": model.products[0].weights.shape[0] > 1 or model.num_tensor_features == 1,  # type: ignore[union-attr]
-        "forward_normalize": all(_normalises_forward(mlp) for mlp in mlps),  # type: ignore[arg-type]
+        "tp_path_channel_coupling": products[0].weights.shape[0] > 1 or model.num_tensor_features == 1,
+        "forward_normalize": all(_normalises_forward(mlp) for mlp in mlps),
     }
     if embedded != model.num_scalar_features:
         arguments |= {"_target_": _FOLDED, "scalar_embed_output_dim": embedded}
@@ -237,7 +239,7 @@ def _normalises_forward(mlp: MLP) -> bool:
 
 
 def _nequip(model: NequIP) -> dict[str, Any]:
-    layers: list[Layer] = list(model.layers)  # type: ignore[arg-type]
+    layers = [cast("Layer", layer) for layer in model.layers]
     scalars = model.readout.weights[0].shape[0]
     hidden = layers[0].irreps_out if len(layers) > 1 else {(0, 1): scalars}
     for layer in layers[:-1]:

@@ -91,6 +91,10 @@ def test_our_models_pass(name, precision):
 def test_wrong_forces_are_caught(name, dtype):
     change, expected = WRONG[name]
     assert expected <= failures(Wrong(Waves(dtype=dtype), change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_right_forces_pass(dtype):
     assert not failures(Waves(dtype=dtype))
 
 
@@ -167,7 +171,8 @@ def test_the_command_fails_where_something_is_not_conserved(saved, capsys, monke
         (["{folder}/nothing"], "nothing"),
         (["{saved}", "--structure", "{folder}/none.xyz"], "none.xyz is no file"),
         (["{saved}", "--structure", "{folder}/garbage.xyz"], "garbage.xyz cannot be read"),
-        (["{saved}", "--structure", "{folder}/salt.xyz"], "Na|species"),
+        (["{saved}", "--structure", "{folder}/salt.xyz"], r"Na|species"),
+        (["{saved}", "--structure", "{folder}/alone.xyz"], "alone.xyz holds one atom"),
         (["{saved}", "--temperature", "-3"], "--temperature -3"),
         (["{saved}", "--temperature", "nan"], "--temperature nan"),
         (["{saved}", "--seed", "-1"], "--seed -1"),
@@ -176,6 +181,7 @@ def test_the_command_fails_where_something_is_not_conserved(saved, capsys, monke
 )
 def test_bad_input_is_one_sentence(arguments, said, saved, tmp_path):
     (tmp_path / "garbage.xyz").write_text("these are\nno atoms\n")
+    write(tmp_path / "alone.xyz", Atoms("O"))
     write(tmp_path / "salt.xyz", structures.crystal(["Na", "Cl"]))
     with pytest.raises(InputError, match=said) as raised:
         _dispatch(["md-check", *(word.format(saved=saved, folder=tmp_path) for word in arguments)])

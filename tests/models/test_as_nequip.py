@@ -76,8 +76,19 @@ def test_our_model_there_and_back(name, case, batches):
     assert back.radial_basis.roots.requires_grad == ours.radial_basis.roots.requires_grad
 
 
+THEIRS = {
+    "allegro": (allegro, ALLEGRO, ("zbl", "uncoupled", "backward-normalised", "pairs", "bare", "linear")),
+    "nequip": (nequip, NEQUIP, ("zbl", "readout", "pairs", "bare", "bessel", "l1-o3-1")),
+}
+
+
 @pytest.mark.parametrize(
-    ("build", "settings"), [*((allegro, s) for s in ALLEGRO.values()), *((nequip, s) for s in NEQUIP.values())]
+    ("build", "settings"),
+    [
+        pytest.param(build, cases[c], id=f"{name}-{c}")
+        for name, (build, cases, chosen) in THEIRS.items()
+        for c in chosen
+    ],
 )
 def test_their_model_here_and_back(build, settings, batches):
     theirs = build(**settings)
