@@ -188,7 +188,7 @@ _LAMMPS_NOTE = (
 
 _CALLS_NOTE = (
     "The same weights on a graph that is there already: the file of `ddpkit export`, the model as it trains, and the model "
-    "compiled by `nequip-compile`."
+    "compiled by `nequip-compile`, with its packages' own kernels on GPUs."
 )
 
 

@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -356,8 +357,6 @@ def _calls(options: Options) -> Iterator[Task]:
 
 
 def _has_nequip() -> bool:
-    from importlib.util import find_spec
-
     return find_spec("nequip") is not None and find_spec("allegro") is not None
 
 
@@ -451,9 +450,19 @@ def _files(options: Options, name: str) -> dict[str, Path]:
         weights = folder / "model.ckpt"
         save_nequip(checkpoint.load_model(files["weights"]), weights)
         words = ["--mode", "aotinductor", "--device", options.device, "--target", "ase"]
+        words += _fast_kernels(name, options.device)
         compiler = [sys.executable, "-m", "nequip.scripts.compile", str(weights), str(files["nequip"]), *words]
         _make(compiler, folder / "nequip-compile.txt", f"nequip-compile could not compile {name}")
     return files
+
+
+def _fast_kernels(name: str, device: str) -> list[str]:
+    """Options of `nequip-compile` for the fastest kernels that its packages bring for a model on a device."""
+    if device != "cuda":
+        return []
+    if model_spec(name, [])["_target_"].endswith("Allegro"):
+        return ["--modifiers", "enable_TritonContracter"]
+    return ["--modifiers", "enable_OpenEquivariance"] if find_spec("openequivariance") else []
 
 
 def _precision(settings: Sequence[str]) -> dict[str, str]:

@@ -265,6 +265,11 @@ _dispatch(["experiment", "inference", "scale=demo", "out={study.out}", "parts=wa
     assert study("parts=water") == [f"water-allegro_tiny-water{3 * n**3}-1" for n in (2, 3, 5)]
 
 
+def test_the_peer_gets_its_fastest_kernels():
+    assert inference._fast_kernels("allegro_medium", "cuda") == ["--modifiers", "enable_TritonContracter"]
+    assert inference._fast_kernels("allegro_medium", "cpu") == []
+
+
 def test_memory_is_that_of_the_program_that_a_process_became(tmp_path):
     """As `ddpkit lammps` becomes LAMMPS."""
     code = "import os, sys; x = bytearray(300 << 20); os.execv('/bin/sleep', ['sleep', '1.5'])"
