@@ -8,7 +8,6 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.data import atomic_numbers, covalent_radii
 
-from ddpkit.data.molecules import DRUGS
 from ddpkit.errors import InputError
 
 _WATER_VOLUME = 18.01528 / 0.602214076  # Å^3 of a molecule at 1 g/cm^3
@@ -76,6 +75,13 @@ def crystal(species: Sequence[str]) -> Atoms:
     return atoms
 
 
+_MOLECULES = (
+    ({"H", "C", "N", "O"}, "CH3CONH2"),
+    ({"H", "C", "O"}, "CH3CH2OCH3"),
+    ({"H", "C"}, "trans-butane"),
+)  # of those that ASE has, and the elements that they take
+
+
 def fitting(species: Sequence[str]) -> Atoms:
     """A small configuration of species that a model knows: a molecule, water, or else a crystal.
 
@@ -89,8 +95,11 @@ def fitting(species: Sequence[str]) -> Atoms:
         raise InputError(
             f"The model's species {unknown[0]!r} is no chemical symbol, so nothing can be built of it: give --structure."
         )
-    if {"H", "C", "N", "O"} <= set(species):
-        return from_smiles("acetaminophen", DRUGS["acetaminophen"])
+    for elements, name in _MOLECULES:
+        if elements <= set(species):
+            atoms = molecule(name)
+            atoms.info = {"name": name}
+            return atoms
     if {"H", "O"} <= set(species):
         return water(2)
     return crystal([symbol for symbol in species if symbol != "H"][:2] or species)

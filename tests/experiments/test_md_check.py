@@ -98,7 +98,7 @@ def test_right_forces_pass(dtype):
     assert not failures(Waves(dtype=dtype))
 
 
-@pytest.mark.parametrize("species", [("Na", "Cl"), ("Cu",), ("H", "C", "N", "O", "S"), ("C", "H")])
+@pytest.mark.parametrize("species", [("Na", "Cl"), ("Cu",), ("H", "C", "N", "O", "S"), ("O", "C", "H"), ("C", "H")])
 def test_a_configuration_fits_every_species(species):
     atoms = structures.fitting(species)
     assert set(atoms.get_chemical_symbols()) <= set(species)
