@@ -27,6 +27,7 @@ _FINER = 2  # times that steps are halved where they are too long to tell the or
 _ORDER = 2.0
 _ORDER_BOUND = 0.2
 _RELAXATION = 150  # steps at most
+_FAR = 1.0  # Å from where it started: an atom that goes farther finds another shape
 _TOO_NEAR = 0.55  # of the sum of covalent radii
 _SHAKE = 0.06  # Å, standard deviation of each coordinate
 _TOO_HOT = 12.0  # times the temperature asked for
@@ -81,14 +82,17 @@ def prepare(atoms: Atoms, temperature: float, seed: int) -> str:
     start = atoms.positions.copy()
     atoms.get_forces()  # what cannot be computed at all is told here
     optimizer = FIRE(atoms, logfile=None, maxstep=0.05)
-    steps = 0
+    collapsed = False
     try:
-        collapsed = any(_collapsed(atoms) for _ in optimizer.irun(fmax=0.05, steps=_RELAXATION))
-        steps = optimizer.nsteps
+        for _ in optimizer.irun(fmax=0.05, steps=_RELAXATION):
+            collapsed = _collapsed(atoms)
+            if collapsed or np.linalg.norm(atoms.positions - start, axis=1).max() > _FAR:
+                break
     except InputError:
         collapsed = True
     if collapsed:
-        atoms.positions, steps = start, 0
+        atoms.positions = start
+    steps = 0 if collapsed else optimizer.nsteps
     MaxwellBoltzmannDistribution(atoms, temperature_K=2 * temperature, rng=np.random.default_rng(seed))
     Stationary(atoms, preserve_temperature=False)
     return f"relaxed for {steps} steps" if steps else "not relaxed"
