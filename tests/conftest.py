@@ -22,6 +22,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of deterministic 
 # workers end together.
 SLOW = (
     "train/test_startup.py",
+    "inference/test_lammps.py",
+    "inference/test_exported.py",
+    "inference/test_lammps_models.py",
+    "models/test_exported_models.py",
+    "models/test_divided.py",
+    "models/test_as_nequip.py",
+    "experiments/test_md_check.py",
     "sync/test_conformance.py",
     "compile/test_compiled_ranks.py",
     "compile/test_step.py",
