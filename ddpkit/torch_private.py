@@ -263,7 +263,7 @@ _AHEAD: dict[str, Any] = {
     "aot_inductor.precompile_headers": False,
 }
 # As in `ddpkit.compile.inductor`, for the same reasons: NequIP's code for CPUs is a tenth faster, and Triton splits what it can.
-_AHEAD_ON = {
+_AHEAD_ON: dict[str, dict[str, Any]] = {
     "cpu": {"realize_opcount_threshold": 1, "realize_reads_threshold": 1},
     "cuda": {"loop_ordering_after_fusion": False},
 }

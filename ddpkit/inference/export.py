@@ -198,7 +198,8 @@ def _require_same(model: nn.Module, module: nn.Module, path: Path, metadata: Met
 def _batch(atoms: tuple[int, ...], metadata: Metadata) -> Batch:
     """Periodic frames of so many atoms near the points of a lattice."""
     random = np.random.default_rng(len(atoms))
-    positions, cells, ends, shifts = [], [], [], []
+    positions: list[np.ndarray] = []
+    cells, ends, shifts = [], [], []
     spacing = metadata.r_max / 2.2
     for count in atoms:
         side = round(np.ceil(count ** (1 / 3)))
@@ -207,7 +208,7 @@ def _batch(atoms: tuple[int, ...], metadata: Metadata) -> Batch:
         cell = spacing * side * (np.eye(3) + random.uniform(-0.05, 0.05, (3, 3)))
         frame = Frame(np.ones(count, np.int64), place, 0.0, np.zeros((count, 3)), cell=cell, pbc=np.array([True] * 3))
         centre, neighbour, shift = neighbour_list(frame, metadata.r_max)
-        ends.append(np.stack([centre, neighbour]) + sum(map(len, positions)))
+        ends.append(np.stack([centre, neighbour]) + sum(len(earlier) for earlier in positions))
         positions.append(place)
         cells.append(cell)
         shifts.append(shift)

@@ -107,4 +107,5 @@ def random_inputs(
         message_passing=message_passing,
         beyond=2 * r_max,
     )
-    return Inputs(*(None if x is None else x.to(device) for x in made))
+    incoming = None if made.incoming is None else made.incoming.to(device)
+    return Inputs(*(x.to(device) for x in made[:5]), incoming=incoming)
