@@ -112,6 +112,7 @@ CASES = {
     "minimized": ({"run": MINIMIZED}, 2),
     "rerun": ({"run": RERUN}, 2),
     "tiled": ({"run": TILED}, 2),
+    "more than a CPU computes at a time": ({"box": ("boundary p p p", grid(11, 8, 7)), "run": "run 3\nREPORT\n"}, 2),
 }
 
 
@@ -142,7 +143,7 @@ def test_exchanged_rows_are_those_of_one_rank(box, grid, ranks, packages, tmp_pa
     same(states(several, tmp_path / "several", ranks), states(one, tmp_path / "one"))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, 24])
 @pytest.mark.parametrize("operators", ["", "1"])
 def test_chunks_and_operators_of_a_gpu_compute_the_same(chunk, operators, packages, tmp_path):
     variables = {"DDPKIT_LAMMPS_OPERATORS": operators} if operators else {}

@@ -8,6 +8,7 @@
 #include <torch/headeronly/version.h>
 
 #include <fstream>
+#include <malloc.h>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,6 +24,15 @@ inline std::string first_line(const std::string &text)
 inline int gpus()
 {
   return c10::impl::hasDeviceGuardImpl(c10::kCUDA) ? c10::impl::getDeviceGuardImpl(c10::kCUDA)->deviceCount() : 0;
+}
+
+// As ddpkit/inference/memory.py: code on CPUs allocates the same arrays at every step, and the kernel would clear each anew.
+inline void keep_freed_memory()
+{
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
 }
 
 class Package {
@@ -60,6 +70,8 @@ class Package {
       if (!number)
         throw std::runtime_error(path + " was compiled for an NVIDIA GPU, and torch has none here: export the model with --device cpu");
       device = c10::Device(c10::kCUDA, local_rank % number);
+    } else {
+      keep_freed_memory();
     }
     try {
       loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, 1, device.index());

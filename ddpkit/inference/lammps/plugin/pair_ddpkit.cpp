@@ -1,7 +1,7 @@
 // Models of ddpkit in LAMMPS: energies and forces from a package that `ddpkit export` wrote. Neither Python nor the source of
 // LAMMPS is needed; `ddpkit lammps build` compiles this file as a plugin.
 //
-//   pair_style ddpkit [chunk N]           N: compute so many atoms at a time, which bounds memory
+//   pair_style ddpkit [chunk N]           N: compute so many atoms at a time, which bounds memory (CPU: 500, GPU: all)
 //   pair_coeff * * model.pt2 H C N O      an element of the model for each atom type
 
 #include "edges.h"
@@ -38,6 +38,9 @@
 namespace LAMMPS_NS {
 
 using ddpkit::PADDING;
+
+// Atoms that a CPU computes at a time: arrays of more lie beyond its caches, and come from the kernel at every step.
+constexpr int64_t AT_ONCE = 500;
 
 class PairDdpkit : public Pair, public ddpkit::Exchange {
  public:
@@ -204,7 +207,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
   std::unique_ptr<ddpkit::Candidates> candidates;
   std::vector<int64_t> species_of_type, species;
   std::vector<double> squared;  // cutoffs
-  bigint chunk = 0;             // atoms at a time; 0 for all
+  bigint chunk = 0;             // atoms at a time, as the script says; 0 where it does not
   double seconds = 0;
 
   // what is exchanged: rows of owned atoms, two that pad, then ghosts
@@ -290,9 +293,10 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     const ddpkit::Atoms atoms{owned, all, all ? atom->x[0] : nullptr, species, squared, (int64_t) package->species.size(), package->r_max};
     // message passing needs this rank even where it has no atoms
     if (!owned && !package->passes_messages) return;
-    const int64_t step = chunk ? chunk : std::max<int64_t>(owned, 1);
+    const bool divides = chunk || (package->device.is_cpu() && !package->passes_messages);
+    const int64_t step = chunk ? chunk : divides ? AT_ONCE : std::max<int64_t>(owned, 1);
     for (int64_t from = 0; from == 0 || from < owned; from += step)
-      compute_chunk(candidates->pick(atoms, from, std::min(from + step, owned), chunk != 0, package->passes_messages));
+      compute_chunk(candidates->pick(atoms, from, std::min(from + step, owned), step < owned, package->passes_messages));
   }
 
   void compute_chunk(const ddpkit::Edges &edges)
