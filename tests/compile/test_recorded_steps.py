@@ -114,11 +114,11 @@ def test_micro_batches(strategy):
 def change(training, n):
     """All that users change between steps; each stands long enough for recordings to be made of it."""
     group = training.optimizer.param_groups[0]
-    if n == 10:
+    if n == 4:
         group["lr"] = 3e-3
-    if 20 <= n < 30:
+    if 8 <= n < 14:
         group["betas"], group["eps"], group["weight_decay"] = (0.9 - n / 1000, 0.999), 1e-8 * n, n / 1000
-    if n == 40:
+    if n == 42:  # updates are recorded by then
         training.model.first.requires_grad_(False)
     if n == 50:
         training.model.first.requires_grad_()
