@@ -107,5 +107,4 @@ def random_inputs(
         message_passing=message_passing,
         beyond=2 * r_max,
     )
-    incoming = None if made.incoming is None else made.incoming.to(device)
-    return Inputs(*(x.to(device) for x in made[:5]), incoming=incoming)
+    return made._replace(**{name: x.to(device) for name, x in made._asdict().items() if x is not None})
