@@ -383,6 +383,18 @@ def test_ranks_of_open_mpi_are_told_once(tmp_path):
     assert "LAMMPS (" not in done.stdout
 
 
+def test_ranks_of_lammps_own_launcher(packages, tmp_path):
+    launcher = [str(ready()[0].mpi.launcher), "-n", "2"]
+    text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\n")
+    (tmp_path / "run" / "script").write_text(text)
+    done = ddpkit(["-in", "script", "-log", "none"], tmp_path / "run", launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 procs" in done.stdout
+    twice = ddpkit(["-n", "2", "-in", "script"], tmp_path / "run", launcher)
+    assert twice.returncode == 2
+    assert twice.stderr.count("-n 2 starts ranks by itself: leave -n away under mpiexec") == 1
+
+
 def test_ranks_that_lammps_mpi_does_not_know_are_told_once(tmp_path):
     ready()
     (tmp_path / "script").write_text("units metal\n")

@@ -50,16 +50,15 @@ def command(
         InputError: the launcher is of another MPI than LAMMPS, or there is none.
     """
     if ranks is not None and place.world_size > 1:
-        raise everywhere(
-            InputError(f"-n {ranks} starts ranks by itself: leave -n away under {place.launcher}, or the launcher.")
+        raise _by_all(
+            place, f"-n {ranks} starts ranks by itself: leave -n away under {place.launcher}, or the launcher."
         )
     is_mpich = installation.mpi.library.name == MPICH_LIBRARY
     if place.world_size > 1 and is_mpich and place.launcher == "mpirun":
-        raise everywhere(
-            InputError(
-                f"{place.world_size} ranks were started by Open MPI's mpirun, but {installation.program} was built against "
-                f"MPICH, so each would run alone: use `ddpkit lammps -n {place.world_size} ...`, which starts them by MPICH's."
-            )
+        raise _by_all(
+            place,
+            f"{place.world_size} ranks were started by Open MPI's mpirun, but {installation.program} was built against MPICH, so "
+            f"each would run alone: use `ddpkit lammps -n {place.world_size} ...`, which starts them by MPICH's.",
         )
     total = ranks or place.world_size
     here = variables(installation, plugin, total, ranks or place.local_size, place.rank)
@@ -76,6 +75,13 @@ def command(
             f"{installation.mpi.library} has no mpiexec beside it: put it on the path, or start ranks by your launcher."
         )
     return [str(launcher), "-n", str(ranks), *rank]
+
+
+def _by_all(place: Place, sentence: str) -> InputError:
+    """A refusal of all ranks, which the first one says: not every launcher ends the others then."""
+    error = everywhere(InputError(sentence))
+    error.said = place.rank > 0  # type: ignore[attr-defined]
+    return error
 
 
 def run(words: list[str]) -> None:
