@@ -73,7 +73,7 @@ class Calculator(AseCalculator):  # type: ignore[misc]
         )
         batch = collate([frame], self._species, self._r_max, labels=False)
         output = self.model(batch.to(self.device))
-        energy = float(output["energy"][0])
+        energy = float(output["energy"][0].detach())
         if not np.isfinite(energy):
             raise InputError(
                 f"The energy is {energy}: atoms lie on top of one another, or the model's weights are not finite."

@@ -203,6 +203,7 @@ def _end() -> None:
 def _logs_printed() -> Iterator[None]:
     """While this is open, what the library logs is printed on stderr, as the commands' own sentences are."""
     log, printer = logging.getLogger("ddpkit"), logging.StreamHandler()
+    printer.setLevel(logging.WARNING)  # whatever level other packages have given the root
     printer.setFormatter(logging.Formatter("ddpkit: %(message)s"))
     log.addHandler(printer)
     before, log.propagate = log.propagate, False  # a handler of the root would print it a second time

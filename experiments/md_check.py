@@ -17,7 +17,7 @@ from ddpkit.experiments.structures import fitting
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("model", type=Path, help="run folder or checkpoint")
+    parser.add_argument("model", type=Path, help="run folder, checkpoint or exported file")
     parser.add_argument(
         "--structure",
         type=Path,
