@@ -59,16 +59,18 @@ class Bounds:
     Attributes:
         forces: of differences from finite differences, relative.
         momentum: of the momentum gained, relative to the sum of all atoms' momenta.
+        ranks: of forces on several ranks from those on one, relative to the largest.
         why: in words.
     """
 
     forces: float
     momentum: float
+    ranks: float
     why: str
 
 
-DOUBLE = Bounds(1e-6, 1e-9, "rounding of float64")
-SINGLE = Bounds(5e-4, 1e-4, "rounding of float32 layers")
+DOUBLE = Bounds(1e-6, 1e-9, 1e-10, "rounding of float64")
+SINGLE = Bounds(5e-4, 1e-4, 1e-4, "rounding of float32 layers")
 
 
 def prepare(atoms: Atoms, temperature: float, seed: int) -> str:
@@ -358,3 +360,31 @@ def check(
     fastest = float(np.linalg.norm(atoms.get_velocities(), axis=1).max())
     step = min(period / _STEPS_A_PERIOD, _FARTHEST / fastest)
     return [forces, *dynamics_verdicts(atoms, bounds, temperature, step, say)]
+
+
+def ranks_verdict(
+    atoms: Atoms, calculator: Calculator, bounds: Bounds, forces: Callable[[Atoms, int], Vector], ranks: int, seed: int
+) -> Verdict:
+    """Whether LAMMPS gives the calculator's forces, on one rank and on several.
+
+    Args:
+        atoms: the configuration; stays as it is.
+        calculator: the model's.
+        bounds: of its precision.
+        forces: of a configuration on a number of ranks, by LAMMPS.
+        ranks: how many.
+        seed: of the displacements that take the configuration out of its symmetry.
+    """
+    shaken = atoms.copy()
+    shaken.rattle(_SHAKE, rng=np.random.default_rng(seed))
+    here = shaken.copy()
+    here.calc = calculator
+    expected = here.get_forces()
+    size = float(np.abs(expected).max())
+    errors = {n: float(np.abs(forces(shaken, n) - expected).max()) / size for n in dict.fromkeys((1, ranks))}
+    worst = max(errors.values())
+    told = " and ".join(f"on {n} rank{'s' * (n > 1)} by {error:.1e}" for n, error in errors.items())
+    return Verdict(
+        "ranks", worst <= bounds.ranks, f"forces in LAMMPS differ from those here {told} of the largest",
+        f"at most {bounds.ranks:g}: {bounds.why}",
+    )  # fmt: skip

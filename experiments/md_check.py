@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from ase import Atoms, io
 
 from ddpkit.calculator import Calculator
 from ddpkit.errors import InputError, ParityError
-from ddpkit.experiments.conservation import DOUBLE, SINGLE, Bounds, Verdict, check
+from ddpkit.experiments import lammps_forces
+from ddpkit.experiments.conservation import DOUBLE, SINGLE, Bounds, Verdict, check, ranks_verdict
 from ddpkit.experiments.structures import fitting
+from ddpkit.inference.package import SUFFIX
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--temperature", type=float, default=300.0, metavar="K", help="in K (default: 300)")
     parser.add_argument("--device", help="where to compute, such as cpu (default: the GPU where there is one)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="compare forces in LAMMPS on one rank and on N too; takes an exported file",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of velocities and directions (default: 1)")
 
 
@@ -40,6 +49,12 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--temperature {args.temperature:g} is no temperature: give one in K greater than zero.")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed} is negative: give a number from 0 on.")
+    if args.ranks is not None and args.ranks < 1:
+        raise InputError(f"--ranks {args.ranks} is no number of ranks: give one from 1 on.")
+    if args.ranks is not None and args.model.suffix != SUFFIX:
+        raise InputError(
+            f"--ranks compares runs of LAMMPS, which takes an exported file: `ddpkit export {args.model}` makes it."
+        )
     calculator = Calculator(args.model, device=_device(args.device))
     model: Any = calculator.model
     atoms = fitting(model.species) if args.structure is None else read(args.structure)
@@ -54,6 +69,9 @@ def main(args: argparse.Namespace) -> None:
         atoms, calculator, bounds(model), temperature=args.temperature, seed=args.seed,
         say=lambda text: print(f"  {text}", flush=True),
     )  # fmt: skip
+    if args.ranks is not None:
+        in_lammps = partial(lammps_forces.forces, args.model)
+        verdicts.append(ranks_verdict(atoms, calculator, bounds(model), in_lammps, args.ranks, args.seed))
     print(table(verdicts))
     print(f"{time.monotonic() - started:.0f} s")
     if failed := [v.what for v in verdicts if not v.passes]:

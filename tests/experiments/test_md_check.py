@@ -186,3 +186,28 @@ def test_bad_input_is_one_sentence(arguments, said, saved, tmp_path):
     with pytest.raises(InputError, match=said) as raised:
         _dispatch(["md-check", *(word.format(saved=saved, folder=tmp_path) for word in arguments)])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("error", "passes"), [(0.0, True), (1e-12, True), (1e-8, False)])
+def test_forces_of_several_ranks_that_differ_are_told(error, passes):
+    atoms = structures.fitting(SPECIES)
+    calculator = ddpkit.Calculator(Waves(), device="cpu")
+
+    def in_lammps(shaken, ranks):
+        shaken = shaken.copy()
+        shaken.calc = calculator
+        forces = shaken.get_forces()
+        return forces + (ranks == 3) * error * np.abs(forces).max()
+
+    verdict = conservation.ranks_verdict(atoms, calculator, conservation.DOUBLE, in_lammps, 3, 1)
+    assert verdict.passes is passes
+    assert "on 1 rank by 0.0e+00 and on 3 ranks by " in verdict.figure
+
+
+def test_ranks_take_an_exported_file(tmp_path):
+    for words, said in (
+        (["--ranks", "2"], "takes an exported file: `ddpkit export .*run`"),
+        (["--ranks", "0"], "--ranks 0 is no number of ranks"),
+    ):
+        with pytest.raises(InputError, match=said):
+            _dispatch(["md-check", str(tmp_path / "run"), *words])

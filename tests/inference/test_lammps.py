@@ -12,10 +12,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from lammps_runs import COMPUTES, data, lammps, ready, same, states
 from lammps_toys import LJ_CUT, Densities, LennardJones, metadata
 
+from ddpkit.calculator import Calculator
 from ddpkit.errors import InputError
+from ddpkit.experiments import lammps_forces
 from ddpkit.inference.lammps import build, installation
 from ddpkit.inference.package import compile_package
 from ddpkit.ranks.mpirun import mpirun
@@ -513,3 +516,30 @@ def test_a_lammps_of_ones_own(monkeypatch, tmp_path, packages):
     assert own.mpi.headers == found.mpi.headers
     text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\nREPORT\n")
     assert len(states(text, tmp_path / "run", 2, installed=(own, plugin))) == 1
+
+
+CELLS = {
+    "triclinic": ([[7.0, 0.5, -0.3], [1.2, 6.5, 0.8], [-0.7, 0.4, 8.0]], True),
+    "turned": ([[0.0, 7.0, 0.0], [0.0, 0.0, 6.5], [8.0, 0.0, 0.0]], True),
+    "slab": ([[7.0, 0.0, 0.0], [0.0, 6.5, 0.0], [0.0, 0.0, 3.0]], [True, True, False]),
+    "molecule": (None, False),
+}
+
+
+@pytest.mark.parametrize("case", CELLS)
+def test_forces_in_lammps_are_turned_back_into_the_cell(packages, case):
+    cell, pbc = CELLS[case]
+    random = np.random.default_rng(2)
+    points = np.stack(np.meshgrid(range(2), range(2), range(2), indexing="ij"), -1).reshape(-1, 3) / 2
+    positions = points @ (np.eye(3) * 7 if cell is None else np.array(cell)) + random.uniform(-0.2, 0.2, (8, 3))
+    atoms = Atoms("HOHOHOHO", positions, cell=cell, pbc=pbc)
+    expected = atoms.copy()
+    expected.calc = Calculator(packages / "pairs.pt2", device="cpu")
+    for ranks in (1, 2):
+        ours = lammps_forces.forces(packages / "pairs.pt2", atoms, ranks)
+        np.testing.assert_allclose(ours, expected.get_forces(), atol=1e-10)
+
+
+def test_lammps_says_why_there_are_no_forces(packages):
+    with pytest.raises(InputError, match=r"LAMMPS on 2 ranks ended with .*: ERROR.*C"):
+        lammps_forces.forces(packages / "pairs.pt2", Atoms("C2", [[0, 0, 0], [0, 0, 3]]), 2)
