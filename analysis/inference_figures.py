@@ -9,10 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from ddpkit.analysis.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION
+from ddpkit.analysis.figures import BLUE, CYCLE, GREEN, GREY, ORANGE, SKY, STYLE, VERMILION
 from ddpkit.analysis.inference import SECTIONS
 
-_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _SECTION_COLOUR = dict(zip(SECTIONS, (BLUE, ORANGE, VERMILION, SKY, GREEN, "#BBBBBB"), strict=True))
 _ENGINE = {"package": ("exported", "-"), "eager": ("eager", ":"), "nequip": ("nequip-compile", "--")}
@@ -55,7 +54,7 @@ def _molecules(axis: Any, rows: pd.DataFrame) -> None:
         places = np.arange(len(systems)) + (m - (len(models) - 1) / 2) * width
         spread = 1000 * own["spread_seconds_per_step"].fillna(0)
         bars = axis.bar(
-            places, 1000 * own["seconds_per_step"], 0.92 * width, yerr=spread if spread.any() else None, color=_CYCLE[m % 7],
+            places, 1000 * own["seconds_per_step"], 0.92 * width, yerr=spread if spread.any() else None, color=CYCLE[m % 7],
             label=model, error_kw={"lw": 1},
         )  # fmt: skip
         axis.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
@@ -69,17 +68,7 @@ def _molecules(axis: Any, rows: pd.DataFrame) -> None:
 
 
 def _water(axis: Any, rows: pd.DataFrame) -> None:
-    for m, model in enumerate(_names(rows["model"])):
-        own = rows[rows["model"] == model].sort_values("atoms")
-        axis.plot(
-            own["atoms"],
-            own["atom_steps_per_second"],
-            color=_CYCLE[m % 7],
-            marker=_MARKERS[m % 6],
-            ms=4,
-            lw=1.4,
-            label=model,
-        )
+    _against_atoms(axis, rows, "atom_steps_per_second")
     _log(axis, rows["atoms"].unique())
     axis.set_xlabel("atoms")
     axis.set_ylabel("atom-steps per second")
@@ -88,11 +77,7 @@ def _water(axis: Any, rows: pd.DataFrame) -> None:
 
 
 def _lammps(axis: Any, rows: pd.DataFrame) -> None:
-    for m, model in enumerate(_names(rows["model"])):
-        own = rows[rows["model"] == model].sort_values("atoms")
-        axis.plot(
-            own["atoms"], own["lammps_percent"], color=_CYCLE[m % 7], marker=_MARKERS[m % 6], ms=4, lw=1.4, label=model
-        )
+    _against_atoms(axis, rows, "lammps_percent")
     axis.set_xscale("log")
     _plain_ticks(axis.xaxis, rows["atoms"].unique())
     axis.set_ylim(bottom=0)
@@ -102,12 +87,20 @@ def _lammps(axis: Any, rows: pd.DataFrame) -> None:
     axis.set_title("Water: what is not the pair style", loc="left")
 
 
+def _against_atoms(axis: Any, rows: pd.DataFrame, column: str) -> None:
+    """A line a model."""
+    for m, model in enumerate(_names(rows["model"])):
+        own = rows[rows["model"] == model].sort_values("atoms")
+        style = {"color": CYCLE[m % 7], "marker": _MARKERS[m % 6], "ms": 4, "lw": 1.4}
+        axis.plot(own["atoms"], own[column], label=model, **style)
+
+
 def _scaling(axis: Any, rows: pd.DataFrame) -> None:
     ordered = rows.sort_values("ranks", kind="stable")
     for number, ((system, model), own) in enumerate(ordered.groupby(["system", "model"], sort=False)):
         rate = 1 / own["seconds_per_step"].to_numpy()
         ranks = own["ranks"].to_numpy()
-        colour = _CYCLE[number % 7]
+        colour = CYCLE[number % 7]
         axis.plot(ranks, rate, color=colour, marker=_MARKERS[number % 6], ms=4, lw=1.4, label=f"{model}, {system}")
         axis.plot(ranks, rate[0] * ranks / ranks[0], color=colour, lw=0.8, ls=":")
     _log(axis, rows["ranks"].unique())
@@ -140,14 +133,14 @@ def _calls(axis: Any, rows: pd.DataFrame) -> None:
     boxes = rows[rows["system"].str.startswith("water")]  # whose atoms have equally many neighbours
     rows = boxes if len(boxes) else rows
     for m, model in enumerate(_names(rows["model"])):
-        axis.plot([], [], color=_CYCLE[m % 7], marker=_MARKERS[m % 6], ms=4, lw=1.4, label=model)
+        axis.plot([], [], color=CYCLE[m % 7], marker=_MARKERS[m % 6], ms=4, lw=1.4, label=model)
         for engine, (_, line) in _ENGINE.items():
             own = rows[(rows["model"] == model) & (rows["engine"] == engine)].sort_values("atoms")
             if len(own):
                 axis.plot(
                     own["atoms"],
                     1000 * own["seconds_per_step"],
-                    color=_CYCLE[m % 7],
+                    color=CYCLE[m % 7],
                     ls=line,
                     marker=_MARKERS[m % 6],
                     ms=4,

@@ -31,6 +31,7 @@ from ddpkit.ranks.group import Environment
 from ddpkit.ranks.lifeline import alive
 
 PARTS = ("train", "validation", "test", "all")
+_PAPERS = ("allegro_small", "allegro_medium", "allegro_large")  # models whose errors the paper has
 _ENERGY_POINTS = 100_000  # that a figure is made of
 
 
@@ -56,11 +57,11 @@ class Beside:
     """Another model's errors, to stand in brackets.
 
     Attributes:
-        values: as `accuracy.subset_table` takes them.
+        errors: as `accuracy.subset_table` takes them.
         told: what they are.
     """
 
-    values: pd.DataFrame
+    errors: pd.DataFrame
     told: str
 
 
@@ -147,7 +148,7 @@ def _evaluate(args: argparse.Namespace, here: Environment) -> None:
         evaluation = evaluate(model, chosen.frames, chosen.indices, here, batch_size=args.batch_size, progress=True)
         with agree("writing the tables"):
             if here.is_first:
-                _tell_accuracy(chosen, evaluation, out, _notes(args, chosen), beside or _published(config))
+                _tell_accuracy(chosen, evaluation, out, _notes(args, chosen), beside, config)
                 _write_worst(chosen, evaluation, model, here, out, args.worst)
     if fragments:
         _barriers(model, fragments, here, out, args)
@@ -300,9 +301,8 @@ def _notes(args: argparse.Namespace, chosen: Chosen) -> list[str]:
 
 def _published(config: DictConfig | None) -> "Beside":
     """The paper's errors on SPICE 2: of the run's own model where it is one of the paper's, otherwise of the largest."""
-    names = ("allegro_small", "allegro_medium", "allegro_large")
-    same = [name for name in names if config is not None and config.model == read([f"model={name}"]).model]
-    values = published.published_accuracy(same[0] if same else names[-1])
+    same = [name for name in _PAPERS if config is not None and config.model == read([f"model={name}"]).model]
+    values = published.published_accuracy(same[0] if same else _PAPERS[-1])
     return Beside(values, f"In brackets: {values['model'].iloc[0]} as published ({values['source'].iloc[0]}).")
 
 
@@ -314,12 +314,22 @@ def _errors(chosen: Chosen, evaluation: Evaluation) -> accuracy.Frames:
     )  # fmt: skip
 
 
-def _tell_accuracy(chosen: Chosen, evaluation: Evaluation, out: Path, notes: list[str], beside: Beside) -> None:
+def _tell_accuracy(
+    chosen: Chosen,
+    evaluation: Evaluation,
+    out: Path,
+    notes: list[str],
+    beside: Beside | None,
+    config: DictConfig | None,
+) -> None:
     errors = _errors(chosen, evaluation)
     values, elements = accuracy.by_subset(errors), accuracy.by_element(evaluation.species, evaluation.by_species)
-    if accuracy.stands_beside(beside.values, values):
+    if beside is None and accuracy.stands_beside(published.published_accuracy(_PAPERS[-1]), values):
+        beside = _published(config)
+    if beside is not None:
         notes = [*notes, beside.told]
-    shown = [accuracy.subset_table(values, notes, beside.values), accuracy.element_table(elements)]
+    others = None if beside is None else beside.errors
+    shown = [accuracy.subset_table(values, notes, others), accuracy.element_table(elements)]
     tables.write(out, "accuracy", values, shown)
     tables.write_csv(out / "elements.csv", elements)
     reference = np.asarray(chosen.frames.array("energy")[evaluation.indices])

@@ -474,7 +474,7 @@ def _make(command: Sequence[str], log: Path, otherwise: str) -> None:
     with log.open("w") as output:
         result = _run(command, log.parent, output, sample_gpu=False)
     if result["code"] != 0:
-        raise InputError(f"{otherwise} ({_last_words(log)}): see {log}.")
+        raise InputError(f"{otherwise} ({last_words(log.read_text(errors='replace'))}): see {log}.")
 
 
 def _is_complete(folder: Path, cell: Cell) -> bool:
@@ -520,7 +520,7 @@ def _measure(task: Task, files: Mapping[str, Path], folder: Path) -> dict[str, A
         "gpu_memory_mb": result["gpu_memory_mb"],
     }
     status = "finished" if result["code"] == 0 else "failed"
-    error = "" if status == "finished" else _last_words(folder / "output.txt")
+    error = "" if status == "finished" else last_words((folder / "output.txt").read_text(errors="replace"))
     versions = {"ddpkit": __version__, "torch": torch.__version__}
     kept = {"cell": asdict(cell), "status": status, "error": error, **measured, "machine": _machine(cell.device)}
     partial = folder / "cell.json.part"
@@ -602,9 +602,9 @@ def _high_water_marks(root: int) -> dict[int, float]:
     return {pid: marks[pid] for pid in family if pid in marks}
 
 
-def _last_words(path: Path) -> str:
+def last_words(output: str) -> str:
     """The line of a program's output that says what went wrong."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("ERROR", "ddpkit:")) or "Error: " in line]
     return (told or lines or ["it said nothing"])[-1][:300]
 

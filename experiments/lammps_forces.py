@@ -1,7 +1,6 @@
 """Forces of an exported model in LAMMPS, on one rank or on several."""
 
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ase.io.lammpsdata import write_lammps_data
 from numpy.typing import NDArray
 
 from ddpkit.errors import InputError
+from ddpkit.experiments.inference import lammps, last_words
 
 _ROOM = 2.0  # Å around atoms where there are no periodic images
 _SCRIPT = """units metal
@@ -44,25 +44,20 @@ def forces(package: Path, atoms: Atoms, ranks: int) -> NDArray[np.float64]:
         write_lammps_data(folder / "atoms.data", atoms, specorder=species, masses=True, prismobj=prism)
         script = _SCRIPT.format(boundary=boundary, package=package.resolve(), species=" ".join(species))
         (folder / "script").write_text(script)
-        command = [
-            sys.executable,
-            "-m",
-            "ddpkit.experiments",
-            "lammps",
-            "-n",
-            str(ranks),
-            "-in",
-            "script",
-            "-log",
-            "none",
-        ]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        command = [*lammps(ranks), "-in", "script", "-log", "none"]
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
         if done.returncode or not (folder / "forces").is_file():
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            why = next(
-                (line for line in lines if "ERROR" in line or line.startswith("ddpkit: ")), lines[-1] if lines else ""
+            raise InputError(
+                f"LAMMPS on {ranks} rank{'s' * (ranks > 1)} ended with {done.returncode}: {last_words(done.stdout)}"
             )
-            raise InputError(f"LAMMPS on {ranks} rank{'s' * (ranks > 1)} ended with {done.returncode}: {why.strip()}")
         rotated = np.loadtxt(folder / "forces", skiprows=9, ndmin=2)[:, 1:]
     found: NDArray[np.float64] = prism.vector_to_ase(rotated)
     return found

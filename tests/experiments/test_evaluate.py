@@ -151,7 +151,7 @@ def test_published_values_stand_beside_without_being_asked(folder):
     for row, values in zip(rows, [(0.4, 0.5, 7.7, 11.7), (0.6, 1.7, 18.1, 51.6)], strict=True):
         assert [float(cell) for cell in re.findall(r"\(([\d.]+)\)", row)] == list(values)
     assert said.count("In brackets: allegro_large as published (Tan et al., ") == 1
-    assert evaluate._published(read_config(["model=allegro_small"])).values["energy_rmse_mev_per_atom"].iloc[0] == 1.6
+    assert evaluate._published(read_config(["model=allegro_small"])).errors["energy_rmse_mev_per_atom"].iloc[0] == 1.6
     assert "In brackets" not in (folder / "run" / "evaluation" / "set" / "accuracy.md").read_text()
 
 
