@@ -128,6 +128,7 @@ class OpenEquivarianceConvolution(FlatConvolution):
         )
         try:
             self.product = oeq.TensorProductConv(problem, torch_op=True, deterministic=True)
+            self.product.ddpkit_scratch = ("workspace_buffer",)
         except ImportError as error:  # what the package raises where its extension was not built
             raise InputError(
                 f"openequivariance could not build its extension ({str(error).splitlines()[0]}): it needs nvcc and a C++ compiler"

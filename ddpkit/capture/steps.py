@@ -8,17 +8,21 @@ is so if the sizes are those of one plan (`planned`), because everything else th
 what the strategies verify.
 """
 
+import operator
 import time
 import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from dataclasses import fields
+from itertools import chain
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ddpkit.batch import Batch
 from ddpkit.capture.recording import make
 from ddpkit.compile.gradients import CompiledGradients
 from ddpkit.compile.outputs import Tree
@@ -33,6 +37,10 @@ from ddpkit.update import Update
 
 MOST = 32  # recordings that are kept
 STEADY = 20  # steps that the optimizer's settings must have stood for before its update is recorded
+_FIELDS = operator.attrgetter(*(field.name for field in fields(Batch)))
+_VALUES = operator.methodcaller("values")
+_CONSTANTS = (int, float, str, type(None))
+_REMEMBERED = 1024  # forms of batches
 AHEAD = 8  # replays that the host may be ahead of the device
 
 
@@ -61,9 +69,11 @@ class RecordedSteps:
         self._pool: Any = None  # of the first recording, and again once all are closed
         self._recorded: OrderedDict[Hashable, _Piece] = OrderedDict()
         self._deadline = Deadline(self._device, sync.timeout)
-        self._seen: set[Hashable] = set()
+        self._forms = Forms()
         self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()  # situations that have seen a step as it is
         self._ready: set[Hashable] = set()  # forms and situations that steps can be recorded for
+        self._values: list[Any] = []  # of the optimizer's settings, as last seen
+        self._is_fixed = False  # whether none of these can change in place
         self._settings: Hashable = None
         self._steps_alike = 0
         self._memory: list[int] = []
@@ -85,9 +95,9 @@ class RecordedSteps:
         if self._refused:
             return None
         steady = self._are_settings_steady() and self._update.decides_on_device and not self._has_hooks()
-        form = planned, _form(batches)  # what was not planned, other ranks have not seen
-        if form not in self._seen:
-            self._seen.add(form)
+        given = Given.of(batches)
+        form = self._forms.number(given, planned=planned)  # what was not planned, other ranks have not seen
+        if form is None:
             return None
         average = self._sync.recordable_average() if planned or self._sync.world_size == 1 else None
         if average is None and self._sync.acts != "after backward":
@@ -96,12 +106,12 @@ class RecordedSteps:
         where = form, self._gradients.situation
         if where not in self._ready and not self._is_ready(batches):
             return None
-        self._ready.add(where)
+        self._note_ready(where)
         try:
             if average is None:
-                output = self._run_apart(where, batches, updates=steady)
+                output = self._run_apart(where, given, updates=steady)
             else:
-                output = self._run_together(where, batches, average, updates=steady)
+                output = self._run_together(where, given, average, updates=steady)
         except RecordingError as error:
             self._give_up(error)
             return None
@@ -112,6 +122,11 @@ class RecordedSteps:
     def _is_ready(self, batches: Sequence[Any]) -> bool:
         """Whether there is code for the batches, and a step has run as it is since model and criterion last changed."""
         return self._gradients.situation in self._stepped and self._gradients.holds_for(batches)
+
+    def _note_ready(self, where: Hashable) -> None:
+        if len(self._ready) >= _REMEMBERED:
+            self._ready.clear()
+        self._ready.add(where)
 
     def _give_up(self, error: RecordingError) -> None:
         """Lets go of all recordings, and makes no more.
@@ -129,13 +144,11 @@ class RecordedSteps:
         """Called after a step that was run as it is."""
         self._stepped.add(self._gradients.situation)
 
-    def _run_together(
-        self, where: Hashable, batches: Sequence[Any], average: Callable[[], None], *, updates: bool
-    ) -> Any:
+    def _run_together(self, where: Hashable, given: "Given", average: Callable[[], None], *, updates: bool) -> Any:
         """Gradients, average and update from one recording; the update after it where that cannot be recorded."""
 
-        def body(given: Sequence[Any]) -> tuple[Any, Tensor | None]:
-            output, norm = self._gradients(given)
+        def body(batches: Sequence[Any]) -> tuple[Any, Tensor | None]:
+            output, norm = self._gradients(batches)
             average()
             if norm is not None:
                 self._update.note(norm)
@@ -143,15 +156,15 @@ class RecordedSteps:
                 self._update.on_device()
             return output, self._update.grad_norm if updates or norm is not None else None
 
-        piece = self._piece(("step", where, updates and self._settings), body, batches)
+        piece = self._piece(("step", where, updates and self._settings), body, given)
         with self._sync.around_recorded():
             if not piece.is_made:
-                self._record_together(piece, batches)
-            output, norm = self._run_piece(piece, batches, steps=updates)
+                self._record_together(piece, given)
+            output, norm = self._run_piece(piece, given, steps=updates)
         self._finish(norm)
         return output
 
-    def _record_together(self, piece: "_Piece", batches: Sequence[Any]) -> None:
+    def _record_together(self, piece: "_Piece", given: "Given") -> None:
         """Records on all ranks or on none: NCCL waits for ever where some capture a collective and others do not.
 
         Raises:
@@ -159,7 +172,7 @@ class RecordedSteps:
         """
         error: RecordingError | None = None
         try:
-            self._record(piece, batches)
+            self._record(piece, given)
         except RecordingError as raised:
             error = raised
         if self._sync.averages and self._sync.world_size > 1:
@@ -171,20 +184,19 @@ class RecordedSteps:
         if error is not None:
             raise error
 
-    def _record(self, piece: "_Piece", batches: Sequence[Any]) -> None:
-        self._require_here(batches)
+    def _record(self, piece: "_Piece", given: "Given") -> None:
+        self._require_here(given)
         self._deadline.wait()  # to record, torch waits for the device without a bound
         began = time.perf_counter()
         piece.record()
         self.seconds += time.perf_counter() - began
 
-    def _run_apart(self, where: Hashable, batches: Sequence[Any], *, updates: bool) -> Any:
+    def _run_apart(self, where: Hashable, given: "Given", *, updates: bool) -> Any:
         """Gradients from a recording, then the average, then the update from another one."""
-        output, _ = self._run_piece(self._piece(("gradients", where), self._gradients, batches), batches, steps=False)
+        output, _ = self._run_piece(self._piece(("gradients", where), self._gradients, given), given, steps=False)
         self._sync.synchronize()
 
-        def body(given: Sequence[Any]) -> Tensor:
-            del given
+        def body(_: Sequence[Any]) -> Tensor:
             self._update.on_device()
             return self._update.grad_norm
 
@@ -193,33 +205,36 @@ class RecordedSteps:
         before, self._places = self._places, places
         if updates and places == before:  # a strategy of the user's may bring them to other places at every step
             try:
-                norm = self._run_piece(self._piece(("update", self._settings, places), body, []), [], steps=True)
+                nothing = Given.of([])
+                norm = self._run_piece(
+                    self._piece(("update", self._settings, places), body, nothing), nothing, steps=True
+                )
             except RecordingError as error:  # the average has been made, and other ranks may be able to
                 self._give_up(error)
         self._finish(norm)
         return output
 
-    def _run_piece(self, piece: "_Piece", batches: Sequence[Any], *, steps: bool) -> Any:
+    def _run_piece(self, piece: "_Piece", given: "Given", *, steps: bool) -> Any:
         """Runs a piece, and does what the host does beside the device's work, which a replay leaves out.
 
         Args:
             piece: a recording.
-            batches: those that it computes gradients of, if it does.
+            given: the batches that it computes gradients of, if it does.
             steps: whether it holds the optimizer's step.
         """
         if not piece.is_made:
             if not piece.is_recorded:
-                self._record(piece, batches)
+                self._record(piece, given)
             began = time.perf_counter()
-            output = piece.run(batches)
+            output = piece.run(given)
             self.seconds += time.perf_counter() - began
             piece.gradients = [p.grad for p in self._trained.parameters]
             return output
         if steps:
             before_step(self._optimizer)
             note_step(self._optimizer)
-        output = piece.run(batches)
-        if batches:
+        output = piece.run(given)
+        if given.leaves:
             self._gradients.finish()
             for parameter, gradient in zip(self._trained.parameters, piece.gradients, strict=True):
                 parameter.grad = gradient
@@ -236,13 +251,25 @@ class RecordedSteps:
 
     def _are_settings_steady(self) -> bool:
         """Whether the optimizer's settings have stood for a while: a recording holds for their values."""
+        groups = self._optimizer.param_groups
+        values = [value for group in groups for key, value in group.items() if key != "params"]
+        if self._is_fixed and len(values) == len(self._values) and all(map(operator.is_, values, self._values)):
+            self._steps_alike += 1
+            return self._steps_alike >= STEADY
+        self._values, self._is_fixed = values, all(map(self._cannot_change, values))
         settings = tuple(
             tuple((key, _value(value, self._device)) for key, value in group.items() if key != "params")
-            for group in self._optimizer.param_groups
+            for group in groups
         )
         self._steps_alike = self._steps_alike + 1 if settings == self._settings else 0
         self._settings = settings
         return self._steps_alike >= STEADY
+
+    def _cannot_change(self, value: Any) -> bool:
+        """Whether a setting, as long as it is this object, is what it was, or is read by the device."""
+        if isinstance(value, Tensor):
+            return value.device == self._device
+        return all(map(self._cannot_change, value)) if isinstance(value, tuple) else isinstance(value, _CONSTANTS)
 
     def _has_hooks(self) -> bool:
         """Whether somebody wants to be called at each step of the optimizer: a replay calls nobody."""
@@ -250,19 +277,19 @@ class RecordedSteps:
 
     def _forget_if_moved(self) -> None:
         """Lets go of recordings once a tensor lies elsewhere: they write where it was."""
-        state = self._optimizer.state
-        tensors = [*self._gradients.tensors(), *(x for p in state for x in state[p].values() if isinstance(x, Tensor))]
+        of_optimizer = chain.from_iterable(map(_VALUES, self._optimizer.state.values()))
+        tensors = [*self._gradients.tensors(), *(x for x in of_optimizer if isinstance(x, Tensor))]
         memory = [*map(Tensor.data_ptr, tensors)]
         if memory != self._memory:
             self._memory = memory
             self.close()
 
-    def _piece(self, key: Hashable, body: Callable[[Sequence[Any]], Any], batches: Sequence[Any]) -> "_Piece":
+    def _piece(self, key: Hashable, body: Callable[[Sequence[Any]], Any], given: "Given") -> "_Piece":
         """The recording for a key, made by its first run."""
         if key not in self._recorded:
             if self._pool is None and self._device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
-            self._recorded[key] = _Piece(body, batches, self._device, self._pool)
+            self._recorded[key] = _Piece(body, given, self._device, self._pool)
             self.made += 1
         self._recorded.move_to_end(key)
         if len(self._recorded) > MOST:
@@ -270,15 +297,15 @@ class RecordedSteps:
             oldest.close()
         return self._recorded[key]
 
-    def _require_here(self, batches: Sequence[Any]) -> None:
+    def _require_here(self, given: "Given") -> None:
         """Refuses tensors on the host, which a recording would take for numbers that never change.
 
         Raises:
             RecordingError: names one.
         """
-        leaves = [x for x in pytree.tree_leaves(list(batches)) if isinstance(x, Tensor)]
-        given = [(f"a tensor of the batch, of shape {tuple(x.shape)},", x) for x in leaves]
-        for name, x in (*given, *self._gradients.named_tensors()):
+        leaves = [x for x in given.leaves if isinstance(x, Tensor)]
+        named = [(f"a tensor of the batch, of shape {tuple(x.shape)},", x) for x in leaves]
+        for name, x in (*named, *self._gradients.named_tensors()):
             if x.device != self._device:
                 raise RecordingError(
                     f"The step cannot be recorded: {name} lies on {x.device} and the parameters on {self._device}: move it there"
@@ -294,12 +321,58 @@ class RecordedSteps:
         self._pool = None
 
 
+class Given(NamedTuple):
+    """The batches of a step, taken apart.
+
+    Attributes:
+        leaves: all that they hold.
+        structure: how they are put together of that; the number of batches where each is a `ddpkit.Batch`.
+    """
+
+    leaves: list[Any]
+    structure: Any
+
+    @classmethod
+    def of(cls, batches: Sequence[Any]) -> Self:
+        """Takes batches apart."""
+        if all(type(batch) is Batch for batch in batches):  # at every step, so without a walk through a tree
+            return cls([value for batch in batches for value in _FIELDS(batch)], len(batches))
+        return cls(*pytree.tree_flatten(list(batches)))
+
+    def filled(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """Batches of the same structure that hold other leaves."""
+        if isinstance(self.structure, int):
+            each = len(fields(Batch))
+            return [Batch(*leaves[n * each : (n + 1) * each]) for n in range(self.structure)]
+        return pytree.tree_unflatten(leaves, self.structure)  # type: ignore[no-any-return]
+
+
+class Forms:
+    """Numbers for what batches are but for the values of their tensors: sizes, dtypes, and what is no tensor."""
+
+    def __init__(self) -> None:
+        self._numbers: OrderedDict[Hashable, int] = OrderedDict()
+        self._next = 0
+
+    def number(self, given: Given, *, planned: bool) -> int | None:
+        """The number of a form; None where it is met for the first time, or for the first time in long."""
+        kinds = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in given.leaves]
+        form = planned, given.structure, *kinds
+        number = self._numbers.pop(form, None)
+        self._numbers[form] = self._next if number is None else number
+        if number is None:
+            self._next += 1
+            if len(self._numbers) > _REMEMBERED:
+                self._numbers.popitem(last=False)
+        return number
+
+
 class _Piece:
     """A recording with its own copy of the batches.
 
     Args:
         body: called with that copy; returns a tree of tensors.
-        batches: of the sizes that it is for.
+        given: batches of the sizes that it is for.
         device: of the work.
         pool: memory that recordings share.
 
@@ -309,18 +382,20 @@ class _Piece:
         gradients: what `.grad` of each parameter was after its first run.
     """
 
-    def __init__(
-        self, body: Callable[[Sequence[Any]], Any], batches: Sequence[Any], device: torch.device, pool: Any
-    ) -> None:
-        leaves, structure = pytree.tree_flatten(list(batches))
+    def __init__(self, body: Callable[[Sequence[Any]], Any], given: Given, device: torch.device, pool: Any) -> None:
         own = [
-            leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+            leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
+            for leaf in given.leaves
         ]
-        self._inputs = _by_dtype([leaf for leaf in own if isinstance(leaf, Tensor)])
-        given = pytree.tree_unflatten(own, structure)
+        groups: dict[torch.dtype, list[int]] = {}  # a copy of several tensors takes one launch for each dtype
+        for n, leaf in enumerate(own):
+            if isinstance(leaf, Tensor):
+                groups.setdefault(leaf.dtype, []).append(n)
+        self._inputs = [(numbers, [own[n] for n in numbers]) for numbers in groups.values()]
+        batches = given.filled(own)
 
         def record() -> list[Tensor]:
-            self._form, tensors = Tree.of(body(given))
+            self._form, tensors = Tree.of(body(batches))
             self._packing, packed = _pack(tensors)
             return packed
 
@@ -337,11 +412,11 @@ class _Piece:
         self._recording.record()
         self.is_recorded = True
 
-    def run(self, batches: Sequence[Any]) -> Any:
+    def run(self, given: Given) -> Any:
         """Runs it on other batches of the same sizes; returns what the body did, in memory of its own."""
-        tensors = [leaf for leaf in pytree.tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
-        for own, given in zip(self._inputs.values(), _by_dtype(tensors).values(), strict=True):
-            copy_all(own, given)
+        leaves = given.leaves
+        for numbers, own in self._inputs:
+            copy_all(own, [leaves[n] for n in numbers])
         results = [result.clone() for result in self._recording.run()]
         self.is_made = True
         return self._form.fill(iter(_unpack(self._packing, results)))
@@ -349,14 +424,6 @@ class _Piece:
     def close(self) -> None:
         """Lets go of it."""
         self._recording.close()
-
-
-def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    """Tensors by dtype: a copy of several takes one launch for each."""
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return groups
 
 
 def _pack(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[Tensor]]:
@@ -378,13 +445,6 @@ def _unpack(packing: list[list[int]], packed: Sequence[Tensor]) -> list[Tensor]:
     for group, scalars in zip(groups, packed, strict=False):
         tensors.update(zip(group, scalars.unbind(), strict=True))
     return [tensors[n] for n in range(len(tensors))]
-
-
-def _form(batches: Sequence[Any]) -> Hashable:
-    """The sizes and dtypes of all that batches hold, and what is no tensor."""
-    leaves, structure = pytree.tree_flatten(list(batches))
-    kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return structure, kinds
 
 
 def _value(value: Any, device: torch.device) -> Hashable:

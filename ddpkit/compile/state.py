@@ -107,9 +107,22 @@ class State:
             self.rewritten.add(where)
 
     def changes(self, before: Sequence[Tensor]) -> dict[str, Tensor]:
-        """By how much those that are not trained have changed, by name."""
-        now = zip(self.names[self.trained :], self.tensors()[self.trained :], before, strict=True)
-        return {name: tensor.detach() - old for name, tensor, old in now if tensor.dtype is not torch.bool}
+        """By how much those that are not trained have changed, by name.
+
+        Left out is what an object says of its attributes in `ddpkit_scratch`: memory that its kernels write to before they read.
+        """
+        now = zip(
+            self.names[self.trained :],
+            self._homes[self.trained :],
+            self.tensors()[self.trained :],
+            before,
+            strict=True,
+        )
+        return {
+            name: tensor.detach() - old
+            for name, (home, key), tensor, old in now
+            if tensor.dtype is not torch.bool and not _is_scratch(home, key)
+        }
 
     @contextmanager
     def undisturbed(self, others: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
@@ -129,6 +142,10 @@ class State:
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
+
+
+def _is_scratch(home: Any, key: Any) -> bool:
+    return isinstance(home, dict) and key in home.get("ddpkit_scratch", ())
 
 
 def _copy(home: Any) -> Any:

@@ -87,7 +87,7 @@ class Capacities:
         )
 
 
-def choose_capacities(sampler: "Sampler", *, waste: float = 0.1, levels: int = 8) -> Capacities:
+def choose_capacities(sampler: "Sampler", *, waste: float = 0.05, levels: int = 8) -> Capacities:
     """As few capacities as keep the mean waste of edges below a bound, for all ranks and steps of a plan.
 
     Looks at some hundred steps of the plan. They are sorted by the edges of their fullest batch and cut into consecutive parts,

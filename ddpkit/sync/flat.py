@@ -119,7 +119,7 @@ class FlatSync(GradientSync):
         """Makes the buffers for the parameters that are trained now."""
         self._trained = [p.requires_grad for p in self._all]
         numbers = [n for n, trained in enumerate(self._trained) if trained]
-        self._unseen: deque[tuple[torch.cuda.Event | None, int, Tensor]] = deque()
+        self._unseen: deque[tuple[torch.cuda.Event | None, int, Tensor, list[int]]] = deque()
         plan = self._plan(numbers) or ([[]] if self._all else [])  # an empty one carries the flags
         tail = len(numbers) + ROW * self.world_size
         homes = [self._all[part[0]] if part else _home(self._all) for part in plan]
@@ -377,7 +377,7 @@ class FlatSync(GradientSync):
         event = torch.cuda.Event() if tail.is_cuda else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        self._unseen.append((event, self._calls, row))
+        self._unseen.append((event, self._calls, row, self._absent))
 
     def _look_back(self, keep: int = 0) -> None:
         """Raises what the flags of earlier steps say that nobody has looked at yet.
@@ -386,16 +386,16 @@ class FlatSync(GradientSync):
             keep: so many of the last steps are left for later. The same number on all ranks: they stop at the same step.
         """
         while len(self._unseen) > keep:
-            event, call, row = self._unseen.popleft()
+            event, call, row, absent = self._unseen.popleft()
             if event is not None:
                 wait_for_event(event, time.monotonic(), self.timeout, "The all-reduce of an earlier step")
             values = row.tolist()
             self._judge(values, call, stale=False)
-            self._refuse_present(values, call)
+            self._refuse_present(values, call, absent)
 
-    def _refuse_present(self, values: list[float], call: int) -> None:
+    def _refuse_present(self, values: list[float], call: int, absent: Sequence[int]) -> None:
         """Raises where a parameter has a gradient somewhere that the recording takes to have one nowhere."""
-        if came := [self._names[self._order[i]] for i in self._absent if values[i] > 0]:
+        if came := [self._names[self._order[i]] for i in absent if values[i] > 0]:
             raise RankDisagreementError(
                 f"At synchronize() number {call} parameter {came[0]!r} had a gradient on other ranks, but had none on any when "
                 "the step was recorded: leave cuda_graphs out."

@@ -241,11 +241,11 @@ def test_a_step_is_recorded_once_a_planned_one_of_its_sizes_has_run():
     """Other ranks may not have seen what was not planned."""
     training = Training(cuda_graphs=True, strategy="custom")
     for _ in range(3):
-        training.step(BATCHES[0])
+        training.step(training.batches[0])
     assert training.step.captured_steps == 2
-    training.step(BATCHES[0], planned=True)
+    training.step(training.batches[0], planned=True)
     assert training.step.captured_steps == 2
-    training.step(BATCHES[0], planned=True)
+    training.step(training.batches[0], planned=True)
     assert training.step.captured_steps == 3
 
 
@@ -270,6 +270,7 @@ def test_a_recording_repeats_operations_on_the_same_memory():
 
     x.t().contiguous() @ x  # libraries set themselves up
     recording = make(body, here)
+    recording.record()
     results = recording.run()
     for scale in (1.0, -2.0, 3.0):
         x.mul_(scale)
@@ -285,6 +286,7 @@ def test_a_recording_holds_for_the_numbers_of_its_first_run():
     """As a CUDA graph does; otherwise the tests here could not tell what is obeyed from what is not."""
     factor, x = 2.0, torch.ones(3, device=here)
     recording = make(lambda: [x * factor, as_one(lambda given: given[0] + given[1], [x, factor])], here)
+    recording.record()
     recording.run()
     factor = 5.0
     x.fill_(10.0)
@@ -312,5 +314,6 @@ def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were(monkeypat
 
 def test_a_look_at_a_number_is_refused():
     x = torch.ones(3, device=here)
+    looking = make(lambda: [x * float(x.sum())], here)
     with pytest.raises(RecordingError, match="looks at a number" if here.type == "cpu" else "recorded as a CUDA graph"):
-        make(lambda: [x * float(x.sum())], here).run()
+        (looking.run if here.type == "cpu" else looking.record)()

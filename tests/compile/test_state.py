@@ -1,5 +1,6 @@
 """What model, criterion and optimizer hold beside tensors, and who holds the tensors; graphs are interpreted."""
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -16,7 +17,7 @@ import ddpkit
 from ddpkit.compile import forces, gradients, situations
 from ddpkit.compile.backend import using
 from ddpkit.compile.snapshot import Snapshot
-from ddpkit.errors import InputError, RankDisagreementError
+from ddpkit.errors import InputError, ParityError, RankDisagreementError
 from ddpkit.sync.graph_update import GraphUpdate
 from ddpkit.testing import run_ranks
 
@@ -275,6 +276,37 @@ def test_a_model_may_replace_buffers_and_keep_tensors(strategy):
 
     assert_alike(both(Replacing, lambda: square, change, strategy))
     assert seen[0].count == seen[-1].count == 6
+
+
+@torch.library.custom_op("ddpkit_tests::through_workspace", mutates_args=())
+def through_workspace(x: torch.Tensor, workspace: torch.Tensor) -> torch.Tensor:
+    """As kernels do that use memory given to them without saying so."""
+    workspace.copy_(torch.rand_like(workspace))
+    return x.clone()
+
+
+@through_workspace.register_fake
+def _(x, workspace):  # noqa: ARG001
+    return torch.empty_like(x)
+
+
+class Scribbling(Pair):
+    def __init__(self, *, says_so):
+        super().__init__()
+        self.workspace = torch.zeros(7, dtype=torch.float64)
+        if says_so:
+            self.ddpkit_scratch = ("workspace",)
+
+    def forward(self, x):
+        return super().forward(through_workspace(x, self.workspace))
+
+
+def test_workspaces_are_not_compared():
+    for says_so, ends in ((False, pytest.raises(ParityError, match="'workspace'")), (True, contextlib.nullcontext())):
+        model = Scribbling(says_so=says_so)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ends:
+            ddpkit.make_step(model, square, optimizer, strategy="none", compile=True)(rows())
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------------
