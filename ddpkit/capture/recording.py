@@ -54,11 +54,11 @@ class Cuda:
 
     Args:
         body: what is recorded.
-        pool: memory that graphs share: they run one after another.
+        pool: memory that graphs share: they run one after another. None for its own.
     """
 
     def __init__(self, body: Body, pool: Any) -> None:
-        self._body, self._pool = body, pool
+        self._body, self._pool = body, torch.cuda.graph_pool_handle() if pool is None else pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: list[Tensor] = []
 

@@ -31,7 +31,7 @@ from ddpkit.ranks.agree import exchange, name_ranks
 from ddpkit.ranks.device import wait_for_event
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.guard import before_step
-from ddpkit.torch_private import copy_all, hooks_of, note_step, pytree
+from ddpkit.torch_private import copy_all, hooks_of, note_step, pytree, version_of
 from ddpkit.trained import Trained
 from ddpkit.update import Update
 
@@ -77,6 +77,8 @@ class RecordedSteps:
         self._settings: Hashable = None
         self._steps_alike = 0
         self._memory: list[int] = []
+        self._on_host: list[Tensor] = []  # of model and criterion, such as handles of kernels
+        self._versions: list[int] = []  # of these
         self._places: tuple[int | None, ...] = ()  # of the gradients at the last update outside of their recording
         self._refused = False
         self.count = self.made = 0
@@ -276,12 +278,17 @@ class RecordedSteps:
         return any(hook is not before_step for hook in hooks_of(self._optimizer))
 
     def _forget_if_moved(self) -> None:
-        """Lets go of recordings once a tensor lies elsewhere: they write where it was."""
+        """Lets go of recordings once a tensor lies elsewhere, or one on the host has changed: they go on with what was."""
         of_optimizer = chain.from_iterable(map(_VALUES, self._optimizer.state.values()))
         tensors = [*self._gradients.tensors(), *(x for x in of_optimizer if isinstance(x, Tensor))]
         memory = [*map(Tensor.data_ptr, tensors)]
         if memory != self._memory:
             self._memory = memory
+            self._on_host = [x for _, x in self._gradients.named_tensors() if x.device != self._device]
+            self.close()
+        versions = [*map(version_of, self._on_host)]
+        if versions != self._versions:
+            self._versions = versions
             self.close()
 
     def _piece(self, key: Hashable, body: Callable[[Sequence[Any]], Any], given: "Given") -> "_Piece":
@@ -298,17 +305,16 @@ class RecordedSteps:
         return self._recorded[key]
 
     def _require_here(self, given: "Given") -> None:
-        """Refuses tensors on the host, which a recording would take for numbers that never change.
+        """Refuses batches on the host, which a recording would take for numbers that never change.
 
         Raises:
-            RecordingError: names one.
+            RecordingError: names a tensor.
         """
-        leaves = [x for x in given.leaves if isinstance(x, Tensor)]
-        named = [(f"a tensor of the batch, of shape {tuple(x.shape)},", x) for x in leaves]
-        for name, x in (*named, *self._gradients.named_tensors()):
-            if x.device != self._device:
+        for x in given.leaves:
+            if isinstance(x, Tensor) and x.device != self._device:
                 raise RecordingError(
-                    f"The step cannot be recorded: {name} lies on {x.device} and the parameters on {self._device}: move it there"
+                    f"The step cannot be recorded: a tensor of the batch, of shape {tuple(x.shape)}, lies on {x.device} and the "
+                    f"parameters on {self._device}: move it there"
                 )
 
     def close(self) -> None:

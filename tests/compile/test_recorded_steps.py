@@ -60,8 +60,17 @@ class Criterion(nn.Module):
 class Training:
     """A model in training, and all that comes of its steps."""
 
-    def __init__(self, *, cuda_graphs, optimizer=torch.optim.AdamW, settings=None, batches=BATCHES, **options):
-        self.model, self.criterion, self.batches = Toy().to(here), Criterion(), on_device(batches)
+    def __init__(
+        self,
+        *,
+        cuda_graphs,
+        optimizer=torch.optim.AdamW,
+        settings=None,
+        batches=BATCHES,
+        criterion=Criterion,
+        **options,
+    ):
+        self.model, self.criterion, self.batches = Toy().to(here), criterion(), on_device(batches)
         self.optimizer = optimizer(self.model.parameters(), **{"lr": 1e-2, "fused": True} | (settings or {}))
         self.step = ddpkit.make_step(
             self.model, self.criterion, self.optimizer, compile=True, cuda_graphs=cuda_graphs, timeout=60.0, **options
@@ -158,6 +167,25 @@ def test_a_rate_that_changes_at_every_step():
         warnings.simplefilter("error")  # the scheduler's too, of steps that it has not seen
         step = both(50, before, strategy="custom")
     assert step.captured_steps == 47
+
+
+class Scaled(Criterion):
+    """Holds a number on the host, as models with kernels of other packages do."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones((), dtype=torch.float64)
+
+    def forward(self, output, batch):
+        return {name: value * self.scale for name, value in super().forward(output, batch).items()}
+
+
+def test_a_tensor_on_the_host_is_obeyed():
+    def before(training, n):
+        if n in (12, 13, 20):
+            training.criterion.scale.mul_(1.5)
+
+    assert both(30, before, strategy="custom", criterion=Scaled).captured_steps >= 20
 
 
 @pytest.mark.parametrize("strategy", ["none", "custom", "ingraph"])
