@@ -76,6 +76,8 @@ class RecordedSteps:
         self._is_fixed = False  # whether none of these can change in place
         self._settings: Hashable = None
         self._steps_alike = 0
+        self._held: list[Any] = []  # by the optimizer for its parameters
+        self._of_optimizer: list[Tensor] = []  # the tensors of that
         self._memory: list[int] = []
         self._on_host: list[Tensor] = []  # of model and criterion, such as handles of kernels
         self._versions: list[int] = []  # of these
@@ -279,9 +281,10 @@ class RecordedSteps:
 
     def _forget_if_moved(self) -> None:
         """Lets go of recordings once a tensor lies elsewhere, or one on the host has changed: they go on with what was."""
-        of_optimizer = chain.from_iterable(map(_VALUES, self._optimizer.state.values()))
-        tensors = [*self._gradients.tensors(), *(x for x in of_optimizer if isinstance(x, Tensor))]
-        memory = [*map(Tensor.data_ptr, tensors)]
+        held = [*chain.from_iterable(map(_VALUES, self._optimizer.state.values()))]
+        if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
+            self._held, self._of_optimizer = held, [x for x in held if isinstance(x, Tensor)]
+        memory = [*map(Tensor.data_ptr, self._gradients.tensors()), *map(Tensor.data_ptr, self._of_optimizer)]
         if memory != self._memory:
             self._memory = memory
             self._on_host = [x for _, x in self._gradients.named_tensors() if x.device != self._device]
