@@ -1,0 +1,86 @@
+"""Runs cases of the conformance suite on this rank."""
+
+import itertools
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpkit.ranks.group import environment, store
+from ddpkit.sync.conformance.setting import CASES, UNUSED, Setting
+
+# What torch's DistributedDataParallel cannot do, and which of its options a case needs.
+CANNOT = {
+    "standard": {
+        "unfrozen": "DistributedDataParallel never synchronises parameters that were frozen when it was built",
+        "unfrozen_on_one_rank": "DistributedDataParallel never looks again at what is trained",
+        "unfrozen_on_one_rank_from_nothing": "DistributedDataParallel never looks again at what is trained",
+        "frozen_after_backward": "DistributedDataParallel never looks again at what is trained",
+        "no_backward_on_some": "DistributedDataParallel communicates in backward(), so that every rank needs one",
+        "not_finite": "DistributedDataParallel averages NaN into all ranks without a word",
+        "calls": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
+        "zero_grad_on_some": "DistributedDataParallel compares nothing",
+        "no_gradient": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
+    },
+}
+NEEDS = {"standard": {"unused": UNUSED, "partly_used": UNUSED, "changing_use": UNUSED}}
+
+
+def run_cases(
+    strategy: Any,
+    names: Sequence[str],
+    comm: str,
+    options: dict[str, Any],
+    tolerance: float = 0.0,
+) -> list[tuple[str, str, str]]:
+    """Runs cases on this rank, up to the first that fails on any rank.
+
+    Args:
+        strategy: a name, an import path, or a class.
+        names: of the cases.
+        comm: `"torch"` or `"mpi"`.
+        options: the strategy's own.
+        tolerance: see `Setting`.
+
+    Returns:
+        `(case, state, why)` of each, the same on all ranks.
+    """
+    here, reports = environment(), []
+    known = strategy if isinstance(strategy, str) else ""
+    for name in names:
+        if name in CANNOT.get(known, {}):
+            reports.append((name, "cannot", CANNOT[known][name]))
+            continue
+        needed = NEEDS.get(known, {}).get(name, {})
+        setting = Setting(strategy, comm, options | needed, here.rank, here.world_size, tolerance)
+        torch.manual_seed(here.rank)
+        failure = ""
+        try:
+            with torch.device(here.device):
+                CASES[name](setting)
+        except Exception as error:  # noqa: BLE001  (reported)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{where.name}, {Path(where.filename).name}, line {where.lineno}"
+            failure = f"rank {here.rank}: {type(error).__name__}: {error} ({place})"
+        for made in setting.made:
+            made.close()
+        everyone = _exchange(name, failure, here.rank, here.world_size)
+        if any(everyone):
+            return [*reports, (name, "failed", "; ".join(filter(None, everyone)))]
+        reports.append((name, "passed", ", ".join(f"{k}={v}" for k, v in needed.items())))
+    return reports
+
+
+_exchanges = itertools.count()
+
+
+def _exchange(name: str, failure: str, rank: int, size: int) -> list[str]:
+    """What each rank has to say, through the store: after a failure, collectives may be out of step."""
+    shared, here = store(), f"conformance/{next(_exchanges)}/{name}"
+    shared.set(f"{here}/{rank}", failure or " ")
+    keys = [f"{here}/{other}" for other in range(size)]
+    shared.wait(keys, timedelta(seconds=60))
+    return [shared.get(key).decode().strip() for key in keys]
