@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ddpkit.data.sampler import Indices, Sampler
 from ddpkit.errors import InputError
+from ddpkit.sync import flags
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.buckets import Bucket, by_kind, by_size
-from ddpkit.sync.flat import ROW
 from ddpkit.sync.orders import ORDERS
 
 MIB = 2**20
@@ -75,7 +75,7 @@ class EmulatedSync(GradientSync):
         else:
             size = round(self._bucket_mb * MIB)
             plan = by_size(self._trained, numbers[::-1], size, size)
-        tail = len(numbers) + ROW * self.emulated
+        tail = flags.length(len(numbers), self.emulated)
         self._buckets = [
             Bucket(self._trained, part, tail if n == len(plan) - 1 else 0, None) for n, part in enumerate(plan)
         ]

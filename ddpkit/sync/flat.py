@@ -1,6 +1,5 @@
 """One flat gradient, one all-reduce."""
 
-import math
 import time
 import warnings
 from collections import deque
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpkit.capture.recording import as_one
-from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
-from ddpkit.ranks.agree import name_ranks
+from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.ranks.device import wait_for_event
-from ddpkit.sync import agreement
+from ddpkit.sync import agreement, flags
 from ddpkit.sync.after import AfterGradients
 from ddpkit.sync.base import GradientSync, SyncStats
 from ddpkit.sync.buckets import Bucket, by_kind
@@ -23,9 +21,6 @@ from ddpkit.sync.comm import TorchComm, Work
 from ddpkit.sync.guard import parse_dtype
 from ddpkit.torch_private import norms_of
 
-# What each rank says of itself in the tail, after one number per parameter.
-STEPS, STALE, REPLACED, BAD, ADDED, FRESH = range(6)
-ROW = 6
 LATE = 8  # steps after which the host looks at what a GPU has told, so that it need not wait for the device
 
 
@@ -121,7 +116,7 @@ class FlatSync(GradientSync):
         numbers = [n for n, trained in enumerate(self._trained) if trained]
         self._unseen: deque[tuple[torch.cuda.Event | None, int, Tensor, list[int]]] = deque()
         plan = self._plan(numbers) or ([[]] if self._all else [])  # an empty one carries the flags
-        tail = len(numbers) + ROW * self.world_size
+        tail = flags.length(len(numbers), self.world_size)
         homes = [self._all[part[0]] if part else _home(self._all) for part in plan]
         self._on_device = bool(plan) and homes[-1].is_cuda
         self._keep = LATE if self._on_device else 0
@@ -228,7 +223,7 @@ class FlatSync(GradientSync):
 
     def _count_steps(self) -> None:
         """Brings the number of optimizer steps so far to where it is sent from."""
-        self._steps.fill_(self._guard.steps % 128 * self._buckets[-1].scale)
+        self._steps.fill_(self._guard.steps % flags.STEPS_FROM * self._buckets[-1].scale)
 
     def _note_norms(self, number: int, bucket: Bucket) -> None:
         """Takes a sum for each parameter that is not finite if its gradient is not.
@@ -250,28 +245,35 @@ class FlatSync(GradientSync):
             self._missing = missing
             self._replaced = self._modules.changes() if missing and self.world_size > 1 else []
         torch.mul(self._template, scale, out=tail)
-        start = count + ROW * self.rank
-        tail[start + STEPS].copy_(self._steps)
+        start = count + flags.ROW * self.rank
+        row = tail[start : start + flags.ROW]
+        row[flags.STEPS].copy_(self._steps)
         self._told_stale = stale
-        if stale:
-            tail[start + STALE].fill_(scale)
-        if self._replaced:
-            tail[start + REPLACED].fill_(scale)
         added, fresh = self._added_or_fresh(gradients)
-        if added is not fresh:
-            tail[start + (ADDED if added else FRESH)].fill_(scale)
-        if not self._check_finite:
-            return
-        device = tail.device
+        told = {
+            flags.STALE: stale,
+            flags.REPLACED: bool(self._replaced),
+            flags.ADDED: added and not fresh,
+            flags.FRESH: fresh and not added,
+        }
+        for flag, is_set in told.items():
+            if is_set:
+                row[flag].fill_(scale)
+        if self._check_finite:
+            self._fill_bad(tail[:count], row[flags.BAD])
+
+    def _fill_bad(self, of_parameters: Tensor, of_rank: Tensor) -> None:
+        """Writes NaN where a gradient is not finite: any number times 0 is 0 or NaN."""
+        device = of_rank.device
         if self._is_late:
             norms = [self._norms[number].to(device, torch.float32) for number in range(len(self._buckets))]
-            flags = torch.cat(norms).mul_(0)  # 0 or NaN
-            tail[:count].add_(flags)
-            tail[start + BAD].copy_(flags.sum())
+            bad = torch.cat(norms).mul_(0)
+            of_parameters.add_(bad)
+            of_rank.copy_(bad.sum())
         else:
             sums = [x.to(device, torch.float32) for bucket in self._buckets for x in bucket.sums]
             if sums:
-                tail[start + BAD].copy_(torch.stack(sums).sum().mul_(0))
+                of_rank.copy_(torch.stack(sums).sum().mul_(0))
 
     def _added_or_fresh(self, gradients: dict[int, Tensor | None]) -> tuple[bool, bool]:
         """Whether there are gradients in the slices, where they lay after the last step, and whether there are others."""
@@ -294,9 +296,7 @@ class FlatSync(GradientSync):
             self._tell_host(tail)
         else:
             self._bad.zero_()
-            values = tail.tolist()
-            self._judge(values, self._calls, stale=stale)
-            present = [value > 0 for value in values[: len(self._order)]]
+            present = self._judge(tail.tolist(), self._calls, stale=stale).present
             if present and not any(present) and not stale:
                 self._refuse_empty()
             self._absent = [i for i in self._missing if not present[i]]
@@ -361,10 +361,7 @@ class FlatSync(GradientSync):
 
     def _flag_on_device(self, tail: Tensor) -> None:
         """Sets the flag by which optimizers skip a step."""
-        rows = tail[len(self._order) :].view(self.world_size, ROW).float()
-        high = rows.amax(0) * self.world_size
-        spread = (high - rows.amin(0) * self.world_size)[:BAD].amax()
-        fine = (spread < 0.5) & (high[ADDED:].sum() < 1.5) & (rows[:, BAD].sum() == 0)
+        fine = flags.is_fine(tail, len(self._order), self.world_size)
         torch.logical_not(fine, out=self._bad)
         # Whoever looks at the gradient (clipping, another optimizer) sees that it is not to be used.
         first = self._buckets[0].body[:1]
@@ -389,69 +386,35 @@ class FlatSync(GradientSync):
             event, call, row, absent = self._unseen.popleft()
             if event is not None:
                 wait_for_event(event, time.monotonic(), self.timeout, "The all-reduce of an earlier step")
-            values = row.tolist()
-            self._judge(values, call, stale=False)
-            self._refuse_present(values, call, absent)
+            self._refuse_present(self._judge(row.tolist(), call, stale=False), call, absent)
 
-    def _refuse_present(self, values: list[float], call: int, absent: Sequence[int]) -> None:
+    def _refuse_present(self, told: flags.Told, call: int, absent: Sequence[int]) -> None:
         """Raises where a parameter has a gradient somewhere that the recording takes to have one nowhere."""
-        if came := [self._names[self._order[i]] for i in absent if values[i] > 0]:
+        if came := [self._names[self._order[i]] for i in absent if told.present[i]]:
             raise RankDisagreementError(
                 f"At synchronize() number {call} parameter {came[0]!r} had a gradient on other ranks, but had none on any when "
                 "the step was recorded: leave cuda_graphs out."
             )
 
-    def _judge(self, values: list[float], call: int, *, stale: bool) -> None:
-        """Raises what the tail of the all-reduced buffer says."""
-        count = len(self._order)
-        rows = [values[i : i + ROW] for i in range(count, len(values), ROW)]
-        where = f"At synchronize() number {call}"
-        changed = [rank for rank, row in enumerate(rows) if row[STALE] > 0]
-        if changed and not (stale and len(changed) == self.world_size):
-            same = [rank for rank in range(self.world_size) if rank not in changed]
-            raise RankDisagreementError(
-                f"{where} requires_grad of parameters had changed on {name_ranks(changed)} but not on {name_ranks(same)}"
-                f"{self._which_changed()}: freeze and unfreeze the same parameters on every rank."
-            )
-        replaced = [rank for rank, row in enumerate(rows) if row[REPLACED] > 0]
-        if replaced:
-            raise agreement.of_replaced(self._calls, replaced, self._replaced)
-        steps = [round(row[STEPS] * self.world_size) for row in rows]
-        if len(set(steps)) > 1:
-            odd = [rank for rank, taken in enumerate(steps) if taken != steps[0]]
-            raise RankDisagreementError(
-                f"{where} {name_ranks(odd)} had taken another number of optimizer steps than rank 0: every rank must call "
-                "synchronize() and optimizer.step() equally often."
-            )
-        added, fresh = ([rank for rank, row in enumerate(rows) if row[way] > 0] for way in (ADDED, FRESH))
-        if added and fresh:
-            raise RankDisagreementError(
-                f"{where} gradients had been added to those of the last step on {name_ranks(added)} but not on "
-                f"{name_ranks(fresh)}: call zero_grad() once a step, and alike on every rank."
-            )
-        bad = [rank for rank, row in enumerate(rows) if math.isnan(row[BAD])]
-        if not bad:
-            return
-        names = [self._names[n] for n, value in zip(self._order, values[:count], strict=True) if math.isnan(value)]
-        if not self._is_late:
-            names = [name for name, view in self.views.items() if not torch.isfinite(view).all()]
-        if not names:  # the sum overflowed, no gradient did
-            return
-        others = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
-        raise NonFiniteGradientError(
-            f"{where} the gradient of {names[0]!r}{others} is NaN or infinite on {name_ranks(bad)}; the update was not applied: "
-            "look at the batch and the loss there, or lower the learning rate."
-        )
+    def _judge(self, tail: list[float], call: int, *, stale: bool) -> flags.Told:
+        """Reads the tail of the all-reduced buffer, and raises what is wrong."""
+        told = flags.read(tail, len(self._order))
+        changed = self._changed() if told.stale else []
+        flags.require_alike(told, call, stale_here=stale, changed=changed, replaced=self._replaced)
+        if told.bad:
+            flags.refuse_non_finite(told, call, self._not_finite(told))
+        return told
 
-    def _which_changed(self) -> str:
-        names = [
-            name
-            for name, p, trained in zip(self._names, self._all, self._trained, strict=True)
-            if p.requires_grad is not trained
-        ]
-        return (
-            f" ({names[0]!r} and {len(names) - 1} more here)" if len(names) > 1 else f" ({names[0]!r})" if names else ""
-        )
+    def _changed(self) -> list[str]:
+        """Names of the parameters whose `requires_grad` is not as it was laid out for."""
+        known = zip(self._names, self._all, self._trained, strict=True)
+        return [name for name, p, trained in known if p.requires_grad is not trained]
+
+    def _not_finite(self, told: flags.Told) -> list[str]:
+        """Names of the parameters whose average is not finite."""
+        if self._is_late:  # the average may be gone
+            return [self._names[n] for n, is_bad in zip(self._order, told.not_finite, strict=True) if is_bad]
+        return [name for name, view in self.views.items() if not torch.isfinite(view).all()]
 
     @property
     def stats(self) -> SyncStats:
