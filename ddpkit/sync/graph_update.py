@@ -206,8 +206,7 @@ class GraphUpdate:
         note_step(self._optimizer)
 
 
-# torch.optim's functional forms cannot be traced here (2.11 to 2.13): they branch in Python on weight_decay and momentum, which
-# are tensors read at every step, and `capturable` is refused on a CPU.
+# torch.optim's functional forms would fix weight decay and momentum in the graph (docs/torch.md).
 def _adam(
     settings: Mapping[str, Any],
     lr: Tensor,

@@ -1,6 +1,7 @@
 """Faults and limits of torch that ddpkit mends or goes round: each shows itself, or this release no longer needs the mend."""
 
 import double_backward
+import functional_optimizers
 import pytest
 import read_too_early
 import scripted_sizes
@@ -12,7 +13,13 @@ from ddpkit.torch_private import release
 
 @pytest.mark.parametrize(
     ("fault", "until"),
-    [(double_backward, None), (scripted_sizes, None), (read_too_early, (2, 14)), (unrounded, (2, 13))],
+    [
+        (double_backward, None),
+        (scripted_sizes, None),
+        (functional_optimizers, None),
+        (read_too_early, (2, 14)),
+        (unrounded, (2, 13)),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_fault_shows_itself(fault, until, monkeypatch, tmp_path):
