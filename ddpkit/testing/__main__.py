@@ -5,6 +5,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ddpkit.errors import InputError
 from ddpkit.testing.suite import run_conformance
@@ -30,7 +33,18 @@ def _conformance(words: Sequence[str]) -> int:
     )
     parser.add_argument("--world-size", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")
     parser.add_argument("--comm", nargs="+", default=["torch"], choices=["torch", "mpi"])
-    parser.add_argument("--compile", action="store_true", help="through a compiled ddpkit.make_step")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="through a compiled ddpkit.make_step; what a strategy that acts in it needs",
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the strategy's own, such as reduce_dtype=bfloat16",
+    )
     parser.add_argument("--cases", nargs="+", help="cases of ddpkit.sync.conformance; default: all that apply")
     parser.add_argument(
         "--tolerance",
@@ -39,12 +53,19 @@ def _conformance(words: Sequence[str]) -> int:
         help="how far gradients may be from the mean over ranks, for a strategy that rounds or compresses what it sends",
     )
     chosen = parser.parse_args(words)
+    options = _options(chosen.options)
     sys.path.insert(0, str(Path.cwd()))
     failures = 0
     for comm in chosen.comm:
         for size in chosen.world_size:
             outcomes = run_conformance(
-                chosen.strategy, size, comm, cases=chosen.cases, compile=chosen.compile, tolerance=chosen.tolerance
+                chosen.strategy,
+                size,
+                comm,
+                cases=chosen.cases,
+                compile=chosen.compile,
+                tolerance=chosen.tolerance,
+                **options,
             )
             for outcome in outcomes:
                 failures += outcome.state == "failed"
@@ -54,6 +75,17 @@ def _conformance(words: Sequence[str]) -> int:
                 )
     print(f"{failures} failed." if failures else "All passed but what the strategy cannot do.")
     return 1 if failures else 0
+
+
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """Options by name, their values read as in a configuration."""
+    options = {}
+    for word in words:
+        name, is_one, value = word.partition("=")
+        if not is_one or not name.isidentifier():
+            raise InputError(f"--options {word} is no option: write NAME=VALUE.")
+        options[name] = yaml.safe_load(value)
+    return options
 
 
 if __name__ == "__main__":

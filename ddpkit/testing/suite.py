@@ -48,10 +48,14 @@ def run_conformance(
 
     Returns:
         One outcome for each case. After a failure the ranks are started afresh for the cases that are left.
+
+    Raises:
+        InputError: there is no such strategy or case, or the strategy acts in the graph and the cases have none.
     """
     from ddpkit.sync import conformance
 
     left = list(cases or conformance.applicable(world_size, compiled=compile))
+    conformance.refuse(strategy, left)
     deadline = time.monotonic() + timeout
     outcomes: list[Outcome] = []
     while left:

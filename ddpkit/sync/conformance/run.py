@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ddpkit.errors import InputError
 from ddpkit.ranks.group import environment, store
-from ddpkit.sync.conformance.setting import CASES, UNUSED, Setting
+from ddpkit.sync import acts_of, name_of
+from ddpkit.sync.conformance.setting import CASES, COMPILED, UNUSED, Setting
 
 # What torch's DistributedDataParallel cannot do, and which of its options a case needs.
 CANNOT = {
@@ -27,6 +29,25 @@ CANNOT = {
     },
 }
 NEEDS = {"standard": {"unused": UNUSED, "partly_used": UNUSED, "changing_use": UNUSED}}
+
+
+def refuse(strategy: Any, names: Sequence[str]) -> None:
+    """Refuses cases that cannot tell anything of a strategy.
+
+    Args:
+        strategy: a name, an import path, or a class.
+        names: of the cases.
+
+    Raises:
+        InputError: there is no such strategy or case, or the strategy acts in the graph and a case has none.
+    """
+    if unknown := [name for name in names if name not in CASES]:
+        raise InputError(f"There is no case {unknown[0]!r}: use some of {', '.join(CASES)}.")
+    if acts_of(strategy) == "in graph" and not COMPILED.issuperset(names):
+        raise InputError(
+            f"strategy={name_of(strategy)} acts in the compiled step: put it through the cases that have one, with --compile "
+            "(run_conformance(compile=True))."
+        )
 
 
 def run_cases(
