@@ -2,10 +2,11 @@
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -16,6 +17,7 @@ from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.ranks.group import init_process_group, is_of_communication
 from ddpkit.ranks.launchers import Place, place
 from ddpkit.sync import GradientSync, Strategy, make_sync, takes_option
+from ddpkit.sync.state import collect, keeps_state, restore
 
 OF_LIGHTNING = {
     "accelerator",
@@ -27,6 +29,7 @@ OF_LIGHTNING = {
     "timeout",
     "start_method",
 }
+_STATES = "ddpkit_sync"  # their place in a checkpoint
 REFUSED = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
 
 
@@ -65,6 +68,7 @@ class SyncStrategy(DDPStrategy):  # type: ignore[misc]
         self._named = sync
         self._sync_options = {"timeout": sync_timeout} | {n: v for n, v in options.items() if n not in known}
         self.sync: GradientSync | None = None
+        self._ended: GradientSync | None = None  # of the last fit, where checkpoints hold what it keeps
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -79,6 +83,24 @@ class SyncStrategy(DDPStrategy):  # type: ignore[misc]
         ):
             keywords["weights_only"] = False
         return super().load_checkpoint(checkpoint_path, *arguments, **keywords)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], *arguments: Any, **keywords: Any) -> None:
+        """Adds what the strategy keeps on each rank (`GradientSync.state_dict`), where training is to go on from it."""
+        sync = self.sync or self._ended
+        if sync is not None and "optimizer_states" in checkpoint:
+            with self._among_ranks("saving what the strategy keeps"):
+                checkpoint[_STATES] = collect(sync, _on_first)
+        super().save_checkpoint(checkpoint, *arguments, **keywords)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Has optimizers and the strategy go on from a checkpoint.
+
+        Raises:
+            InputError: the strategy keeps a state for each rank, and another number of ranks saved.
+        """
+        super().load_optimizer_state_dict(checkpoint)
+        if self.sync is not None:
+            restore(self.sync, checkpoint.get(_STATES, []))
 
     def setup_environment(self) -> None:
         """Looks whether the trainer and the launcher mean the same ranks.
@@ -166,8 +188,18 @@ class SyncStrategy(DDPStrategy):  # type: ignore[misc]
         """Lets go of the model."""
         if self.sync is not None:
             self.sync.close()
+            self._ended = self.sync if keeps_state(self.sync) else None
             self.sync = None
         super().teardown()
+
+
+def _on_first(value: Any) -> list[Any]:
+    """Every rank's value on rank 0, nothing on the others."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None)
+    return values
 
 
 class _Meetings(Callback):  # type: ignore[misc]

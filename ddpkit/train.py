@@ -35,6 +35,7 @@ from ddpkit.ranks.group import Environment
 from ddpkit.record import STEP_COLUMNS, RunFolder, finite
 from ddpkit.schedule import Schedule
 from ddpkit.step import Step
+from ddpkit.sync import state as sync_state
 from ddpkit.train_config import PlateauConfig, TrainConfig
 
 LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
@@ -138,7 +139,6 @@ class Trainer:
         self._row_before: torch.cuda.Event | None = None
         self._writer = checkpoint.Writer(config.timeout)
         self._has_checkpoint = False
-        self._random_states: list[dict[str, Any]] = []
         self._seconds_logging, self._rows = 0.0, 0
         self.stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
@@ -150,7 +150,7 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from, the states of all ranks' random numbers as of the last `_save` included."""
+        """Everything that training goes on from and that is the same on all ranks."""
         return {
             "model_spec": self.model_spec,
             "data": self.data,
@@ -159,11 +159,21 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             **self.schedule.state_dict(),
             "progress": vars(self.progress).copy(),
-            "random_states": self._random_states,
+        }
+
+    def _states_of_ranks(self) -> dict[str, Any]:
+        """What differs by rank, of all ranks: random numbers, and on rank 0 what the strategy keeps. All ranks must call it."""
+        return {
+            "random_states": self._gather.objects(checkpoint.random_state(self.here.device)),
+            "sync": sync_state.collect(self.step.sync, self._gather.objects_on_first),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict()`."""
+        """Continues from a checkpoint.
+
+        Raises:
+            InputError: the strategy keeps a state for each rank, and another number of ranks saved.
+        """
         self.model.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
@@ -171,6 +181,7 @@ class Trainer:
         self.schedule.load_state_dict(state)
         self.progress = Progress(**state["progress"])
         self._has_checkpoint = True
+        sync_state.restore(self.step.sync, state.get("sync", []))
         states = state.get("random_states", [])
         if self.here.rank < len(states):  # further ranks go on from their seed
             checkpoint.set_random_state(states[self.here.rank], self.here.device)
@@ -505,13 +516,13 @@ class Trainer:
             self._write_checkpoint(best=best)
 
     def _write_checkpoint(self, *, best: bool) -> None:
-        self._random_states = self._gather.objects(checkpoint.random_state(self.here.device))
+        of_ranks = self._states_of_ranks()
         self._has_checkpoint = True
         if self.folder is None:
             return
         self.folder.to_disk()
         paths = [self.folder.checkpoints / "last.pt"] + ([self.folder.checkpoints / "best.pt"] if best else [])
-        self._writer.write(paths, self.state_dict())
+        self._writer.write(paths, self.state_dict() | of_ranks)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -35,6 +35,7 @@ SLOW = (
     "train/test_training.py",
     "train/test_faults.py",
     "train/test_recorded_runs.py",
+    "train/test_strategy_state.py",
     "compile/test_models.py",
     "sync/test_lightning.py",
     "compile/test_sequences.py",

@@ -17,6 +17,7 @@ from ddpkit.ranks.device import wait_for_event
 from ddpkit.ranks.group import Environment
 
 # From one tensor into one, which is one launch on a GPU; before torch 2.13 it bears another name.
+_PIECE = 2**21  # numbers of an object that travel at once: 16 MiB
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -51,7 +52,7 @@ class Gather:
     def __init__(self, here: Environment, timeout: float) -> None:
         self.device = here.device if here.backend == "nccl" else torch.device("cpu")
         self.ended: torch.cuda.Event | None = None
-        self._size, self._timeout = here.world_size, timeout
+        self._size, self._is_first, self._timeout = here.world_size, here.is_first, timeout
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._under_way: deque[Sent] = deque()
 
@@ -122,10 +123,23 @@ class Gather:
 
     def objects(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank; values that can be pickled."""
+        return self._objects(value, keep=True)
+
+    def objects_on_first(self, value: Any) -> list[Any]:
+        """The same on rank 0, and nothing on the others; values that may be large."""
+        return self._objects(value, keep=self._is_first)
+
+    def _objects(self, value: Any, *, keep: bool) -> list[Any]:
         if self._size == 1:
             return [value]
         packed = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
-        length = int(self.numbers([len(packed)]).max())
-        padded = np.zeros(-(-length // 8) * 8, dtype=np.uint8)
+        length = -(-int(self.numbers([len(packed)]).max()) // 8)
+        padded = np.zeros(8 * length, dtype=np.uint8)
         padded[: len(packed)] = packed
-        return [pickle.loads(row.tobytes()) for row in self.numbers(padded.view(np.float64))]  # noqa: S301  (of our own ranks)
+        pieces = []
+        for piece in np.split(padded.view(np.float64), range(_PIECE, length, _PIECE)):
+            everyone = self.numbers(piece)
+            if keep:
+                pieces.append(everyone)
+        rows = zip(*pieces, strict=True)
+        return [pickle.loads(b"".join(part.tobytes() for part in row)) for row in rows]  # noqa: S301  (of our own ranks)

@@ -158,8 +158,8 @@ class AverageInGraph(AfterGradients):
 
     - The strategy owns tensors (buffers, the residual of a compression): override `tensors()` to list them; the `places` are
       among them or are slices of them. Tensors whose values must last belong to the strategy (`self.sync`; its `attach()` can
-      make them), since model and criterion may change to a state with another `AfterGradients`. They are not part of
-      checkpoints.
+      make them), since model and criterion may change to a state with another `AfterGradients`. They get into checkpoints
+      by `GradientSync.state_dict`.
     - Those tensors keep values from step to step: a gradient that is NaN or infinite must not get into them
       (`torch.where(torch.isfinite(...), ...)`). Of such a step, `make_step` skips the update alone.
     - The result is not the mean up to rounding: override `expected` to say what it is.

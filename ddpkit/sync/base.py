@@ -1,7 +1,7 @@
 """What every strategy of gradient synchronisation has in common."""
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,7 +63,8 @@ class GradientSync:
     One that acts while autograd runs, by hooks or a wrapper, or between micro-batches, says so: `acts = "during backward"`. One
     that acts inside the compiled step (`acts = "in graph"`) overrides `after_gradients()` instead of `reduce()`; see
     `ddpkit.AverageInGraph`. Options of its own are arguments of its constructor, which hands on the others; those that ranks must
-    choose alike are added to `agreed_options`.
+    choose alike are added to `agreed_options`. What it keeps from step to step, such as the residual of a compression, goes into
+    checkpoints by `state_dict()` and `load_state_dict()`.
 
     Args:
         module: any module; its parameters are what is synchronised.
@@ -263,6 +264,63 @@ class GradientSync:
             if self._watch is not None and self._check_every and self._calls % self._check_every == 0:
                 agreement.compare_parameters(self._modules, self._calls)
         self.comm.reset()
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank's strategy keeps from step to step; for a strategy to override. Checkpoints hold it for each rank.
+
+        ```python
+        def state_dict(self):
+            return {"residuals": self.residuals}
+
+        def load_state_dict(self, state):
+            for name, residual in state["residuals"].items():
+                self.residuals[name].copy_(residual)
+        ```
+
+        Returns:
+            Tensors, numbers, strings and None, in dicts, lists and tuples; by default nothing.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict()` returned; for a strategy to override together with that.
+
+        Called after `attach()`, before the first step and after compiled code was made. Compiled and recorded code holds on to
+        tensors, so write into those that exist (`copy_`).
+
+        Args:
+            state: of the same rank, tensors on the CPU. Where another number of ranks saved it: as `reshard_state` returned it.
+
+        Raises:
+            InputError: by default, where there is something to go on from.
+        """
+        if state:
+            raise InputError(
+                f"strategy={self.name} keeps nothing from step to step, but the checkpoint holds {', '.join(map(repr, state))} "
+                "of the strategy that wrote it: use that one."
+            )
+
+    def reshard_state(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What this rank goes on from where another number of ranks saved; for a strategy to override that can tell.
+
+        ```python
+        def reshard_state(self, states):  # residuals whose mean over the ranks is as before
+            first, *others = (state["residuals"] for state in states)
+            return {"residuals": {name: sum((s[name] for s in others), r) / len(states) for name, r in first.items()}}
+        ```
+
+        Args:
+            states: what `state_dict()` returned on each of the ranks that saved, in their order.
+
+        Raises:
+            InputError: by default.
+        """
+        raise InputError(
+            f"strategy={self.name} has kept a state for each of {len(states)} ranks, and {self.world_size} are to go on from the "
+            f"checkpoint: resume on {len(states)}, or override {type(self).__name__}.reshard_state()."
+        )
 
     # --- a step ---------------------------------------------------------------------------------------------------
 

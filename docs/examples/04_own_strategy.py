@@ -1,4 +1,6 @@
-"""A strategy of your own: a subclass with at most two methods, used by class or by import path.
+"""A strategy of your own: a subclass with two methods, or four if it keeps something from step to step.
+
+It is used by class or by import path:
 
     mpirun -n 2 python docs/examples/04_own_strategy.py
     PYTHONPATH=docs/examples python -m ddpkit.testing 04_own_strategy.TopK --world-size 2 --cases different_seeds stats
@@ -24,9 +26,18 @@ class TopK(ddpkit.GradientSync):
             whole = self.rest[name] + parameter.grad
             least = whole.abs().flatten().kthvalue(1 + int(0.9 * (whole.numel() - 1))).values
             sent = torch.where(whole.abs() >= least, whole, 0)
-            self.rest[name] = whole - sent
+            self.rest[name].copy_(whole - sent)
             self.all_reduce(sent)  # the mean over ranks, in place, counted in `stats`
             parameter.grad = sent
+
+    def state_dict(self):
+        """What checkpoints hold of it, for each rank."""
+        return {"rest": self.rest}
+
+    def load_state_dict(self, state):
+        """Goes on from that."""
+        for name, rest in state["rest"].items():
+            self.rest[name].copy_(rest)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def trainer_of(strategy, **options):
     warnings.simplefilter("ignore")
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     return lightning.Trainer(
-        accelerator="cpu", strategy=strategy, max_epochs=2, **dict.fromkeys(quiet, False) | options
+        accelerator="cpu", strategy=strategy, **{"max_epochs": 2} | dict.fromkeys(quiet, False) | options
     )
 
 
@@ -118,6 +118,40 @@ def module_of(net, *, factor=lambda _: 1.0, told=False):
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
     return Module()
+
+
+def fit_with_a_stop(folder):
+    """Weights and residuals of this rank after two epochs, without a stop and with one after the first epoch."""
+    from keeping import Sparse
+
+    from ddpkit.lightning import SyncStrategy
+
+    points = torch.randn(24, 3, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for stops in ((2,), (1, 2)):
+        kept = None
+        for epochs in stops:
+            torch.manual_seed(0)
+            module = module_of(nn.Linear(3, 4))
+            trainer = trainer_of(SyncStrategy(Sparse), devices=2, max_epochs=epochs)
+            module.on_train_end = lambda t=trainer: ends.append(
+                {f"residual of {name}": r.clone() for name, r in t.strategy.sync.residuals.items()}
+            )
+            trainer.fit(module, torch.utils.data.DataLoader(points, batch_size=3), ckpt_path=kept)
+            kept = str(Path(folder) / f"{len(stops)}.ckpt")
+            trainer.save_checkpoint(kept)
+        ends[-1] |= {name: p.detach().clone() for name, p in module.named_parameters()}
+    return ends[0], ends[-1]
+
+
+def test_what_a_strategy_keeps_is_in_checkpoints_of_lightning(tmp_path):
+    ranks = run_ranks(fit_with_a_stop, 2, str(tmp_path), initialize=False, environment=ELASTIC)
+    for whole, parts in ranks:
+        assert whole.keys() == parts.keys()
+        assert len(whole) == 4
+        assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    one, other = (rank[0]["residual of net.weight"] for rank in ranks)
+    assert not torch.equal(one, other)
 
 
 class Stream(torch.utils.data.IterableDataset):
