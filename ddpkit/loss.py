@@ -17,8 +17,11 @@ def global_mean(local_sum: Tensor, global_count: Tensor | float) -> Tensor:
     gradient accumulation, `global_count` counts all micro-batches of the step: their gradients add up.
 
     Args:
-        local_sum: a sum over this rank's samples.
-        global_count: the number of samples on all ranks, in all micro-batches.
+        local_sum: a sum over this rank's samples, of any shape; usually `[]`.
+        global_count: the number of samples on all ranks, in all micro-batches; of a shape that divides it.
+
+    Returns:
+        This rank's share, of the shape of `local_sum`.
     """
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return local_sum * (world_size / global_count)

@@ -35,7 +35,7 @@ def to_device(flat: Tensor, batch: Batch, device: torch.device | str) -> tuple[T
     """A packed batch on another device, by one copy that the host waits for only where the buffer is not page-locked.
 
     Args:
-        flat: the buffer of `pack`.
+        flat: `[bytes]` uint8, the buffer of `pack`.
         batch: the batch of `pack`.
         device: where they go.
     """

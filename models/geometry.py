@@ -105,7 +105,10 @@ class _Cutoff(torch.autograd.Function):
 
 
 def cutoff_derivative(x: Tensor, p: float, order: int) -> Tensor:
-    """The derivative of `polynomial_cutoff` of an order, at least 1 less than p; the function itself for order 0."""
+    """The derivative of `polynomial_cutoff` of an order, at least 1 less than p; the function itself for order 0.
+
+    Of the shape of `x`, like that.
+    """
     # of x^q it is q (q - 1) ... x^(q - order)
     a, b, c = (math.prod(q - n for n in range(order)) for q in (p, p + 1, p + 2))
     a, b, c = a * (p + 1) * (p + 2) / 2, b * p * (p + 2), c * p * (p + 1) / 2
@@ -118,8 +121,11 @@ def polynomial_cutoff(x: Tensor, p: float) -> Tensor:
     on.
 
     Args:
-        x: lengths over the cutoff.
+        x: lengths over the cutoff, of any shape.
         p: exponent, at least 2.
+
+    Returns:
+        Of the shape of `x`.
     """
     value: Tensor = cutoff_derivative(x, p, 0) if is_literal() else _Cutoff.apply(x, p, 0)
     return value

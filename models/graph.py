@@ -77,7 +77,7 @@ class Table(NamedTuple):
 
 
 def table_of(rows: Tensor, number: int) -> Table:
-    """The table that lists `rows`, padded with `number`."""
+    """The table that lists `rows` `[n, most]`, padded with `number`."""
     listed = rows < number
     return Table(rows, rows.masked_fill(~listed, 0), listed)
 
@@ -294,7 +294,7 @@ def pad_rows(x: Tensor, slot: Tensor, table: Tensor) -> Tensor:
 
 
 def unpad_rows(x: Tensor, slot: Tensor, table: Tensor) -> Tensor:
-    """The transpose of `pad_rows`."""
+    """`[*table.shape, ...]` -> `[n, ...]`: the transpose of `pad_rows`."""
     return _Unpad.apply(x, slot, table)
 
 

@@ -107,7 +107,7 @@ class MLP(torch.nn.Module):
         return [torch.linalg.multi_dot(scaled)]
 
     def hidden(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-        """What the last of the matrices is multiplied with."""
+        """What the last matrix is multiplied with: `x` `[rows, dims[0]]` if it is the only one, else `[rows, dims[-2]]`."""
         for matrix in matrices[:-1]:
             assert self.nonlinearity is not None
             x = NONLINEARITIES[self.nonlinearity](x @ matrix)

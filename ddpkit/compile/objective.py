@@ -15,7 +15,7 @@ _SHOWN = ("energy", "forces", "stress")  # outputs of a model that are compared 
 
 
 def loss_of(output: Any) -> Tensor:
-    """The loss in what a criterion returned."""
+    """The loss `[]` in what a criterion returned."""
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise InputError('The criterion must return the loss as a 0-d tensor, or a dict with it under "loss".')
@@ -23,7 +23,7 @@ def loss_of(output: Any) -> Tensor:
 
 
 def differentiable(output: Any) -> Tensor:
-    """The loss in what a criterion returned, before its backward pass."""
+    """The loss `[]` in what a criterion returned, before its backward pass."""
     loss = loss_of(output)
     if not loss.requires_grad:
         raise InputError("The loss does not depend on any parameter that is trained: see what is frozen or detached.")

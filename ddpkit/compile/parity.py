@@ -139,7 +139,7 @@ def named(output: Any) -> dict[str, Tensor]:
 
 
 def probe(outputs: Mapping[str, Tensor]) -> Tensor:
-    """A loss that depends on every finite number that has a derivative, each with a weight of its own."""
+    """A loss `[]` float64 that depends on every finite number that has a derivative, each with a weight of its own."""
     differentiable = [torch.where(torch.isfinite(x), x, 0) for x in outputs.values() if x.requires_grad]
     losses = []
     for x in differentiable:

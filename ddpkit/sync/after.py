@@ -198,7 +198,11 @@ class AverageInGraph(AfterGradients):
     # --- running --------------------------------------------------------------------------------------------------
 
     def start_average(self, tensor: Tensor) -> Tensor:
-        """Adds the start of an average of a contiguous tensor over the ranks to the graph; `wait` returns the result."""
+        """Adds the start of an average of a contiguous tensor over the ranks to the graph; `wait` returns the result.
+
+        Args:
+            tensor: of any shape and floating-point dtype, the same on all ranks. It is not changed.
+        """
         sync = self.sync
         if sync.world_size == 1:
             return tensor
@@ -210,7 +214,7 @@ class AverageInGraph(AfterGradients):
         return functional_collectives().all_reduce(scaled, "avg" if averages else "sum", group)  # type: ignore[no-any-return]
 
     def wait(self, started: Tensor) -> Tensor:
-        """The result of `start_average`."""
+        """The result of `start_average`, of the same shape and dtype."""
         return started if self.sync.world_size == 1 else functional_collectives().wait_tensor(started)
 
     def trace(

@@ -186,7 +186,7 @@ class GradientSync:
 
     @torch.no_grad()
     def all_reduce(self, tensor: Tensor) -> None:
-        """Averages a contiguous tensor over the ranks, in place. On a GPU, the host does not wait."""
+        """Averages a contiguous tensor of any shape over the ranks, in place. On a GPU, the host does not wait."""
         if self.world_size > 1 and not self.comm.averages(tensor.device):
             tensor.mul_(1 / self.world_size)  # before adding, as DistributedDataParallel and NCCL do
         as_one(self._communicate, [tensor])
