@@ -1,6 +1,6 @@
 """What happened in the steps that ranks have not looked at together yet, and how they tell each other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from ddpkit.ranks.gather import Gather
+from ddpkit.record import STEP_COLUMNS, finite
 from ddpkit.step import Step
+
+LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
+SPLIT_COLUMNS = ("compute", "sync", "optimizer")
+Timing = Callable[[], dict[str, float | None]]
 
 
 class Ledger:
@@ -57,6 +62,7 @@ class Report:
         step: number of the last of the steps.
         row: what this rank knew of its row of `steps.csv` when it was sent; None where the step makes none.
         row_steps: how many steps the row stands for.
+        timing: tells where this rank's step spent its time (`Step.timing`), and waits for a device; None without a row.
         losses: `[ranks, losses]`, as sent.
         norms: `[ranks, steps]`, of the gradient in each step; NaN or infinite where the update was not applied.
         lr: `[ranks, 1]` where the device alone knew the learning rate, else `[ranks, 0]`.
@@ -69,6 +75,7 @@ class Report:
     step: int
     row: dict[str, Any] | None
     row_steps: int
+    timing: Timing | None
     losses: np.ndarray
     norms: np.ndarray
     lr: np.ndarray
@@ -82,6 +89,22 @@ class Report:
         """How many updates were not applied on some rank."""
         return count_bad(self.norms)
 
+    def whole_row(self, rank: int, seconds: float, splits: Mapping[str, float | None]) -> dict[str, Any]:
+        """The row of `steps.csv`; there must be one.
+
+        Args:
+            rank: this one.
+            seconds: walltime of a step.
+            splits: what `timing` returned.
+        """
+        assert self.row is not None
+        row = self.row | {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
+        row |= {"seconds": seconds, "grad_norm": float(self.norms[rank, -1])}
+        if self.lr.size:
+            row["lr"] = float(self.lr[rank, 0])
+        means = self.losses.mean(axis=0)
+        return row | {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, means, strict=True)}
+
 
 @dataclass(frozen=True)
 class _Sent:
@@ -90,6 +113,7 @@ class _Sent:
     step: int
     row: dict[str, Any] | None
     row_steps: int
+    timing: Timing | None
     widths: tuple[int, ...]
 
 
@@ -124,6 +148,7 @@ class Reports:
         out_of_time: bool,
         row: dict[str, Any] | None = None,
         row_steps: int = 0,
+        timing: Timing | None = None,
     ) -> None:
         """Sends a report on the steps since the last one; the attributes of `Report` tell what is what.
 
@@ -136,12 +161,13 @@ class Reports:
             out_of_time: whether the time limit would be passed.
             row: what is known of the row.
             row_steps: how many steps it stands for.
+            timing: of the row's last step.
         """
         norms, eager = self._ledger.take()
         numbers = [seconds, float(signal), float(out_of_time), *eager]
         values = pack((losses, norms, lr), numbers, self._gather.device)
         widths = (len(losses), len(norms), len(lr), 1, 1, 1, len(eager))
-        self._gather.send(values, _Sent(step, row, row_steps, widths))
+        self._gather.send(values, _Sent(step, row, row_steps, timing, widths))
 
     def receive(self) -> Report:
         """The oldest report that has been sent; there must be one.
@@ -153,7 +179,7 @@ class Reports:
         assert received is not None
         everyone, sent = received
         parts = [everyone[:, begin:end] for begin, end in pairwise(accumulate(sent.widths, initial=0))]
-        return Report(sent.step, sent.row, sent.row_steps, *parts)
+        return Report(sent.step, sent.row, sent.row_steps, sent.timing, *parts)
 
 
 def pack(groups: Iterable[Sequence[Tensor]], numbers: Sequence[float], device: torch.device) -> Tensor:
@@ -177,6 +203,25 @@ def pack(groups: Iterable[Sequence[Tensor]], numbers: Sequence[float], device: t
 def count_bad(values: np.ndarray) -> int:
     """In how many steps some rank's value is not finite, of `[ranks, steps]`."""
     return int((~np.isfinite(values)).any(axis=0).sum())
+
+
+def describe_lost(report: Report, later: Sequence[Report]) -> str:
+    """A sentence without its end on updates that were lost and losses that are not finite.
+
+    Args:
+        report: the first that tells of some.
+        later: those that were sent since.
+    """
+    norms = np.concatenate([report.norms, *(one.norms for one in later)], axis=1)
+    kinds = [
+        ("loss", report.losses[:, :1], report.step),
+        ("gradient's norm", norms, later[-1].step if later else report.step),
+    ]
+    if not np.isfinite(report.norms[:, :-1]).all():  # what came first is the cause
+        kinds.reverse()
+    lost = count_bad(norms)
+    applied = f"; {lost} update{'s were' if lost > 1 else ' was'} not applied" if lost else ""
+    return next(filter(None, (name_bad(*kind) for kind in kinds))) + applied
 
 
 def name_bad(what: str, values: np.ndarray, last: int) -> str:

@@ -26,20 +26,18 @@ from ddpkit.breakdown import BETWEEN
 from ddpkit.data import GlobalStep
 from ddpkit.errors import NonFiniteGradientError
 from ddpkit.evaluate import Errors
-from ddpkit.ledger import Ledger, Report, Reports, count_bad, name_bad
+from ddpkit.ledger import LOSS_COLUMNS, Ledger, Report, Reports, describe_lost, name_bad
 from ddpkit.profiler import StepProfiler
 from ddpkit.projection import Projection
 from ddpkit.ranks import phase
 from ddpkit.ranks.gather import Gather
 from ddpkit.ranks.group import Environment
-from ddpkit.record import STEP_COLUMNS, RunFolder, finite
+from ddpkit.record import RunFolder
 from ddpkit.schedule import Schedule
 from ddpkit.step import Step
 from ddpkit.sync import state as sync_state
 from ddpkit.train_config import PlateauConfig, TrainConfig
 
-LOSS_COLUMNS = tuple(name for name in STEP_COLUMNS if name.startswith("loss"))
-SPLIT_COLUMNS = ("compute", "sync", "optimizer")
 ROWS_LATE = {"cpu": 1, "cuda": 8}
 """After how many steps rows are read, where nothing else is said."""
 
@@ -313,9 +311,8 @@ class Trainer:
             "atoms": counts.atoms,
             "edges": counts.edges,
             "seconds_data": seconds_data,
-            "timing": self.step.timing(),
         }
-        self._send(losses, seconds, row, row_steps)
+        self._send(losses, seconds, row, row_steps, self.step.timing())
         self._rows += 1
         self._seconds_logging += time.perf_counter() - began
 
@@ -324,7 +321,12 @@ class Trainer:
         return torch.full((), float("nan"), dtype=torch.float64, device=self.step.grad_norm.device)
 
     def _send(
-        self, losses: list[Tensor], seconds: float, row: dict[str, Any] | None = None, row_steps: int = 0
+        self,
+        losses: list[Tensor],
+        seconds: float,
+        row: dict[str, Any] | None = None,
+        row_steps: int = 0,
+        timing: Callable[[], dict[str, float | None]] | None = None,
     ) -> None:
         """Starts gathering losses, times, wishes to stop, and how the steps since the last time went."""
         lr = self.optimizer.param_groups[0]["lr"]
@@ -342,6 +344,7 @@ class Trainer:
             out_of_time=left is not None and self._late * seconds > left,
             row=row,
             row_steps=row_steps,
+            timing=timing,
         )
 
     def _read_all(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
@@ -365,19 +368,12 @@ class Trainer:
     def _act_on_report(self, bar: tqdm) -> bool:  # type: ignore[type-arg]
         """Judges what was sent longest ago and writes its row; whether ranks agreed to stop."""
         report = self._receive()
-        row = report.row
-        splits = row.pop("timing")() if row is not None else {}
+        splits = {} if report.timing is None else report.timing()
         began = time.perf_counter()
         self._refuse_non_finite(report)
         self.progress.seconds = time.monotonic() - self._started
-        if row is not None:
-            row |= {f"seconds_{name}": splits.get(name) for name in SPLIT_COLUMNS}
-            row["seconds"] = self._seconds_of_row(report)
-            row["grad_norm"] = float(report.norms[self.here.rank, -1])
-            if report.lr.size:
-                row["lr"] = float(report.lr[self.here.rank, 0])
-            means = report.losses.mean(axis=0)
-            row |= {name: finite(float(value)) for name, value in zip(LOSS_COLUMNS, means, strict=True)}
+        if report.row is not None:
+            row = report.whole_row(self.here.rank, self._seconds_of_row(report), splits)
             self.progress.loss_sum_in_epoch += row["loss"]
             self.progress.rows_in_epoch += 1
             if self.folder is not None:
@@ -415,23 +411,15 @@ class Trainer:
 
     def _refuse_non_finite(self, report: Report) -> None:
         """Ends the run where an update was lost or a loss is not finite, whatever the strategy."""
-        loss, norms = report.losses[:, :1], report.norms
-        if not report.skipped and np.isfinite(loss).all():
+        if not report.skipped and np.isfinite(report.losses[:, :1]).all():
             return
-        norm_first = not np.isfinite(norms[:, :-1]).all()  # what came first is the cause
-        last = report.step
+        later = []
         with suppress(RuntimeError):  # of a rank that has left already
             while len(self._reports):  # steps that were made since count too
-                later = self._receive()
-                norms, last = np.concatenate([norms, later.norms], axis=1), later.step
-        kinds = [("loss", loss, report.step), ("gradient's norm", norms, last)]
-        if norm_first:
-            kinds.reverse()
-        lost = count_bad(norms)
-        applied = f"; {lost} update{'s were' if lost > 1 else ' was'} not applied" if lost else ""
-        sentence = next(filter(None, (name_bad(*kind) for kind in kinds)))
+                later.append(self._receive())
         raise NonFiniteLossError(
-            f"{sentence}{applied}: look at the labels of that batch, lower optimizer.lr, or set train.clip_norm{self._good()}."
+            f"{describe_lost(report, later)}: look at the labels of that batch, lower optimizer.lr, or set "
+            f"train.clip_norm{self._good()}."
         )
 
     def _good(self) -> str:

@@ -61,6 +61,7 @@ def test_it_is_there_for_each_rank(stopped):
     assert all(any(bool(r.any()) for r in rank.values()) for rank in (first, second))
 
 
+@pytest.mark.parametrize("stopped", ["eager"], indirect=True)
 def test_on_another_number_of_ranks_it_is_refused(stopped, ddpkit_run):
     done = ddpkit_run(f"resume={stopped / 'parts'}", *GOES_ON, ranks=1, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
