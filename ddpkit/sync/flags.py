@@ -7,7 +7,7 @@ NaN stands for a gradient that is not finite.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,13 +27,11 @@ def length(parameters: int, world_size: int) -> int:
     return parameters + ROW * world_size
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(NamedTuple):
     """What all ranks said at one `synchronize()`.
 
     Attributes:
-        present: of each parameter, whether some rank has a gradient of it.
-        not_finite: of each parameter, whether NaN stands for its gradient.
+        shares: of each parameter, the share of ranks that have a gradient of it; NaN where that is not finite.
         steps: of each rank, its number of optimizer steps.
         stale: ranks that train other parameters than at the last layout.
         replaced: ranks whose parameters were replaced by others.
@@ -42,14 +40,23 @@ class Told:
         fresh: ranks whose gradients are all new.
     """
 
-    present: list[bool]
-    not_finite: list[bool]
+    shares: Sequence[float]
     steps: list[int]
     stale: list[int]
     replaced: list[int]
     bad: list[int]
     added: list[int]
     fresh: list[int]
+
+    @property
+    def present(self) -> list[bool]:
+        """Of each parameter, whether some rank has a gradient of it."""
+        return [share > 0 for share in self.shares]
+
+    @property
+    def not_finite(self) -> list[bool]:
+        """Of each parameter, whether NaN stands for its gradient."""
+        return [math.isnan(share) for share in self.shares]
 
 
 def read(tail: Sequence[float], parameters: int) -> Told:
@@ -65,8 +72,7 @@ def read(tail: Sequence[float], parameters: int) -> Told:
         return [rank for rank, row in enumerate(rows) if row[flag] > 0]
 
     return Told(
-        present=[value > 0 for value in tail[:parameters]],
-        not_finite=[math.isnan(value) for value in tail[:parameters]],
+        shares=tail[:parameters],
         steps=[round(row[STEPS] * len(rows)) for row in rows],
         stale=ranks_with(STALE),
         replaced=ranks_with(REPLACED),

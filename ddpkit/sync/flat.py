@@ -245,35 +245,31 @@ class FlatSync(GradientSync):
             self._missing = missing
             self._replaced = self._modules.changes() if missing and self.world_size > 1 else []
         torch.mul(self._template, scale, out=tail)
-        start = count + flags.ROW * self.rank
-        row = tail[start : start + flags.ROW]
-        row[flags.STEPS].copy_(self._steps)
+        row = count + flags.ROW * self.rank
+        tail[row + flags.STEPS].copy_(self._steps)
         self._told_stale = stale
+        if stale:
+            tail[row + flags.STALE].fill_(scale)
+        if self._replaced:
+            tail[row + flags.REPLACED].fill_(scale)
         added, fresh = self._added_or_fresh(gradients)
-        told = {
-            flags.STALE: stale,
-            flags.REPLACED: bool(self._replaced),
-            flags.ADDED: added and not fresh,
-            flags.FRESH: fresh and not added,
-        }
-        for flag, is_set in told.items():
-            if is_set:
-                row[flag].fill_(scale)
+        if added is not fresh:
+            tail[row + (flags.ADDED if added else flags.FRESH)].fill_(scale)
         if self._check_finite:
-            self._fill_bad(tail[:count], row[flags.BAD])
+            self._fill_bad(tail, row + flags.BAD)
 
-    def _fill_bad(self, of_parameters: Tensor, of_rank: Tensor) -> None:
+    def _fill_bad(self, tail: Tensor, place: int) -> None:
         """Writes NaN where a gradient is not finite: any number times 0 is 0 or NaN."""
-        device = of_rank.device
+        device = tail.device
         if self._is_late:
             norms = [self._norms[number].to(device, torch.float32) for number in range(len(self._buckets))]
             bad = torch.cat(norms).mul_(0)
-            of_parameters.add_(bad)
-            of_rank.copy_(bad.sum())
+            tail[: len(self._order)].add_(bad)
+            tail[place].copy_(bad.sum())
         else:
             sums = [x.to(device, torch.float32) for bucket in self._buckets for x in bucket.sums]
             if sums:
-                of_rank.copy_(torch.stack(sums).sum().mul_(0))
+                tail[place].copy_(torch.stack(sums).sum().mul_(0))
 
     def _added_or_fresh(self, gradients: dict[int, Tensor | None]) -> tuple[bool, bool]:
         """Whether there are gradients in the slices, where they lay after the last step, and whether there are others."""
@@ -390,7 +386,7 @@ class FlatSync(GradientSync):
 
     def _refuse_present(self, told: flags.Told, call: int, absent: Sequence[int]) -> None:
         """Raises where a parameter has a gradient somewhere that the recording takes to have one nowhere."""
-        if came := [self._names[self._order[i]] for i in absent if told.present[i]]:
+        if came := [self._names[self._order[i]] for i in absent if told.shares[i] > 0]:
             raise RankDisagreementError(
                 f"At synchronize() number {call} parameter {came[0]!r} had a gradient on other ranks, but had none on any when "
                 "the step was recorded: leave cuda_graphs out."
