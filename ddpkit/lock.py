@@ -78,13 +78,13 @@ class FolderLock:
         self.folder = folder
         self.taken_by: Holder | None = None
         self._ended = threading.Event()
-        self._mine = Holder.here()
+        self._own = Holder.here()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._path = folder.resolve() / NAME
             # Looked at first: closing any descriptor of a file ends this process's POSIX locks on it.
             if self._path in _held:
-                raise self._refusal(self._mine)
+                raise self._refusal(self._own)
             self._file = self._locked()
             try:
                 self._take()
@@ -112,7 +112,7 @@ class FolderLock:
             return
         self._ended.set()
         with suppress(OSError):
-            if self._read() == self._mine:
+            if self._read() == self._own:
                 self._path.unlink()
         os.close(self._file)
         _held.discard(self._path)
@@ -139,19 +139,19 @@ class FolderLock:
         if holder is not None and self._lives(holder):
             raise self._refusal(holder)
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(asdict(self._mine)).encode(), 0)
+        os.pwrite(self._file, json.dumps(asdict(self._own)).encode(), 0)
         os.fsync(self._file)
-        if (holder := self._read()) != self._mine:  # where there are no locks, two may have come this far
+        if (holder := self._read()) != self._own:  # where there are no locks, two may have come this far
             raise self._refusal(holder)
 
     def _lives(self, holder: Holder) -> bool:
-        if holder.home == self._mine.home:
+        if holder.home == self._own.home:
             return holder.started == started(holder.process)
         with tempfile.TemporaryFile(dir=self._path.parent) as now:  # by the clock of whoever keeps the files
             return os.fstat(now.fileno()).st_mtime - os.fstat(self._file).st_mtime < STALE
 
     def _refusal(self, holder: Holder | None) -> InputError:
-        elsewhere = holder is not None and holder.home != self._mine.home
+        elsewhere = holder is not None and holder.home != self._own.home
         gone = f"; if {holder.host} is gone, try again in a minute" if elsewhere and holder is not None else ""
         return InputError(
             f"{self.folder} is being written by another run{f' ({holder})' if holder else ''}: wait until that has ended, or "
@@ -166,7 +166,7 @@ class FolderLock:
         while not self._ended.wait(seconds):
             with suppress(OSError):  # a server that does not answer for a moment; the file was removed
                 holder = self._read()
-                if holder is not None and holder != self._mine:
+                if holder is not None and holder != self._own:
                     self.taken_by = holder
                     return
                 os.utime(self._file)

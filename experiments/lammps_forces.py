@@ -59,5 +59,5 @@ def forces(package: Path, atoms: Atoms, ranks: int) -> NDArray[np.float64]:
                 f"LAMMPS on {ranks} rank{'s' * (ranks > 1)} ended with {done.returncode}: {last_words(done.stdout)}"
             )
         rotated = np.loadtxt(folder / "forces", skiprows=9, ndmin=2)[:, 1:]
-    found: NDArray[np.float64] = prism.vector_to_ase(rotated)
-    return found
+    forces: NDArray[np.float64] = prism.vector_to_ase(rotated)
+    return forces

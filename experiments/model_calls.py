@@ -61,7 +61,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _moved(atoms: Atoms) -> None:
+def _jitter(atoms: Atoms) -> None:
     """Moves atoms a little, so that no calculator answers from memory."""
     atoms.positions += 1e-6 * np.random.default_rng(1).normal(size=atoms.positions.shape)
 
@@ -78,7 +78,7 @@ def _ours(path: Path, atoms: Atoms, device: str) -> tuple[Callable[[], object], 
     batch = collate([frame], model.species, model.r_max, labels=False).to(calculator.device)
 
     def step() -> None:
-        _moved(atoms)
+        _jitter(atoms)
         atoms.get_forces()
 
     return step, lambda: model(batch), batch.edge_index.shape[1]
@@ -92,7 +92,7 @@ def _peer(path: Path, atoms: Atoms, device: str) -> tuple[Callable[[], object], 
     data = calculator.atoms_to_data(atoms)
 
     def step() -> None:
-        _moved(atoms)
+        _jitter(atoms)
         atoms.get_forces()
 
     return step, lambda: calculator.call_model(dict(data)), data["edge_index"].shape[1]

@@ -192,9 +192,9 @@ class Sweep:
     ) -> None:
         self._stresses = None if stresses is None else int(stresses.sum())
         self.indices, self.atoms, self.edges = np.asarray(indices), np.asarray(atoms), np.asarray(edges)
-        mine = pack(self.edges, world_size)[rank]
+        share = pack(self.edges, world_size)[rank]
         size = max(1, batch_size // world_size)
-        self._batches = [mine[first : first + size] for first in range(0, len(mine), size)]
+        self._batches = [share[first : first + size] for first in range(0, len(share), size)]
 
     @property
     def steps_per_epoch(self) -> int:
