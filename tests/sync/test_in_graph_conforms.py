@@ -2,23 +2,25 @@
 
 import pytest
 from in_graph import Compressing, OneByOne
+from keeping import SparseInGraph
 
 from ddpkit.sync import conformance
 from ddpkit.testing import run_ranks
 
 # The other cases compile, and tests/sync/test_in_graph.py does.
 RUNS = {
-    "recorded steps": (OneByOne, "recorded_steps", 0.0),
-    "changing steps": (OneByOne, "changing_steps", 0.0),
-    "one that rounds": (Compressing, "changing_steps", 2e-2),
-    "one that rounds, without a tolerance": (Compressing, "changing_steps", 0.0),
+    "recorded steps": (OneByOne, "recorded_steps", 0.0, {}),
+    "changing steps": (OneByOne, "changing_steps", 0.0, {}),
+    "one that keeps what it does not send": (SparseInGraph, "changing_steps", 0.0, {"fraction": 1.0}),
+    "one that rounds": (Compressing, "changing_steps", 2e-2, {}),
+    "one that rounds, without a tolerance": (Compressing, "changing_steps", 0.0, {}),
 }
 
 
 def all_runs():
     return {
-        what: conformance.run_cases(strategy, [name], "torch", {}, tolerance)[0]
-        for what, (strategy, name, tolerance) in RUNS.items()
+        what: conformance.run_cases(strategy, [name], "torch", options, tolerance)[0]
+        for what, (strategy, name, tolerance, options) in RUNS.items()
     }
 
 

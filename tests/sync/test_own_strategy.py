@@ -9,6 +9,7 @@ from strategies import DropsOthers, Forgetful, ModelAlone, Plain, Summing
 import ddpkit
 from ddpkit.errors import InputError
 from ddpkit.testing import run_conformance
+from ddpkit.testing.__main__ import main
 
 HERE = Path(__file__).parent
 
@@ -41,6 +42,29 @@ def test_the_command_takes_an_import_path():
     assert done.returncode == 1, done.stdout + done.stderr
     assert "union_batch" in done.stdout
     assert "failed." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["in_graph.OneByOne"], "strategy=in_graph.OneByOne acts in the compiled step.*--compile"),
+        (["in_graph.OneByOne", "--compile", "--cases", "drift"], "acts in the compiled step"),
+        (["custom", "--cases", "nope"], "no case 'nope': use some of .*union_batch"),
+        (["nowhere.MySync"], "cannot be imported"),
+        (["custom", "--options", "reduce_dtype"], "--options reduce_dtype is no option: write NAME=VALUE"),
+    ],
+)
+def test_what_tells_nothing_of_a_strategy_is_refused_at_once(words, sentence):
+    with pytest.raises(InputError, match=sentence) as raised:
+        main(words)
+    assert "\n" not in str(raised.value)
+
+
+def test_options_of_the_command_reach_the_strategy(capsys):
+    assert main(["custom", "--world-size", "1", "--cases", "union_batch", "--options", "buckets=2"]) == 1
+    assert "no option 'buckets'" in capsys.readouterr().out
+    words = ["--options", "check_finite=false", "reduce_dtype=null"]
+    assert main(["custom", "--world-size", "1", "--cases", "union_batch", *words]) == 0
 
 
 def test_names_classes_paths_and_partials_make_a_strategy():
