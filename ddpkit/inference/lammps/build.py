@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 from ddpkit.errors import InputError, writing
 from ddpkit.inference.lammps.installation import Installation, cache_folder
 from ddpkit.ranks import cores
+
+_log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "plugin"
 NAME = "ddpkitplugin.so"  # LAMMPS loads what ends in plugin.so by itself where LAMMPS_PLUGIN_PATH points to
@@ -81,7 +84,7 @@ def _compile(installation: Installation, plugin: Path) -> None:
         raise InputError(
             "There is no C++ compiler here, which LAMMPS' plugin needs once: install g++, or set CXX to a compiler."
         )
-    print("compiling the plugin for LAMMPS, some ten seconds, once", file=sys.stderr, flush=True)
+    _log.warning("compiling the plugin for LAMMPS, some ten seconds, once")
     torch = torch_folder()
     with tempfile.TemporaryDirectory(dir=plugin.parent) as made:
         command = [compiler, *OPTIONS, *flags, f'-DDDPKIT_LAMMPS_VERSION="{version}"']

