@@ -42,10 +42,13 @@ ROWS_LATE = {"cpu": 1, "cuda": 8}
 """After how many steps rows are read, where nothing else is said."""
 
 
+Drawn = tuple[GlobalStep, list[Batch]]
+
+
 class Loader(Protocol):
     """Gives this rank's batches, the same global batches whatever the world size."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Generator[tuple[GlobalStep, list[Batch]]]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Drawn]:
         """This rank's micro-batches of each step of an epoch, from step `start` on."""
 
     def steps_per_epoch(self) -> int:
@@ -77,6 +80,42 @@ class Progress:
     skipped: int = 0  # updates that were not applied on some rank, because its gradient was not finite
     eager_steps: int = 0  # in which some rank ran eager code although the step is compiled
     captured_steps: int = 0  # that this rank replayed from a recording
+
+    def count(self, stretch: "Stretch") -> None:
+        """Adds the times of some steps."""
+        self.seconds_in_epoch += stretch.seconds
+        self.seconds_steps += stretch.seconds
+        self.seconds_data += stretch.waited
+
+
+@dataclass
+class Stretch:
+    """The steps between two rows of `steps.csv`, and what they took on this rank, in seconds.
+
+    Attributes:
+        began: by `time.perf_counter`.
+        steps: how many there were.
+        waited: for batches.
+        seconds: from the beginning to `end()`.
+    """
+
+    began: float
+    steps: int = 0
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def draw(self, batches: Iterator[Drawn]) -> Drawn | None:
+        """The next batch; None where there is no other."""
+        asked = time.perf_counter()
+        drawn = next(batches, None)
+        self.waited += time.perf_counter() - asked
+        return drawn
+
+    def end(self) -> "Stretch":
+        """Ends it; returns the one that begins."""
+        now = time.perf_counter()
+        self.seconds = now - self.began
+        return Stretch(now)
 
 
 class Trainer:
@@ -241,40 +280,19 @@ class Trainer:
             disable=self.folder is None, mininterval=1.0,
         )  # fmt: skip
         batches = self.train_loader.epoch(p.epoch, p.step_in_epoch)
-        last_logged, row_steps, seconds_data = time.perf_counter(), 0, 0.0
+        stretch = Stretch(time.perf_counter())
         self._row_before = self._gather.now()
         try:
-            while True:
-                asked = time.perf_counter()
-                drawn = next(batches, None)
-                seconds_data += time.perf_counter() - asked
-                if drawn is None:
-                    break
+            while (drawn := stretch.draw(batches)) is not None:
                 counts, micro_batches = drawn
-                captured = self.step.captured_steps
-                result = self.step(
-                    micro_batches if len(micro_batches) > 1 else micro_batches[0], planned=counts.capacity is not None
-                )
-                p.captured_steps += self.step.captured_steps - captured
                 due = (p.step + 1) % c.log_every == 0
-                self._ledger.note(keep=not due)
-                if self.ema is not None:
-                    self.ema.update()
-                p.step += 1
-                p.step_in_epoch += 1
-                row_steps += 1
-                if self._projection is not None:
-                    self._projection.after(p.step)
+                result = self._take_step(counts, micro_batches, keep_norm=not due)
+                stretch.steps += 1
                 stop = self._read_until(bar, p.step - self._late)
                 if due:
-                    now = time.perf_counter()
-                    seconds = (now - last_logged) / row_steps
-                    last_logged = now
-                    self._send_row(counts, result, row_steps, seconds, seconds_data / row_steps)
-                    p.seconds_in_epoch += seconds * row_steps
-                    p.seconds_steps += seconds * row_steps
-                    p.seconds_data += seconds_data
-                    row_steps, seconds_data = 0, 0.0
+                    ended, stretch = stretch, stretch.end()
+                    self._send_row(counts, result, ended)
+                    p.count(ended)
                 self.schedule.after_step()
                 bar.update()
                 if self._profiler is not None:
@@ -287,10 +305,8 @@ class Trainer:
                     with record_function(BETWEEN):
                         self._save()
             self._read_all(bar)
-            seconds = time.perf_counter() - last_logged
-            p.seconds_in_epoch += seconds
-            p.seconds_steps += seconds
-            p.seconds_data += seconds_data
+            stretch.end()
+            p.count(stretch)
         except NonFiniteGradientError:  # told by the strategy on every rank, before the step had ended
             p.skipped += 1
             with suppress(RuntimeError):  # of a rank that has left already
@@ -300,7 +316,29 @@ class Trainer:
             bar.close()
             batches.close()
 
-    def _send_row(self, counts: GlobalStep, result: Any, row_steps: int, seconds: float, seconds_data: float) -> None:
+    def _take_step(self, counts: GlobalStep, micro_batches: list[Batch], *, keep_norm: bool) -> Any:
+        """Updates the weights and what follows them; returns what the criterion returned.
+
+        Args:
+            counts: of the global batch.
+            micro_batches: of this rank.
+            keep_norm: whether another step comes before the gradient's norm is sent.
+        """
+        p, captured = self.progress, self.step.captured_steps
+        result = self.step(
+            micro_batches if len(micro_batches) > 1 else micro_batches[0], planned=counts.capacity is not None
+        )
+        p.captured_steps += self.step.captured_steps - captured
+        self._ledger.note(keep=keep_norm)
+        if self.ema is not None:
+            self.ema.update()
+        p.step += 1
+        p.step_in_epoch += 1
+        if self._projection is not None:
+            self._projection.after(p.step)
+        return result
+
+    def _send_row(self, counts: GlobalStep, result: Any, stretch: "Stretch") -> None:
         """Starts gathering this step's losses and times."""
         began = time.perf_counter()
         terms = result if isinstance(result, dict) else {"loss": result}
@@ -310,9 +348,9 @@ class Trainer:
             "epoch": self.progress.epoch + 1,
             "atoms": counts.atoms,
             "edges": counts.edges,
-            "seconds_data": seconds_data,
+            "seconds_data": stretch.waited / stretch.steps,
         }
-        self._send(losses, seconds, row, row_steps, self.step.timing())
+        self._send(losses, stretch.seconds / stretch.steps, row, stretch.steps, self.step.timing())
         self._rows += 1
         self._seconds_logging += time.perf_counter() - began
 
