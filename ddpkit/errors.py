@@ -88,6 +88,10 @@ class NonFiniteGradientError(FloatingPointError):
     """A gradient is NaN or infinite. The message names rank and parameter."""
 
 
+class NonFiniteLossError(FloatingPointError):
+    """A loss or gradient was NaN or infinite; the update was not applied. The message names rank and step."""
+
+
 class ParityError(RuntimeError):
     """Compiled code computes something else than eager code. The message names the parameter."""
 

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -24,10 +23,11 @@ from ddpkit.average import MovingAverage
 from ddpkit.batch import Batch
 from ddpkit.breakdown import BETWEEN
 from ddpkit.data import GlobalStep
-from ddpkit.errors import NonFiniteGradientError
+from ddpkit.errors import NonFiniteGradientError, NonFiniteLossError
 from ddpkit.evaluate import Errors
 from ddpkit.ledger import LOSS_COLUMNS, Ledger, Report, Reports, describe_lost, name_bad
 from ddpkit.profiler import StepProfiler
+from ddpkit.progress import Progress, Stretch
 from ddpkit.projection import Projection
 from ddpkit.ranks import phase
 from ddpkit.ranks.gather import Gather
@@ -56,66 +56,6 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Gives up what was made ahead of an epoch."""
-
-
-class NonFiniteLossError(FloatingPointError):
-    """A loss or gradient was NaN or infinite; the update was not applied. The message names rank and step."""
-
-
-@dataclass
-class Progress:
-    """Where training stands. `step` and `epoch` count what is done; `seconds` are walltime, validation included."""
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    best: float = float("inf")
-    epochs_since_best: int = 0
-    seconds_in_epoch: float = 0.0
-    loss_sum_in_epoch: float = 0.0
-    rows_in_epoch: int = 0
-    seconds: float = 0.0
-    seconds_data: float = 0.0  # that steps waited for their batches, of this rank
-    seconds_steps: float = 0.0  # of all steps, of this rank
-    skipped: int = 0  # updates that were not applied on some rank, because its gradient was not finite
-    eager_steps: int = 0  # in which some rank ran eager code although the step is compiled
-    captured_steps: int = 0  # that this rank replayed from a recording
-
-    def count(self, stretch: "Stretch") -> None:
-        """Adds the times of some steps."""
-        self.seconds_in_epoch += stretch.seconds
-        self.seconds_steps += stretch.seconds
-        self.seconds_data += stretch.waited
-
-
-@dataclass
-class Stretch:
-    """The steps between two rows of `steps.csv`, and what they took on this rank, in seconds.
-
-    Attributes:
-        began: by `time.perf_counter`.
-        steps: how many there were.
-        waited: for batches.
-        seconds: from the beginning to `end()`.
-    """
-
-    began: float
-    steps: int = 0
-    waited: float = 0.0
-    seconds: float = 0.0
-
-    def draw(self, batches: Iterator[Drawn]) -> Drawn | None:
-        """The next batch; None where there is no other."""
-        asked = time.perf_counter()
-        drawn = next(batches, None)
-        self.waited += time.perf_counter() - asked
-        return drawn
-
-    def end(self) -> "Stretch":
-        """Ends it; returns the one that begins."""
-        now = time.perf_counter()
-        self.seconds = now - self.began
-        return Stretch(now)
 
 
 class Trainer:
@@ -338,7 +278,7 @@ class Trainer:
             self._projection.after(p.step)
         return result
 
-    def _send_row(self, counts: GlobalStep, result: Any, stretch: "Stretch") -> None:
+    def _send_row(self, counts: GlobalStep, result: Any, stretch: Stretch) -> None:
         """Starts gathering this step's losses and times."""
         began = time.perf_counter()
         terms = result if isinstance(result, dict) else {"loss": result}

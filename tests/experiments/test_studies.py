@@ -15,7 +15,7 @@ from ddpkit.errors import InputError
 from ddpkit.experiments import experiment, turns
 from ddpkit.experiments.config import read
 from ddpkit.experiments.studies import STUDIES
-from ddpkit.train import Progress
+from ddpkit.progress import Progress
 
 
 def configs(study, scale, *counts):
