@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ddpkit.capture.recording import as_one
 from ddpkit.compile import parity
 from ddpkit.compile.conditions import Conditions
-from ddpkit.compile.graph import Kernel, Traced, lower, trace
+from ddpkit.compile.graph import Kernel, Traced, lower, trace, traced_as
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
 from ddpkit.compile.objective import Criterion, Objective, differentiable, loss_of, total
 from ddpkit.compile.outputs import Tree, WithFacts
@@ -280,7 +280,7 @@ class CompiledGradients:
             with torch.enable_grad():
                 result, shown = state.call([*trained, *others], self._objective, batch)
                 gradients = torch.autograd.grad(differentiable(result), trained, allow_unused=True)
-            with torch.no_grad():
+            with torch.no_grad(), traced_as(f"{type(after).__name__}.trace()"):
                 norm = after.trace(parameters, gradients, fixed[len(state.names) :])
             tree, tensors = Tree.of(result)
             outputs = [*tensors, *shown.values(), *([] if norm is None else [norm])]

@@ -64,6 +64,16 @@ def trace(
     return traced
 
 
+@contextlib.contextmanager
+def traced_as(subject: str) -> Iterator[None]:
+    """Inside a traced function: has what fails be told of `subject` instead of the model. No eager code replaces it."""
+    try:
+        yield
+    except Exception as error:
+        error.subject = subject  # type: ignore[attr-defined]
+        raise
+
+
 # What tracing raises where a tensor's values are asked for.
 _ASKS_FOR_VALUES = {"DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"}
 
@@ -79,21 +89,23 @@ def _saying_what_cannot_be_traced(symbols: Symbols) -> Iterator[None]:
         except Exception as error:
             if exhausted(error):
                 raise
-            line = failing_line(error)
+            line, subject, instead = failing_line(error), getattr(error, "subject", None), ""
+            if subject is None:
+                subject, instead = "The model", ", or train with compile=False"
             if isinstance(error, torch.jit.Error) or type(error).__name__ in _ASKS_FOR_VALUES:
                 if scripts:
-                    raise InputError(f"The model cannot be compiled: {remedy(scripts)}.") from error
+                    raise InputError(f"{subject} cannot be compiled: {remedy(scripts)}.") from error
                 asked = line or getattr(error, "func", None) or str(error).split("\n", 1)[0]
                 raise InputError(
-                    f"The model cannot be compiled: what it does depends on the values of tensors ({asked}): leave out .item(), "
-                    "comparisons that Python looks at and boolean indexing, or train with compile=False."
+                    f"{subject} cannot be compiled: what it does depends on the values of tensors ({asked}): leave out .item(), "
+                    f"comparisons that Python looks at and boolean indexing{instead}."
                 ) from error
             if line is None:
                 raise
             what = str(error).split("\n", 1)[0]
             raise InputError(
-                f"The model cannot be compiled: {line} fails where sizes are symbols and tensors have no values "
-                f"({type(error).__name__}: {what}): change that line, or train with compile=False."
+                f"{subject} cannot be compiled: {line} fails where sizes are symbols and tensors have no values "
+                f"({type(error).__name__}: {what}): change that line{instead}."
             ) from error
     if scripts and symbols.are_fixed():
         raise InputError(f"The model cannot be compiled for batches of other sizes than the first: {remedy(scripts)}.")

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,15 @@ def _conformance(words: Sequence[str]) -> int:
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
-    """Options by name, their values read as in a configuration."""
+    """Options by name, their values read as in a configuration: YAML, and numbers such as 1e9."""
     options = {}
     for word in words:
         name, is_one, value = word.partition("=")
         if not is_one or not name.isidentifier():
             raise InputError(f"--options {word} is no option: write NAME=VALUE.")
         options[name] = yaml.safe_load(value)
+        with suppress(TypeError, ValueError):
+            options[name] = float(options[name]) if isinstance(options[name], str) else options[name]
     return options
 
 

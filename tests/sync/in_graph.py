@@ -68,6 +68,26 @@ class Rounded(ddpkit.AverageInGraph):
         return [place.clone() for place in self.places]
 
 
+class Asking(ddpkit.GradientSync):
+    """Its graph asks for a value, or fails."""
+
+    acts = "in graph"
+
+    def __init__(self, module, *others, asks, **options):
+        self.asks = asks
+        super().__init__(module, *others, **options)
+
+    def after_gradients(self, trained, **_):
+        return AskingForNorms(self, trained)
+
+
+class AskingForNorms(ddpkit.AverageInGraph):
+    def trace(self, parameters, gradients, tensors):
+        factor = 0.5 if self.sync.asks and gradients[0].norm() > 1 else "one"
+        for place, gradient, _ in zip(tensors, gradients, parameters, strict=True):
+            place.copy_(self.wait(self.start_average(gradient * factor)))
+
+
 class Wrong(ddpkit.GradientSync):
     """Forgets to average."""
 

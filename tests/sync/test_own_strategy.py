@@ -63,7 +63,7 @@ def test_what_tells_nothing_of_a_strategy_is_refused_at_once(words, sentence):
 def test_options_of_the_command_reach_the_strategy(capsys):
     assert main(["custom", "--world-size", "1", "--cases", "union_batch", "--options", "buckets=2"]) == 1
     assert "no option 'buckets'" in capsys.readouterr().out
-    words = ["--options", "check_finite=false", "reduce_dtype=null"]
+    words = ["--options", "check_finite=false", "reduce_dtype=null", "timeout=1e2"]
     assert main(["custom", "--world-size", "1", "--cases", "union_batch", *words]) == 0
 
 
