@@ -65,15 +65,21 @@ class Cuda:
     def record(self) -> None:
         """Captures the graph."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        why = ""
         try:
             # Threads of the loader lock pages of memory meanwhile, which the default mode forbids to all threads.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._results = self._body()
+                try:
+                    self._results = self._body()
+                except Exception as error:
+                    why = str(error)
+                    raise
         except RuntimeError as error:
             # Where the capture cannot even be ended, torch leaves its own stream in place.
             torch.cuda.set_stream(stream)
             end_allocating(self._pool)
-            raise RecordingError(f"The step cannot be recorded as a CUDA graph: {error}") from error
+            # That it cannot be ended says nothing of why the body failed.
+            raise RecordingError(f"The step cannot be recorded as a CUDA graph: {why or error}") from error
         self._graph = graph
 
     def run(self) -> list[Tensor]:

@@ -340,6 +340,27 @@ def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were(monkeypat
     assert (streams, pools) == (["before"], ["pool"])
 
 
+def test_the_error_that_ended_a_capture_is_named_not_what_followed_from_it(monkeypatch):
+    class Graph:  # as torch's: where the body failed, the capture cannot be ended either
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def body():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for name in ("CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, object)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Graph())
+    monkeypatch.setattr(recording, "end_allocating", lambda _: None)
+    with pytest.raises(RecordingError, match="as a CUDA graph: operation not permitted") as told:
+        recording.Cuda(body, "pool").record()
+    assert "previous error" in str(told.value.__cause__)
+
+
 def test_a_look_at_a_number_is_refused():
     x = torch.ones(3, device=here)
     looking = make(lambda: [x * float(x.sum())], here)
