@@ -145,17 +145,28 @@ def hooks_of(optimizer: Optimizer) -> list[Callable[..., Any]]:
     return [hook for home, name in places for hook in getattr(home, name, {}).values()]
 
 
-def end_allocating(pool: Any) -> None:
-    """After a capture that failed: torch before 2.12 would take it to be under way, and keep all memory that several streams have
-    used (pytorch pull request 180395).
+def undo_capture(graph: torch.cuda.CUDAGraph, pool: Any, *, has_begun: bool) -> None:
+    """After a capture that failed. Torch before 2.14 would keep all memory of the pool, that of other graphs too, as long as the
+    process lives (pytorch pull request 190348); before 2.12 it would also take the capture to be under way (180395).
 
     Args:
-        pool: of the graph's memory.
+        graph: what was captured.
+        pool: of its memory.
+        has_begun: whether anything was captured.
     """
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    if end is not None:
-        with contextlib.suppress(RuntimeError):  # where it has been ended
-            end(torch.cuda.current_device(), pool)
+    if release() >= (2, 14):
+        return
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+        has_begun = True
+    except RuntimeError:  # it has been ended, or had not begun
+        pass
+    try:
+        graph.pool()  # of a capture that ended well, which is let go of with the graph
+    except RuntimeError:
+        if has_begun:
+            torch._C._cuda_releasePool(device, pool)
 
 
 # Tracing, with proxies or fake tensors, goes through dispatch modes; eager code has none. `torch.compiler.is_compiling()` tells

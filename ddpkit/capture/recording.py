@@ -14,10 +14,10 @@ from torch import Tensor
 from ddpkit.errors import RecordingError
 from ddpkit.torch_private import (
     DispatchMode,
-    end_allocating,
     functional_collectives,
     looks_at_number,
     starts_collective,
+    undo_capture,
 )
 
 T = TypeVar("T")
@@ -65,10 +65,11 @@ class Cuda:
     def record(self) -> None:
         """Captures the graph."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        why = ""
+        has_begun, why = False, ""
         try:
             # Threads of the loader lock pages of memory meanwhile, which the default mode forbids to all threads.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                has_begun = True
                 try:
                     self._results = self._body()
                 except Exception as error:
@@ -77,7 +78,7 @@ class Cuda:
         except RuntimeError as error:
             # Where the capture cannot even be ended, torch leaves its own stream in place.
             torch.cuda.set_stream(stream)
-            end_allocating(self._pool)
+            undo_capture(graph, self._pool, has_begun=has_begun)
             # That it cannot be ended says nothing of why the body failed.
             raise RecordingError(f"The step cannot be recorded as a CUDA graph: {why or error}") from error
         self._graph = graph
