@@ -97,6 +97,38 @@ def exchanging(exchange: Exchange) -> Iterator[None]:
         _exchange.reset(before)
 
 
+_raised: ContextVar[list[Exception] | None] = ContextVar("raised", default=None)
+
+
+@contextmanager
+def passing_errors_on() -> Iterator[None]:
+    """Inside, compiled code raises what an exchange has raised. Torch makes a RuntimeError of it; torch 2.11 goes on without the
+    rows, until something fails for lack of them.
+    """
+    raised: list[Exception] = []
+    before = _raised.set(raised)
+    try:
+        yield
+    except RuntimeError as error:
+        if not raised:
+            raise
+        raise raised.pop() from error
+    else:
+        if raised:
+            raise raised.pop()
+    finally:
+        _raised.reset(before)
+
+
+def _exchanged(name: str, rows: Tensor, number: int) -> Tensor:
+    try:
+        return getattr(_exchange.get(), name)(rows.contiguous(), number)
+    except Exception as error:
+        if (raised := _raised.get()) is not None:
+            raised.append(error)
+        raise
+
+
 @torch.library.custom_op("ddpkit::from_owners", mutates_args=(), schema=SCHEMAS["ddpkit::from_owners"])
 def from_owners(rows: Tensor, number: int) -> Tensor:
     """`[owned, width]` -> `[number, width]`: rows of this rank's atoms -> those of all atoms, ghosts included.
@@ -104,7 +136,7 @@ def from_owners(rows: Tensor, number: int) -> Tensor:
     Raises:
         InputError: there are ghosts, and no exchange.
     """
-    return _exchange.get().from_owners(rows.contiguous(), number)
+    return _exchanged("from_owners", rows, number)
 
 
 @torch.library.custom_op("ddpkit::to_owners", mutates_args=(), schema=SCHEMAS["ddpkit::to_owners"])
@@ -114,7 +146,7 @@ def to_owners(rows: Tensor, number: int) -> Tensor:
     Raises:
         InputError: there are ghosts, and no exchange.
     """
-    return _exchange.get().to_owners(rows.contiguous(), number)
+    return _exchanged("to_owners", rows, number)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:

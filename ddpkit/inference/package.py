@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import ddpkit.inference.exchange  # noqa: F401  (registers the operators that compiled code may call)
 from ddpkit.errors import InputError
+from ddpkit.inference.exchange import passing_errors_on  # which registers the operators that compiled code may call
 from ddpkit.inference.inputs import SMALLEST, random_inputs
 from ddpkit.torch_private import compile_ahead, load_ahead, release, sizes_are_many
 
@@ -180,7 +180,13 @@ def load_package(path: Path, device: torch.device) -> Callable[..., list[Tensor]
     """
     index = (device.index or 0) if device.type == "cuda" else -1
     try:
-        return load_ahead(path, index)
+        code = load_ahead(path, index)
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be loaded here ({why}): export the model again on this machine.") from error
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        with passing_errors_on():
+            return code(*inputs)
+
+    return run

@@ -1,6 +1,7 @@
 """A model of one's own, exported once for all tests here: what the file computes, and which files are refused."""
 
 import argparse
+import contextlib
 import copy
 import json
 import pickle
@@ -28,7 +29,7 @@ from ddpkit.errors import ParityError
 from ddpkit.experiments import evaluate
 from ddpkit.experiments import export as command
 from ddpkit.inference import export as exporting
-from ddpkit.inference.exchange import Mirrored, exchanging
+from ddpkit.inference.exchange import Mirrored, exchanging, from_owners, passing_errors_on
 from ddpkit.inference.inputs import inputs_of, random_inputs
 from ddpkit.inference.package import read_metadata
 
@@ -204,8 +205,26 @@ def test_ghosts(exported, model, owned):
         ours, theirs = exported._run(*inputs.arguments()), model.for_inference()(*inputs.arguments())
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    with pytest.raises(Exception, match="no exchange between ranks"):
+    with pytest.raises(InputError, match="no exchange between ranks"):
         exported._run(*inputs.arguments())
+
+
+def test_what_an_exchange_raises_is_raised_by_the_code_that_called_it(exported):
+    class Lost(Mirrored):
+        def to_owners(self, *_):
+            raise ConnectionError("rank 3 is lost")
+
+    inputs = random_inputs(5, 7, 12, species=2, r_max=R_MAX, message_passing=True, seed=0, device="cpu").arguments()
+    owner = torch.arange(7) % 5
+    with pytest.raises(ConnectionError, match="rank 3 is lost"), exchanging(Lost(owner)):
+        exported._run(*inputs)
+    with exchanging(Mirrored(owner)):
+        exported._run(*inputs)
+
+
+def test_code_that_goes_on_without_the_rows_of_an_exchange_has_failed():
+    with pytest.raises(InputError, match="no exchange"), passing_errors_on(), contextlib.suppress(InputError):
+        from_owners(torch.zeros(2, 1), 3)
 
 
 def test_what_pads_small_inputs_is_before_the_ghosts_and_after_the_edges():

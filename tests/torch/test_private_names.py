@@ -126,6 +126,12 @@ def test_the_range_begins_where_the_package_does():
     assert "torch>=" + ".".join(map(str, torch_private.TESTED[0])) in project["dependencies"]
 
 
+def test_the_documents_name_the_range():
+    first, last = (".".join(map(str, version)) for version in torch_private.TESTED)
+    assert f"torch {first} to {last} |" in (ROOT / "docs/torch.md").read_text()
+    assert f"tried up to {last} (docs/torch.md)" in (ROOT / "pyproject.toml").read_text()
+
+
 @pytest.mark.parametrize(("version", "tested"), [
     ("2.10.9", False), ("2.11.0", True), ("2.13.0+cpu", True), ("2.14.1+cu130", True), ("2.15.0a0+git12", False),
     ("3.0", False),

@@ -2,6 +2,7 @@
 
 import double_backward
 import functional_optimizers
+import lost_errors
 import pytest
 import read_too_early
 import scripted_sizes
@@ -16,6 +17,7 @@ from ddpkit.torch_private import release
     [
         (double_backward, None),
         (scripted_sizes, None),
+        (lost_errors, None),
         (functional_optimizers, None),
         (read_too_early, (2, 14)),
         (unrounded, (2, 13)),
