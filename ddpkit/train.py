@@ -203,6 +203,12 @@ class Trainer:
             or self._out_of_time
         )
 
+    def _is_validation_due(self) -> bool:
+        """Whether the epoch that ends now is one to validate after."""
+        p, c = self.progress, self.config
+        last = p.epoch + 1 >= c.max_epochs or (c.max_steps is not None and p.step >= c.max_steps)
+        return last or (p.epoch + 1) % c.validate_every == 0 or self.stopped_by is not None or self._out_of_time
+
     def _steps_left(self) -> int:
         """How many steps are to come, unless something stops training before."""
         p, c = self.progress, self.config
@@ -416,7 +422,8 @@ class Trainer:
             if self.stopped_by is not None:
                 return
         errors = None
-        if self.val_loader is not None and c.validate:
+        validates = self.val_loader is not None and c.validate
+        if validates and (not ended or self._is_validation_due()):
             with phase.during("validation"):
                 errors = self.validate()
         steps = p.step_in_epoch
@@ -442,7 +449,7 @@ class Trainer:
         self.schedule.after_epoch(None if errors is None else errors["val_loss"])
         p.epoch += 1
         p.step_in_epoch, p.rows_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0, 0.0, 0.0
-        self._save(best=improved or errors is None)
+        self._save(best=improved or not validates)
 
     # -- validation ----------------------------------------------------------------------------------------------------
 

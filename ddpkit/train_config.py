@@ -52,6 +52,7 @@ class TrainConfig:
         clip_norm: upper bound of the norm of the global gradient; None: no clipping.
         ema_decay: of the moving average of the weights, which validation uses; 0 turns it off.
         validate: validate after each epoch.
+        validate_every: epochs between validations, of which the last epoch is one; what waits for an improvement counts these.
         warmup_steps: over so many steps the learning rate rises from 0; what moves it after them begins then.
         plateau: when the learning rate falls, where the run has no `scheduler`.
         early_stop: when training stops by itself.
@@ -72,6 +73,7 @@ class TrainConfig:
     clip_norm: float | None = None
     ema_decay: float = 0.999
     validate: bool = True
+    validate_every: int = 1
     warmup_steps: int = 0
     plateau: PlateauConfig = field(default_factory=PlateauConfig)
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)

@@ -35,6 +35,7 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "train.batch_size",
             "train.accumulate",
             "train.log_every",
+            "train.validate_every",
             "train.rows_late",
             "data.frames",
             "train.early_stop.patience",
