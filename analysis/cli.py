@@ -8,6 +8,7 @@ from pathlib import Path
 from ddpkit.analysis import (
     attribution,
     blocks,
+    choices,
     claims,
     figures,
     inference,
@@ -28,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `ddpkit analyze`."""
     parser.add_argument(
         "study",
-        choices=("numerics", "speed", "inference", "report", "ranks"),
-        help="numerics: loss differences (Table 3, Figure 1); speed: epoch times (Table 4); inference: molecular dynamics "
-        "(section III); report: the first two as one HTML page; "
+        choices=("numerics", "speed", "accuracy", "inference", "report", "ranks"),
+        help="numerics: loss differences (Table 3, Figure 1); speed: epoch times (Table 4); accuracy: errors on test frames, arm "
+        "by arm or by number of frames trained on; inference: molecular dynamics (section III); report: the first two as one "
+        "HTML page; "
         "ranks: studies of numerics in sub-folders, each with another number of ranks, as one table and figure",
     )
     parser.add_argument(
@@ -73,6 +75,8 @@ def main(args: argparse.Namespace) -> None:
         _print_section(_numerics(args.folder, out, args)[0])
     elif args.study == "speed":
         _print_section(_speed(args.folder, out, args)[0])
+    elif args.study == "accuracy":
+        _accuracy(args.folder, out, args)
     elif args.study == "ranks":
         _ranks(args.folder, out, args)
     elif args.study == "inference":
@@ -178,6 +182,19 @@ def _speed(folder: Path, out: Path, args: argparse.Namespace, name: str = "speed
     return report.Section(
         "Speed: what does the scheme cost?", [facts], claims.speed_claims(data), [*shown, picture]
     ), runs
+
+
+def _accuracy(folder: Path, out: Path, args: argparse.Namespace) -> None:
+    if args.format == "lightning":
+        raise InputError("Lightning's logs carry no errors on test frames: give the run folders of ddpkit-run.")
+    data = choices.read(folder, args.baseline)
+    if data.is_curve:
+        shown, drawn = choices.curve_table(choices.curve(data), data.notes), choices.curve_figure(data)
+    else:
+        shown, drawn = choices.table(data), choices.figure(data)
+    tables.write(out, "accuracy", data.rows, [shown])
+    path = figures.save(drawn, out / "accuracy.png")
+    print(f"{shown.text()}\n\nfigure: {path.resolve()}")
 
 
 def _inference(folder: Path, out: Path) -> None:

@@ -38,6 +38,7 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "train.validate_every",
             "train.rows_late",
             "data.frames",
+            "data.train_frames",
             "train.early_stop.patience",
         ),
         lambda value: value >= 1,
@@ -75,6 +76,7 @@ class DataConfig:
         frames: how many are made; of a file, at most this many, the first ones.
         seed: of the split and the order of frames.
         split: shares to train on, to validate and to test.
+        train_frames: train on so many of the part to train on, drawn at random; fewer are some of more.
         split_by: `frame`, or `group`: the frames of a molecule or material stay together.
         neutral: drop charged frames.
         shifts: energy shift of each species: `isolated` atoms as the set knows them, or `fitted` by least squares.
@@ -90,6 +92,7 @@ class DataConfig:
     frames: int | None = None
     seed: int = 1
     split: list[float] = field(default_factory=lambda: [0.9, 0.05, 0.05])
+    train_frames: int | None = None
     split_by: str = "frame"
     neutral: bool = False
     shifts: str = "isolated"

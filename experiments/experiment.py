@@ -2,6 +2,7 @@
 
 usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [--slurm] [OVERRIDES...]
        numerics: [seeds=N] [together=N] [scale=causes|emulated|node]    speed: [launches=N] [pairs=N]
+       ddpkit experiment accuracy scale=choices|frames|strategies|demo [seeds=N] [together=N] ...
        ddpkit experiment inference ...                molecular dynamics in LAMMPS: see `ddpkit experiment inference --help`
 
 Each configuration becomes a run folder below `out` (default: studies/STUDY-SCALE). What is complete is skipped and what was
@@ -14,6 +15,10 @@ Before the first run `plan.json` declares which claims will get a verdict; write
 The study of numerics runs all arms for one seed after another; claims are tested from six seeds on. together=N has N runs under
 way at a time, on the same devices: what is told of them is no time. scale=causes has one arm for each cause of difference,
 scale=emulated 64 ranks on one process, scale=node four GPUs of one host.
+
+In the study of accuracy `ddpkit eval` follows each run, on the test part of its data: scale=choices undoes one choice of
+experiment=small_molecule in each arm (export DDPKIT_MOLECULE=FILE), scale=frames trains on fewer and fewer frames of the
+built-in set, scale=strategies compares synchronisation eager, compiled and captured on four GPUs at one global batch.
 
 In the study of speed all arms are launched together and take turns, an epoch at a time, so that drift of the machine falls on all
 alike (where so many do not fit into memory at once, they follow one another). After three such launches, the pilot, pairs of
@@ -39,7 +44,7 @@ from ddpkit.analysis.runs import read_runs
 from ddpkit.errors import InputError
 from ddpkit.experiments import inference
 from ddpkit.experiments.config import read
-from ddpkit.experiments.studies import STUDIES, Arm, Numerics, Speed
+from ddpkit.experiments.studies import STUDIES, Accuracy, Arm, Numerics, Speed
 from ddpkit.experiments.turns import Turns, order
 from ddpkit.ranks.mpirun import mpirun
 
@@ -87,6 +92,8 @@ def main(arguments: Sequence[str]) -> None:
             blocks = _runs(scale.blocks(options.seeds), scale, options, ranks)
             _declare(options, scale, blocks, ranks=ranks, seeds=options.seeds or scale.seeds)
             _work(blocks, scale, options)
+            if isinstance(scale, Accuracy):
+                _evaluate([run for block in blocks for run in block], options)
         else:
             _speed(scale, options, ranks)
 
@@ -167,14 +174,40 @@ def _work(blocks: "Sequence[Sequence[StudyRun]]", scale: Numerics | Speed, optio
     print(f"{options.study}: {len(everything)} runs in {options.out} ({len(complete)} were complete before).")
 
 
+def _evaluate(runs: "Sequence[StudyRun]", options: Options) -> None:
+    """Evaluates the runs that have finished, as many at a time as were run together.
+
+    Raises:
+        InputError: some could not be evaluated.
+    """
+    waiting = [run for run in runs if run.has_finished() and not run.is_evaluated()]
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    with _saved_on_ctrl_c(processes.values()):
+        for run in waiting:
+            _await_place(processes.values(), options.together or 1)
+            print(f"evaluating {run.label}", flush=True)
+            processes[run.label] = run.evaluate()
+        for process in processes.values():
+            process.wait()
+    if lost := [run.label for run in waiting if not run.is_evaluated()]:
+        raise InputError(
+            f"{len(lost)} of {len(runs)} runs could not be evaluated ({', '.join(lost)}): see what was said above, then give the "
+            "same command."
+        )
+    print(
+        f"Errors on test frames are in evaluation/test of each run; `ddpkit-analyze accuracy {options.out}` compares them."
+    )
+
+
 def _parse(arguments: Sequence[str]) -> Options:
     words = list(arguments)
     if not words or words[0] not in STUDIES:
         given = f"{words[0]!r} is no study" if words else "No study was named"
         raise InputError(
-            f"{given}: use `ddpkit experiment numerics`, `ddpkit experiment speed` or the like for inference."
+            f"{given}: use `ddpkit experiment numerics`, `ddpkit experiment speed` or the like for accuracy or inference."
         )
-    study, named, slurm, overrides = words[0], {"scale": "workstation"}, False, []
+    study, slurm, overrides = words[0], False, []
+    named = {"scale": "workstation" if "workstation" in STUDIES[study] else next(iter(STUDIES[study]))}
     for word in words[1:]:
         key, _, value = word.partition("=")
         if word == "--slurm":
@@ -183,7 +216,7 @@ def _parse(arguments: Sequence[str]) -> Options:
             named[key] = value
         elif key in ("repeats", "seed", "data.seed"):
             raise InputError(
-                f"{word} is for the study to choose: give seeds=N (numerics), launches=N or pairs=N (speed)."
+                f"{word} is for the study to choose: give seeds=N (numerics, accuracy), launches=N or pairs=N (speed)."
             )
         else:
             overrides.append(word)
@@ -192,10 +225,11 @@ def _parse(arguments: Sequence[str]) -> Options:
     for key in _COUNTS:
         if key in named and not re.fullmatch(r"[1-9]\d*", named[key]):
             raise InputError(f"{key}={named[key]} is no number of {key}: give a whole number from 1.")
-    for key in ("launches", "pairs") if study == "numerics" else ("seeds", "together"):
+    for key in ("seeds", "together") if study == "speed" else ("launches", "pairs"):
         if key in named:
             raise InputError(
-                f"{key}={named[key]} is not for {study}: give seeds=N or together=N (numerics), launches=N or pairs=N (speed)."
+                f"{key}={named[key]} is not for {study}: give seeds=N or together=N (numerics, accuracy), launches=N or pairs=N "
+                "(speed)."
             )
     counts = {key: int(named[key]) for key in _COUNTS if key in named}
     suffix = "-deterministic" if "deterministic=true" in overrides else ""
@@ -248,6 +282,26 @@ class StudyRun:
     def has_finished(self) -> bool:
         """Whether the run's summary says so."""
         return self._summary().get("status") == "finished"
+
+    def is_evaluated(self) -> bool:
+        """Whether its errors on the test part of its data are known."""
+        return (self.folder / "evaluation" / "test" / "accuracy.csv").is_file()
+
+    def evaluate(self) -> "subprocess.Popen[bytes]":
+        """Starts `ddpkit eval` of it, on one rank and the device that it was trained on."""
+        device = str(read(self.overrides).device)
+        command = [
+            sys.executable,
+            "-m",
+            "ddpkit.experiments",
+            "eval",
+            str(self.folder),
+            "--device",
+            device,
+            "--worst",
+            "0",
+        ]
+        return subprocess.Popen(command, start_new_session=True)
 
     def _summary(self) -> dict[str, object]:
         path = self.folder / "summary.json"
@@ -418,4 +472,4 @@ ddpkit experiment {options.study} scale={options.scale} out={out} ranks={ranks}{
 study=$!
 trap 'kill -USR1 $study' USR1
 wait $study || wait $study  # the first is cut short by the signal
-ddpkit-analyze report {out}"""
+ddpkit-analyze {"accuracy" if isinstance(scale, Accuracy) else "report"} {out}"""

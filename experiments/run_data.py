@@ -60,7 +60,22 @@ def open_data(config: DictConfig, advice: Advice = as_overrides) -> Data:
         groups = frames.group_index[usable] if config.data.split_by == "group" else None
         parts = split(len(usable), config.data.split, config.data.seed, groups)
         train, validation, test = (usable[part] for part in parts)
+        if config.data.train_frames is not None:
+            train = _some(train, config.data.train_frames, config.data.seed)
     return Data(frames, train, validation, test)
+
+
+def _some(train: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """So many of the frames to train on; fewer are some of more.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    if count > len(train):
+        raise InputError(
+            f"data.train_frames={count:,} is more than the {len(train):,} frames to train on: give more data or a smaller number."
+        )
+    return np.sort(np.random.default_rng([seed, 1]).permutation(train)[:count])
 
 
 def _prepare(config: DictConfig, advice: Advice) -> Path:

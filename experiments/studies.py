@@ -53,6 +53,13 @@ class Numerics:
 
 
 @dataclass(frozen=True)
+class Accuracy(Numerics):
+    """A study of errors on test frames: blocks as in one of numerics; `ddpkit eval` follows each run that has finished."""
+
+    primary: tuple[Declared, ...] = ()
+
+
+@dataclass(frozen=True)
 class Speed:
     """A study of speed at one size.
 
@@ -211,7 +218,63 @@ _DEMO_SPEED = (
     "device=cpu",
 )
 
+_MOLECULE = ("experiment=small_molecule", "data.path=${oc.env:DDPKIT_MOLECULE}")
+# The recipe, and one choice of it undone in each arm.
+CHOICES = (
+    Arm("baseline", ()),
+    Arm("constant_rate", ("scheduler=plateau", "train.plateau.factor=1")),
+    Arm("no_average", ("train.ema_decay=0",)),
+    Arm("energy-1", ("loss.energy=1",)),
+    Arm("isolated_shifts", ("data.shifts=isolated",)),
+    Arm("batch-10", ("train.batch_size=10",)),
+    Arm("tf32", ("precision=float32", "tf32=true")),
+)
+_EAGER = ("compile=false", "cuda_graphs=false")
+STRATEGIES = (
+    Arm("baseline", ("strategy=standard", *_EAGER)),
+    Arm("custom", ("strategy=custom", *_EAGER)),
+    Arm("compiled", ("strategy=custom", "compile=true", "cuda_graphs=false")),
+    CAPTURED,
+)
+_DEMO_ACCURACY = (
+    "model=allegro_tiny",
+    "data=generated",
+    "data.frames=300",
+    "data.split=[0.6,0.2,0.2]",
+    "train.max_epochs=12",
+    "train.batch_size=8",
+    "train.ema_decay=0.95",
+    "scheduler=cosine",
+    "device=cpu",
+)
+
 STUDIES: dict[str, dict[str, Numerics | Speed]] = {
+    "accuracy": {
+        "choices": Accuracy(1, _MOLECULE, CHOICES, seeds=3),
+        "frames": Accuracy(
+            1,
+            (
+                "experiment=small_molecule",
+                "model=allegro_small",
+                "data=generated",
+                "data.frames=4000",
+                "data.shifts=isolated",
+                "train.batch_size=16",
+            ),
+            tuple(Arm(f"frames-{count}", (f"data.train_frames={count}",)) for count in (200, 400, 800, 1600, 3200)),
+            seeds=3,
+        ),
+        "strategies": Accuracy(
+            4,
+            (*_MOLECULE, "train.batch_size=8", "train.max_steps=20000", "device=cuda"),
+            STRATEGIES,
+            seeds=5,
+            ranks_per_node=4,
+        ),
+        "demo": Accuracy(
+            1, _DEMO_ACCURACY, (CHOICES[0], CHOICES[1], Arm("no_average", ("train.ema_decay=0",))), seeds=2
+        ),
+    },
     "numerics": {
         "demo": Numerics(2, _DEMO_NUMERICS, PAPER_NUMERICS, seeds=1),
         "workstation": Numerics(2, _WORKSTATION_NUMERICS, (*PAPER_NUMERICS, *OUR_NUMERICS), seeds=6, spread=5),

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from ddpkit.data.frame import NUMBERS
 from ddpkit.data.prepared import PreparedSet
+from ddpkit.errors import InputError
 
 _PRIOR_ATOMS = 10  # how many atoms' worth of the overall force scale each species starts from
 
@@ -24,16 +25,19 @@ class Statistics:
 def statistics(frames: PreparedSet, indices: NDArray[np.int64], r_max: float, *, isolated: bool = True) -> Statistics:
     """Mean number of neighbours, energy shifts and force scales.
 
-    Shifts are the energies of isolated atoms where the set knows those of all its species. Otherwise, or with `isolated=False`,
-    they are fitted: least squares of the energies on the compositions, kept near the known energies of isolated atoms (or near
-    one energy for all) by a weak ridge, so that directions the data say nothing about stay finite. Scales of species with few
-    atoms lean towards that of all.
+    Shifts are the energies of isolated atoms where the set knows those of all its species. Where it knows none, or with
+    `isolated=False`, they are fitted: least squares of the energies on the compositions, kept near the known energies of
+    isolated atoms (or near one energy for all) by a weak ridge, so that directions the data say nothing about stay finite.
+    Scales of species with few atoms lean towards that of all.
 
     Args:
         frames: the set.
         indices: `[n]` frames to look at (the training part).
         r_max: cutoff in Å.
         isolated: whether to take energies of isolated atoms where known.
+
+    Raises:
+        InputError: they are to be taken, and the set knows those of some of its species alone.
     """
     composition = np.zeros((len(indices), len(frames.species)))
     squares = np.zeros(len(frames.species))
@@ -52,6 +56,12 @@ def statistics(frames: PreparedSet, indices: NDArray[np.int64], r_max: float, *,
     prior = np.array([known.get(symbol, np.nan) for symbol in frames.species])
     if isolated and np.isfinite(prior).all():
         shifts = prior
+    elif isolated and np.isfinite(prior).any():
+        lacking = [symbol for symbol in frames.species if symbol not in known]
+        raise InputError(
+            f"{frames.path} has energies of isolated atoms of {', '.join(s for s in frames.species if s in known)}, but not of "
+            f"{', '.join(lacking)}: add a frame of one isolated atom for each, or fit all energy shifts with data.shifts=fitted."
+        )
     else:
         shifts = _fit(composition, frames.array("energy")[np.sort(indices)], prior)
     return Statistics(

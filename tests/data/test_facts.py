@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from helpers import molecule
 
+from ddpkit import InputError
 from ddpkit.data import statistics, write_prepared
 
 
@@ -40,6 +41,10 @@ def test_shifts_of_one_molecule_stay_near_what_is_known_of_its_atoms(tmp_path):
     fitted = statistics(frames, np.arange(10), 3.0, isolated=False).shifts
     assert 2 * fitted[0] + fitted[1] == pytest.approx(-2079.955, abs=0.01)
     assert abs(fitted - [-13.6, -2041.0]).max() < 12
+    some = write_prepared(tmp_path / "some", given, r_max=3.0, atom_energies={"O": -2041.0})
+    with pytest.raises(InputError, match=r"isolated atoms of O, but not of H: add a frame .* data\.shifts=fitted"):
+        statistics(some, np.arange(10), 3.0)
+    assert np.isfinite(statistics(some, np.arange(10), 3.0, isolated=False).shifts).all()
     nothing = write_prepared(tmp_path / "other", given, r_max=3.0)
     assert 3 * np.mean(statistics(nothing, np.arange(10), 3.0).shifts) == pytest.approx(-2079.955, abs=1)
 

@@ -29,6 +29,18 @@ def test_mptrj():
     assert config.data.split_by == "group"
 
 
+@pytest.mark.parametrize(("model", "kind"), [("allegro_medium", "Allegro"), ("nequip_molecule", "NequIP")])
+def test_one_molecule(model, kind):
+    config = read(["experiment=small_molecule", f"model={model}", "data.path=prepared"])
+    assert config.model._target_ == f"ddpkit.models.{kind}"
+    assert (config.data.source, list(config.data.split), config.data.shifts) == ("files", [0.8, 0.1, 0.1], "fitted")
+    assert (config.compile, config.cuda_graphs, config.train.batch_size) == (True, "auto", 5)
+    assert config.scheduler._target_ == "torch.optim.lr_scheduler.CosineAnnealingLR"
+    # The run ends by its steps, at which the rate has fallen.
+    assert config.train.max_epochs >= config.train.max_steps
+    assert config.train.early_stop.patience >= config.train.max_epochs
+
+
 def test_what_is_said_wins_over_an_experiment():
     config = read(["experiment=spice_stage2", "model=allegro_large", "train.batch_size=8", "loss.energy=3", *DATA])
     assert (config.train.batch_size, config.loss.energy, config.loss.forces) == (8, 3.0, 1.0)

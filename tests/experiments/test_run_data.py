@@ -15,10 +15,11 @@ from ase.io import write
 from starts import run_ddpkit
 
 from ddpkit import InputError
-from ddpkit.data import PreparedSet, write_prepared
+from ddpkit.data import PreparedSet, split, write_prepared
 from ddpkit.data.frame import Frame
-from ddpkit.experiments import evaluate
+from ddpkit.experiments import evaluate, run_data
 from ddpkit.experiments.cli import _dispatch
+from ddpkit.experiments.config import read
 
 TINY = ("model=allegro_tiny", "data=files", "device=cpu", "train.max_epochs=1", "train.batch_size=4")
 
@@ -260,3 +261,66 @@ def test_a_run_that_ends_between_epochs_leaves_no_thread(tmp_path):
     run(tmp_path, f"data.path={tmp_path}/a.extxyz", f"run_dir={tmp_path}/run", *words)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
     assert not [thread for thread in threading.enumerate() if thread.name == "ddpkit-loader"]
+
+
+def lone(symbol, energy, **info):
+    atoms = Atoms(symbol, info={"config_type": "IsolatedAtom", **info})
+    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=np.zeros((1, 3)))
+    return atoms
+
+
+def test_a_model_is_normalised_by_the_frames_to_train_on_and_the_isolated_atoms_of_the_file(tmp_path):
+    frames = images(12)
+    save(tmp_path / "a.xyz", [lone("O", -7.0), *frames[:6], lone("H", -3.0), *frames[6:]])
+    run(
+        tmp_path,
+        f"data.path={tmp_path}/a.xyz",
+        f"run_dir={tmp_path}/run",
+        "model.r_max=1.7",
+        "data.split=[0.5,0.25,0.25]",
+    )
+    spec = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model_spec"]
+    assert (spec["species"], spec["shifts"]) == (["H", "O"], [-3.0, -7.0])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    kept = PreparedSet(summary["data_fingerprint"]["set"])
+    assert (len(kept), kept.atoms.tolist()) == (12, [3] * 12)  # without the isolated atoms
+    trained = [frames[k] for k in split(12, [0.5, 0.25, 0.25], 1)[0]]
+    near = [(np.linalg.norm(a.positions[:, None] - a.positions, axis=-1) < 1.7).sum() - 3 for a in trained]
+    assert spec["avg_num_neighbors"] == pytest.approx(sum(near) / (3 * len(trained)))
+    forces = np.array([a.get_forces() for a in trained])
+    of = {"H": forces[:, 1:], "O": forces[:, :1]}
+    overall = 10 * np.mean(forces**2)  # ten atoms' worth, which a few atoms lean towards
+    for symbol, scale in zip(spec["species"], spec["scales"], strict=True):
+        count = of[symbol].size / 3
+        assert scale == pytest.approx(np.sqrt((count * np.mean(of[symbol] ** 2) + overall) / (count + 10)))
+
+
+def test_isolated_atoms_that_contradict_each_other_or_do_not_suffice_are_refused(tmp_path):
+    def sentence(name, *atoms, also=()):
+        save(tmp_path / name, [*images(12), *atoms])
+        return refused(tmp_path, f"data.path={tmp_path}/{name}", f"run_dir={tmp_path}/run", *also)
+
+    said = sentence("two.xyz", lone("O", -7.0), lone("H", -3.0), lone("O", -7.1))
+    assert "frame 14 of" in said
+    assert "is an isolated O atom of -7.1 eV, but another one has -7 eV" in said
+    said = sentence("few.xyz", lone("O", -7.0))
+    assert "has energies of isolated atoms of O, but not of H: add a frame of one isolated atom for each" in said
+    run(tmp_path, f"data.path={tmp_path}/few.xyz", f"run_dir={tmp_path}/fitted", "data.shifts=fitted")
+
+
+def test_some_of_the_frames_to_train_on(tmp_path):
+    """For learning curves: frames to validate and test on stay, and fewer to train on are some of more."""
+    config = read(["data=files", "data.path=-", "data.split=[0.6,0.2,0.2]"])
+    save(tmp_path / "a.xyz", images(30))
+    for count in (4, 9):
+        run(tmp_path, f"data.path={tmp_path}/a.xyz", f"run_dir={tmp_path}/{count}", "data.split=[0.6,0.2,0.2]",
+            f"data.train_frames={count}")  # fmt: skip
+        rows = (tmp_path / str(count) / "steps.csv").read_text().splitlines()
+        assert len(rows) - 1 == count // 4
+    train = np.arange(3, 21)
+    few, more = (run_data._some(train, count, config.data.seed) for count in (4, 9))
+    assert (len(few), len(more), sorted(more)) == (4, 9, more.tolist())
+    assert set(few) < set(more) < set(train)
+    assert set(run_data._some(train, 4, 2)) != set(few)
+    said = refused(tmp_path, f"data.path={tmp_path}/a.xyz", f"run_dir={tmp_path}/x", "data.train_frames=40")
+    assert "data.train_frames=40 is more than the 27 frames to train on" in said

@@ -13,7 +13,7 @@ from ddpkit.analysis import blocks, plan
 from ddpkit.analysis.runs import Run
 from ddpkit.errors import InputError
 from ddpkit.experiments import experiment, turns
-from ddpkit.experiments.config import read
+from ddpkit.experiments.config import flat, read
 from ddpkit.experiments.studies import STUDIES
 from ddpkit.progress import Progress
 
@@ -95,6 +95,26 @@ def test_arms_are_what_the_analysis_calls_them(monkeypatch):
         assert not found.left_out
 
 
+def test_every_arm_of_accuracy_is_the_recipe_but_for_one_thing(monkeypatch):
+    monkeypatch.setenv("DDPKIT_MOLECULE", "molecule.xyz")
+    for scale in STUDIES["accuracy"]:
+        found = {label: flat(config) for label, config in configs("accuracy", scale, 1).items()}
+        assert all(Run(label, {}, pd.DataFrame(), pd.DataFrame()).stem == label for label in found)
+        first = found.get("baseline") or next(iter(found.values()))
+        for label, config in found.items():
+            changed = {key for key in config if config[key] != first[key]}
+            assert bool(changed) == (config is not first), label
+    recipe = configs("accuracy", "choices", 1)["baseline"]
+    assert flat(recipe) == flat(read(["experiment=small_molecule", "data.path=molecule.xyz", "seed=1", "data.seed=1"]))
+    assert len(STUDIES["accuracy"]["choices"].arms) == 7  # six choices
+    strategies = configs("accuracy", "strategies", 1)
+    assert {label: (c.strategy.name, c.compile, c.cuda_graphs) for label, c in strategies.items()} == {
+        "baseline": ("standard", False, False), "custom": ("custom", False, False), "compiled": ("custom", True, False),
+        "captured": ("custom", True, True),
+    }  # fmt: skip
+    assert len(STUDIES["accuracy"]["strategies"].blocks()) == 5
+
+
 class Ended:
     """A process that is over."""
 
@@ -122,8 +142,8 @@ def study(tmp_path, monkeypatch):
         facts = {"status": "finished", "parameters": 100 * width}
         (run.folder / "summary.json").write_text(json.dumps(facts | befalls.get(run.label, {})))
         config = {
-            "strategy": told["strategy"],
-            "compile": told["compile"] == "true",
+            "strategy": told.get("strategy", "custom"),
+            "compile": told.get("compile") == "true",
             "model": {"type_embedding_dim": width},
             "train": {"turns": told.get("train.turns")},
         }
@@ -261,6 +281,34 @@ def test_so_many_runs_are_under_way_at_a_time(study, monkeypatch):
     assert max(most) == 2
     with pytest.raises(InputError, match="together=2 is not for speed"):
         start("together=2", name="speed")
+
+
+def test_runs_of_accuracy_are_evaluated_once_they_have_finished(study, monkeypatch, tmp_path, capsys):
+    start, ran, befalls = study
+    told = []
+
+    def evaluate(run):
+        told.append(run.label)
+        if run.label != befalls.get("not evaluated"):
+            (run.folder / "evaluation" / "test").mkdir(parents=True)
+            (run.folder / "evaluation" / "test" / "accuracy.csv").write_text("")
+        return Ended()
+
+    monkeypatch.setattr(experiment.StudyRun, "evaluate", evaluate)
+    befalls["no_average"] = {"status": "failed", "error": "The loss was nan at step 9 on rank 0"}
+    befalls["not evaluated"] = "baseline_2"
+    with pytest.raises(InputError, match=r"1 of 6 runs could not be evaluated \(baseline_2\)"):
+        start(name="accuracy")
+    assert sorted(told) == sorted(set(ran) - {"no_average"})
+    assert len(ran) == 6
+    told.clear()
+    befalls.clear()
+    start(name="accuracy")
+    assert told == ["baseline_2"]
+    assert f"`ddpkit-analyze accuracy {tmp_path}` compares them" in capsys.readouterr().out
+    with pytest.raises(InputError, match="pairs=3 is not for accuracy"):
+        start("pairs=3", name="accuracy")
+    assert experiment._parse(["accuracy"]).scale == "choices"
 
 
 def test_a_wrong_override_starts_nothing(study):

@@ -38,6 +38,17 @@ def test_an_epochs_loss_is_the_mean_over_its_rows(ddpkit_run, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["seconds_logging_per_row"] > 0
 
 
+def test_validation_every_few_epochs_and_after_the_last(ddpkit_run, tmp_path):
+    ddpkit_run("train.validate_every=3", "train.max_epochs=7", f"run_dir={tmp_path}")
+    epochs = pd.read_csv(tmp_path / "epochs.csv")
+    assert epochs.epoch[epochs.val_forces_rmse.notna()].tolist() == [3, 6, 7]
+    best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
+    assert best["progress"]["epoch"] in (3, 6, 7)
+    assert best["progress"]["epochs_since_best"] == 0
+    last = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    assert last["progress"]["epoch"] == 7
+
+
 def test_training_learns_and_leaves_a_whole_run_folder(ddpkit_run, tmp_path):
     done = ddpkit_run("train.max_epochs=60", f"run_dir={tmp_path / 'run'}", ranks=2, launcher="mpirun")
     run = tmp_path / "run"
