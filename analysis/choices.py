@@ -13,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ddpkit.analysis.accuracy import read_beside
 from ddpkit.analysis.figures import BLUE, CYCLE, GREY, STYLE
@@ -269,6 +269,9 @@ def curve_figure(study: Study) -> Figure:
             sizes = sorted(set(values["train_frames"]))
             axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.25, lw=0.5)
         axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return drawing

@@ -449,7 +449,8 @@ class Trainer:
         self.schedule.after_epoch(None if errors is None else errors["val_loss"])
         p.epoch += 1
         p.step_in_epoch, p.rows_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0, 0.0, 0.0
-        self._save(best=improved or not validates)
+        if errors is not None or not validates or self._after_epoch is not None or c.is_checkpoint_due(p.step):
+            self._save(best=improved or not validates)
 
     # -- validation ----------------------------------------------------------------------------------------------------
 

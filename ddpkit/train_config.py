@@ -48,7 +48,8 @@ class TrainConfig:
         rows_late: steps after which ranks look at a row, write it, and act on what it tells (NaN, a signal, the time limit):
             a killed run lacks the rows of so many steps. By then a GPU has ended the row's step, and the host need not wait for
             it. None: 8 on GPUs, 1 on CPUs.
-        checkpoint_every: steps between checkpoints; None: once an epoch; a run that ends leaves one too. "never" (or 0): none.
+        checkpoint_every: steps between checkpoints; None: once an epoch, or once in `validate_every` of them; a run that ends
+            leaves one too. "never" (or 0): none.
         clip_norm: upper bound of the norm of the global gradient; None: no clipping.
         ema_decay: of the moving average of the weights, which validation uses; 0 turns it off.
         validate: validate after each epoch.

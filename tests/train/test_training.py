@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ddpkit import checkpoint
+from ddpkit.train import Trainer
 
 LOSSES = ["loss", "loss_energy", "loss_forces", "grad_norm"]
 
@@ -38,15 +39,27 @@ def test_an_epochs_loss_is_the_mean_over_its_rows(ddpkit_run, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["seconds_logging_per_row"] > 0
 
 
-def test_validation_every_few_epochs_and_after_the_last(ddpkit_run, tmp_path):
-    ddpkit_run("train.validate_every=3", "train.max_epochs=7", f"run_dir={tmp_path}")
-    epochs = pd.read_csv(tmp_path / "epochs.csv")
+def test_validation_every_few_epochs_and_after_the_last(run_here, tmp_path, monkeypatch):
+    """And a checkpoint with it, or at the steps that were asked for."""
+    saved = []
+    monkeypatch.setattr(
+        Trainer, "_write_checkpoint", lambda trainer, *, best: saved.append((trainer.progress.epoch, best))
+    )
+    run_here("train.validate_every=3", "train.max_epochs=7", f"run_dir={tmp_path / 'a'}")
+    epochs = pd.read_csv(tmp_path / "a" / "epochs.csv")
+    assert epochs.epoch.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert epochs.epoch[epochs.val_forces_rmse.notna()].tolist() == [3, 6, 7]
-    best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
-    assert best["progress"]["epoch"] in (3, 6, 7)
-    assert best["progress"]["epochs_since_best"] == 0
-    last = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
-    assert last["progress"]["epoch"] == 7
+    assert [epoch for epoch, _ in saved] == [3, 6, 7]
+    assert saved[0][1]
+    saved.clear()
+    words = ("train.validate_every=3", "train.max_epochs=4", "train.checkpoint_every=12")
+    run_here(*words, f"run_dir={tmp_path / 'b'}")  # an epoch has 6 steps
+    assert saved[0] == (2, False)
+    assert [epoch for epoch, _ in saved] == [2, 3, 4]
+    saved.clear()
+    run_here("train.validate_every=9", "train.max_epochs=9", "train.max_steps=12", f"run_dir={tmp_path / 'c'}")
+    assert pd.read_csv(tmp_path / "c" / "epochs.csv").val_forces_rmse.notna().tolist() == [False, True]
+    assert saved == [(2, True)]
 
 
 def test_training_learns_and_leaves_a_whole_run_folder(ddpkit_run, tmp_path):
