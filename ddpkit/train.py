@@ -6,7 +6,7 @@ gather a step, which is read a fixed number of steps later, so that the host nee
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any, Protocol
@@ -249,7 +249,7 @@ class Trainer:
                     if self._read_all(bar):
                         break
                     with record_function(BETWEEN):
-                        self._save()
+                        self._save("last")
             self._read_all(bar)
             stretch.end()
             p.count(stretch)
@@ -418,7 +418,7 @@ class Trainer:
         p, c = self.progress, self.config
         ended = p.step_in_epoch >= self.train_loader.steps_per_epoch()
         if not ended:
-            self._save()
+            self._save("last")
             if self.stopped_by is not None:
                 return
         errors = None
@@ -445,12 +445,14 @@ class Trainer:
             self.folder.summarize(**self.facts() | {"epochs": p.epoch + int(ended)})
             _tell(row)
         if not ended:
+            if improved:  # apart from the last, which goes on as if it had not been stopped
+                self._save("best")
             return
         self.schedule.after_epoch(None if errors is None else errors["val_loss"])
         p.epoch += 1
         p.step_in_epoch, p.rows_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0, 0.0, 0.0
         if errors is not None or not validates or self._after_epoch is not None or c.is_checkpoint_due(p.step):
-            self._save(best=improved or not validates)
+            self._save("last", *(["best"] if improved or not validates else []))
 
     # -- validation ----------------------------------------------------------------------------------------------------
 
@@ -483,20 +485,20 @@ class Trainer:
 
     # -- leaving -------------------------------------------------------------------------------------------------------
 
-    def _save(self, *, best: bool = False) -> None:
+    def _save(self, *names: str) -> None:
+        """Writes checkpoints `last`, or `best`, or both."""
         if not self.config.leaves_checkpoints:
             return
         with phase.during("checkpoint"):
-            self._write_checkpoint(best=best)
+            self._write_checkpoints(names)
 
-    def _write_checkpoint(self, *, best: bool) -> None:
+    def _write_checkpoints(self, names: Sequence[str]) -> None:
         of_ranks = self._states_of_ranks()
         self._has_checkpoint = True
         if self.folder is None:
             return
         self.folder.to_disk()
-        paths = [self.folder.checkpoints / "last.pt"] + ([self.folder.checkpoints / "best.pt"] if best else [])
-        self._writer.write(paths, self.state_dict() | of_ranks)
+        self._writer.write([self.folder.checkpoints / f"{name}.pt" for name in names], self.state_dict() | of_ranks)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -40,26 +40,36 @@ def test_an_epochs_loss_is_the_mean_over_its_rows(ddpkit_run, tmp_path):
 
 
 def test_validation_every_few_epochs_and_after_the_last(run_here, tmp_path, monkeypatch):
-    """And a checkpoint with it, or at the steps that were asked for."""
+    """And checkpoints with it, or at the steps that were asked for."""
     saved = []
     monkeypatch.setattr(
-        Trainer, "_write_checkpoint", lambda trainer, *, best: saved.append((trainer.progress.epoch, best))
+        Trainer, "_write_checkpoints", lambda trainer, names: saved.append((trainer.progress.epoch, *names))
     )
     run_here("train.validate_every=3", "train.max_epochs=7", f"run_dir={tmp_path / 'a'}")
     epochs = pd.read_csv(tmp_path / "a" / "epochs.csv")
     assert epochs.epoch.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert epochs.epoch[epochs.val_forces_rmse.notna()].tolist() == [3, 6, 7]
-    assert [epoch for epoch, _ in saved] == [3, 6, 7]
-    assert saved[0][1]
+    assert [epoch for epoch, *_ in saved] == [3, 6, 7]
+    assert saved[0] == (3, "last", "best")
     saved.clear()
     words = ("train.validate_every=3", "train.max_epochs=4", "train.checkpoint_every=12")
     run_here(*words, f"run_dir={tmp_path / 'b'}")  # an epoch has 6 steps
-    assert saved[0] == (2, False)
-    assert [epoch for epoch, _ in saved] == [2, 3, 4]
+    assert saved[0] == (2, "last")
+    assert [epoch for epoch, *_ in saved] == [2, 3, 4]
     saved.clear()
     run_here("train.validate_every=9", "train.max_epochs=9", "train.max_steps=12", f"run_dir={tmp_path / 'c'}")
     assert pd.read_csv(tmp_path / "c" / "epochs.csv").val_forces_rmse.notna().tolist() == [False, True]
-    assert saved == [(2, True)]
+    assert saved == [(2, "last", "best")]
+
+
+def test_a_run_that_ends_within_an_epoch_leaves_its_best_weights_too(run_here, tmp_path):
+    run_here("train.max_steps=3", f"run_dir={tmp_path / 'run'}")
+    last, best = (checkpoint.load(tmp_path / "run" / "checkpoints" / f"{name}.pt") for name in ("last", "best"))
+    assert (last["progress"]["step"], best["progress"]["step"]) == (3, 3)
+    assert last["progress"]["best"] == float("inf")  # goes on as if it had not been stopped
+    assert best["progress"]["best"] < 10
+    for name, value in last["ema"].items():
+        assert torch.equal(value, best["ema"][name])
 
 
 def test_training_learns_and_leaves_a_whole_run_folder(ddpkit_run, tmp_path):
