@@ -127,8 +127,8 @@ class RunConfig:
     """One run.
 
     Attributes:
-        model: a group: `allegro_tiny|small|medium|large`, `nequip_tiny|molecule|small|medium|large|xl`, or `model._target_` with
-            an import path.
+        model: a group: `allegro_tiny|molecule|small|medium|large`, `nequip_tiny|molecule|small|medium|large|xl`, or
+            `model._target_` with an import path.
         data: a group: `generated`, `generated_crystals` or `files`.
         strategy: a group: `custom`, `standard`, `overlap`, `ingraph`, `emulated`, `none`, or `strategy._target_` with an import
             path.

@@ -29,9 +29,10 @@ def test_mptrj():
     assert config.data.split_by == "group"
 
 
-@pytest.mark.parametrize(("model", "kind"), [("allegro_medium", "Allegro"), ("nequip_molecule", "NequIP")])
+@pytest.mark.parametrize(("model", "kind"), [("allegro_molecule", "Allegro"), ("nequip_molecule", "NequIP")])
 def test_one_molecule(model, kind):
     config = read(["experiment=small_molecule", f"model={model}", "data.path=prepared"])
+    assert not config.model.zbl
     assert config.model._target_ == f"ddpkit.models.{kind}"
     assert (config.data.source, list(config.data.split), config.data.shifts) == ("files", [0.8, 0.1, 0.1], "fitted")
     assert (config.compile, config.cuda_graphs, config.train.batch_size) == (True, "auto", 5)
@@ -39,6 +40,7 @@ def test_one_molecule(model, kind):
     # The run ends by its steps, at which the rate has fallen.
     assert config.train.max_epochs >= config.train.max_steps
     assert config.train.early_stop.patience >= config.train.max_epochs
+    assert read(["experiment=small_molecule", "data.path=x"]).model == read(["model=allegro_molecule"]).model
 
 
 def test_what_is_said_wins_over_an_experiment():
