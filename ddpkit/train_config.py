@@ -9,7 +9,7 @@ class PlateauConfig:
 
     Attributes:
         factor: the learning rate is multiplied by it; 1 keeps the rate.
-        patience: epochs without improvement before that.
+        patience: validated epochs without improvement before that.
         threshold: relative improvement that counts.
         min_lr: the rate goes no lower.
     """
@@ -25,7 +25,7 @@ class EarlyStopConfig:
     """Stops when the mean of validation force RMSE (eV/Å) and per-atom energy RMSE (eV) no longer improves.
 
     Attributes:
-        patience: epochs without improvement.
+        patience: validated epochs without improvement.
         threshold: relative improvement that counts.
     """
 
@@ -53,7 +53,7 @@ class TrainConfig:
         clip_norm: upper bound of the norm of the global gradient; None: no clipping.
         ema_decay: of the moving average of the weights, which validation uses; 0 turns it off.
         validate: validate after each epoch.
-        validate_every: epochs between validations, of which the last epoch is one; what waits for an improvement counts these.
+        validate_every: validate after each so many epochs, and after the last.
         warmup_steps: over so many steps the learning rate rises from 0; what moves it after them begins then.
         plateau: when the learning rate falls, where the run has no `scheduler`.
         early_stop: when training stops by itself.
