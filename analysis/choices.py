@@ -138,8 +138,11 @@ def _fingerprint(run: Run) -> tuple[Any, ...]:
 
 def _changes(run: Run, baseline: Run) -> str:
     own, base = flatten(run.config), flatten(baseline.config)
+    names = [str(flat.get("scheduler._target_") or "plateau").rpartition(".")[2] for flat in (own, base)]
+    told = [f"scheduler={names[0]}"] if names[0] != names[1] else []
     keys = sorted(k for k in {*own, *base} if own.get(k) != base.get(k) and k not in _OF_NO_CHOICE)
-    return ", ".join(f"{key}={own.get(key)}" for key in keys)
+    told += [f"{key}={own.get(key)}" for key in keys if not (told and key.startswith("scheduler."))]
+    return ", ".join(told)
 
 
 def table(study: Study) -> Table:

@@ -48,7 +48,8 @@ def arms(tmp_path):
         for arm, values in logs.items():
             error = float(base * np.exp(values[pair - 1]))
             evaluated(tmp_path, arm, pair, {"all": (error, 5.0)}, **{"train.ema_decay": len(arm) / 10})
-    evaluated(tmp_path, "once", 1, {"all": (13.0, 4.0)}, **{"optimizer.lr": 0.004})
+    cosine = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": "all"}
+    evaluated(tmp_path, "once", 1, {"all": (13.0, 4.0)}, **{"optimizer.lr": 0.004, "scheduler": cosine})
     return tmp_path, logs
 
 
@@ -72,7 +73,7 @@ def test_arms_are_compared_seed_by_seed(arms, capsys):
     assert {arm: row[-1] for arm, row in rows.items()} == {
         "baseline": "-", "same": "yes", "worse": "no", "noisy": "open", "once": "open",
     }  # fmt: skip
-    assert rows["once"][1] == "optimizer.lr=0.004"
+    assert rows["once"][1] == "scheduler=CosineAnnealingLR, optimizer.lr=0.004"
     assert rows["same"][1] == "train.ema_decay=0.4"
     assert rows["same"][6] == "+25.0 % [+25.0, +25.0]"
     base = study.errors("baseline", choices.FORCES)
