@@ -151,6 +151,7 @@ class FakeSymbols(Symbols):
     def __init__(self, layout: Layout, sizes: Mapping[str, int], fixed: set[int]) -> None:
         self.env = _Questions(specialize_zero_one=False, duck_shape=False)
         self.fake = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.fake.cache_enabled = False  # where sizes are symbols, a look into it takes longer than to compute anew
         self.sizes: dict[str, Any] = {}
         self.symbols: dict[str, sympy.Symbol] = {}
         hints = distinct(sizes, fixed) if layout.is_known else sizes
