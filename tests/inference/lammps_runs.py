@@ -98,18 +98,27 @@ def lammps(script, folder, ranks=1, variables=None, installed=None):
 
 def states(script, folder, ranks=1, **keywords):
     """The states at the places marked REPORT in a script."""
-    text, count = "", 0
-    for part in script.split("REPORT"):
-        text += (REPORT.format(file=f"state{count}") if count else "") + part
-        count += 1
+    return states_of_all({"": script}, folder, ranks, **keywords)[""]
+
+
+def states_of_all(scripts, folder, ranks=1, **keywords):
+    """The states of each script: run one after another by one LAMMPS, which takes its time to start, in their folders."""
+    text, numbers = "", {}
+    for name, script in scripts.items():
+        first, *rest = script.split("REPORT")
+        text += (f"clear\nshell cd {folder / name}\n" if name else "") + first
+        text += "".join(REPORT.format(file=f"state{n}") + part for n, part in enumerate(rest, 1)) + "\n"
+        numbers[name] = range(1, len(rest) + 1)
     done = lammps(text, folder, ranks, **keywords)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    told = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("STATE ")]
-    assert len(told) == count - 1
-    return [
-        State(float(words[0]), np.array(words[1:], float), np.loadtxt(folder / f"state{n + 1}", skiprows=9, ndmin=2))
-        for n, words in enumerate(told)
-    ]
+    told = iter([line.split()[1:] for line in done.stdout.splitlines() if line.startswith("STATE ")])
+    found = {name: [_state(next(told), folder / name / f"state{n}") for n in ns] for name, ns in numbers.items()}
+    assert list(told) == []
+    return found
+
+
+def _state(words, path):
+    return State(float(words[0]), np.array(words[1:], float), np.loadtxt(path, skiprows=9, ndmin=2))
 
 
 def same(ours, theirs, tolerance=1e-10):

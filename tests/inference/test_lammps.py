@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from lammps_runs import COMPUTES, data, lammps, ready, same, states
+from lammps_runs import COMPUTES, data, lammps, ready, same, states, states_of_all
 from lammps_toys import LJ_CUT, Densities, LennardJones, metadata
 
 from ddpkit.calculator import Calculator
@@ -123,44 +123,92 @@ def model(packages, name, options=""):
     return MODEL.format(options, packages, name)
 
 
+class Runs:
+    """Runs of many cases: those on so many ranks by one LAMMPS, once the first is asked for."""
+
+    def __init__(self, folder, scripts):
+        self.folder, self.scripts = folder, scripts
+        self.states = {}
+
+    def __call__(self, kind, case, **keywords):
+        """The states of a case; `scripts[kind]` has for each case its pair style, number of ranks and parts of the script."""
+        if (kind, case) not in self.states:
+            ranks = self.scripts[kind][case][1]
+            folder = self.folder / f"{kind}-{ranks}".replace(" ", "-")
+            folder.mkdir()
+            names = {f"case{n}": name for n, (name, one) in enumerate(self.scripts[kind].items()) if one[1] == ranks}
+            texts = {
+                n: script(self.scripts[kind][c][0], folder / n, **self.scripts[kind][c][2]) for n, c in names.items()
+            }
+            found = states_of_all(texts, folder, ranks, **keywords)
+            self.states |= {(kind, names[n]): states for n, states in found.items()}
+        return self.states[kind, case]
+
+
+@pytest.fixture(scope="module")
+def pairs(packages, tmp_path_factory):
+    ours, alone = model(packages, "pairs"), {}
+    for case, (parts, _) in CASES.items():
+        alone[case] = {name: part for name, part in parts.items() if name != "grid"}
+    scripts = {
+        "theirs": {case: (LJ_CUT, 1, parts) for case, parts in alone.items()},
+        "alone": {case: (ours, 1, parts) for case, parts in alone.items()},
+        "on ranks": {case: (ours, ranks, parts) for case, (parts, ranks) in CASES.items()},
+    }
+    return Runs(tmp_path_factory.mktemp("pairs"), scripts)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_pairs_equal_lj_cut(case, packages, tmp_path):
-    parts, ranks = CASES[case]
-    alone = {name: part for name, part in parts.items() if name != "grid"}
-    theirs = states(script(LJ_CUT, tmp_path / "theirs", **alone), tmp_path / "theirs")
-    for number, given in ((1, alone), (ranks, parts)):
-        folder = tmp_path / f"ours{number}"
-        same(states(script(model(packages, "pairs"), folder, **given), folder, number), theirs)
+def test_pairs_equal_lj_cut(case, pairs):
+    for kind in ("alone", "on ranks"):
+        same(pairs(kind, case), pairs("theirs", case))
 
 
-@pytest.mark.parametrize(
-    ("box", "grid", "ranks"),
-    [
-        (LIQUID, "* * *", 2), (LIQUID, "2 2 1", 4), (LIQUID, "1 1 3", 3), (TRICLINIC, "* * *", 2), (SMALL, "* * *", 2),
-        (SLAB, "1 1 3", 3), (MOLECULE, "2 2 1", 4),
-    ],
-)  # fmt: skip
-def test_exchanged_rows_are_those_of_one_rank(box, grid, ranks, packages, tmp_path):
-    one = script(model(packages, "densities"), tmp_path / "one", box)
-    several = script(model(packages, "densities"), tmp_path / "several", box, grid=grid)
-    same(states(several, tmp_path / "several", ranks), states(one, tmp_path / "one"))
+DIVIDED = {
+    "liquid": (LIQUID, "* * *", 2),
+    "liquid by four": (LIQUID, "2 2 1", 4),
+    "liquid in slices": (LIQUID, "1 1 3", 3),
+    "triclinic": (TRICLINIC, "* * *", 2),
+    "small": (SMALL, "* * *", 2),
+    "slab": (SLAB, "1 1 3", 3),
+    "molecule": (MOLECULE, "2 2 1", 4),
+}
+
+
+@pytest.fixture(scope="module")
+def densities(packages, tmp_path_factory):
+    pair = model(packages, "densities")
+    scripts = {
+        "alone": {case: (pair, 1, {"box": box}) for case, (box, _, _) in DIVIDED.items()},
+        "on ranks": {case: (pair, ranks, {"box": box, "grid": grid}) for case, (box, grid, ranks) in DIVIDED.items()},
+        "by operators": {case: (pair, 2, {"box": DIVIDED[case][0]}) for case in ("triclinic", "molecule")},
+    }
+    return Runs(tmp_path_factory.mktemp("densities"), scripts)
+
+
+@pytest.mark.parametrize("case", DIVIDED)
+def test_exchanged_rows_are_those_of_one_rank(case, densities):
+    same(densities("on ranks", case), densities("alone", case))
+
+
+@pytest.mark.parametrize("case", ["triclinic", "molecule"])
+def test_operators_of_a_gpu_make_the_same_tables(case, densities):
+    same(densities("by operators", case, variables={"DDPKIT_LAMMPS_OPERATORS": "1"}), densities("alone", case))
+
+
+@pytest.fixture(scope="module")
+def chunks(packages, tmp_path_factory):
+    parts = {chunk: (model(packages, "pairs", f"chunk {chunk}"), 2, {"box": SLAB}) for chunk in (1, 7, 24)}
+    scripts = {"whole": {None: (model(packages, "pairs"), 1, {"box": SLAB})}, "parts": parts, "by operators": parts}
+    return Runs(tmp_path_factory.mktemp("chunks"), scripts)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 24])
 @pytest.mark.parametrize("operators", ["", "1"])
-def test_chunks_and_operators_of_a_gpu_compute_the_same(chunk, operators, packages, tmp_path):
+def test_chunks_and_operators_of_a_gpu_compute_the_same(chunk, operators, chunks):
     variables = {"DDPKIT_LAMMPS_OPERATORS": operators} if operators else {}
-    whole = script(model(packages, "pairs"), tmp_path / "whole", SLAB)
-    parts = script(model(packages, "pairs", f"chunk {chunk}"), tmp_path / "parts", SLAB)
-    same(states(parts, tmp_path / "parts", 2, variables=variables), states(whole, tmp_path / "whole"))
-
-
-@pytest.mark.parametrize("box", [TRICLINIC, MOLECULE])
-def test_operators_of_a_gpu_make_the_same_tables(box, packages, tmp_path):
-    one = script(model(packages, "densities"), tmp_path / "one", box)
-    other = script(model(packages, "densities"), tmp_path / "other", box)
-    variables = {"DDPKIT_LAMMPS_OPERATORS": "1"}
-    same(states(other, tmp_path / "other", 2, variables=variables), states(one, tmp_path / "one"))
+    got = chunks("by operators" if operators else "parts", chunk, variables=variables)
+    same(got, chunks("whole", None))
 
 
 def test_several_types_are_one_element(packages, tmp_path):
