@@ -139,7 +139,8 @@ def test_without_forces_energy_is_kept():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.pt"
-    spec = {**model_spec("nequip_tiny", []), "precision": "mixed", "species": list(SPECIES), "avg_num_neighbors": 12.0}
+    spec = model_spec("nequip_tiny", ["model.num_layers=1"])
+    spec |= {"precision": "mixed", "species": list(SPECIES), "avg_num_neighbors": 12.0}
     model = build(spec, SPECIES)
     state = {"model_spec": spec, "model": model.state_dict(), "ema": None, "optimizer": {}, "scheduler": None}
     checkpoint.save(path, {**state, "progress": {"step": 0, "epoch": 0}})

@@ -12,8 +12,8 @@ from ddpkit.experiments.config import read
 from ddpkit.ranks.group import Environment
 
 LOSSES = ["loss", "loss_energy", "loss_forces", "grad_norm"]
-SMALL = "model.num_layers=1"
-RUN = ("compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true", SMALL)
+RUN = ("compile=true", "precision=float64", "train.max_epochs=8", "check_kernels=false", "deterministic=true")
+MODEL = {"cpu": "model._target_=pairs.Pairs", "cuda": "model.num_layers=1"}
 HERE = {"cpu": ("device=cpu", "compiler=interpreted"), "cuda": ("device=cuda", "compiler=inductor")}
 SIZED = [
     ("cpu", 2),
@@ -33,7 +33,7 @@ def summary(folder):
 @pytest.fixture(scope="module", params=SIZED, ids=lambda sized: f"{sized[1]}-{sized[0]}")
 def sized(request):
     device, ranks = request.param
-    return (*RUN, *HERE[device]), ranks
+    return (*RUN, *HERE[device], MODEL[device]), ranks
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(ddpkit_run, sized, f
     compiled, ranks = sized
     run = folder / "parts"
     ddpkit_run(*compiled, "cuda_graphs=true", "train.max_steps=39", f"run_dir={run}", ranks=ranks)
-    ddpkit_run(f"resume={run}", SMALL, "train.max_steps=null", "train.max_epochs=8", ranks=ranks)
+    ddpkit_run(f"resume={run}", compiled[-1], "train.max_steps=null", "train.max_epochs=8", ranks=ranks)
     assert (steps(run)[["step", *LOSSES]] == steps(folder / "recorded")[["step", *LOSSES]]).all(axis=None)
     assert summary(run)["captured_steps"] > 30
 

@@ -80,7 +80,8 @@ def test_another_length_is_refused():
 
 @pytest.mark.parametrize("strategy", ["custom", "ingraph"])
 def test_runs_follow_it(run_here, tmp_path, strategy):
-    words = ["strategy=" + strategy, *["compile=true", "compiler=interpreted"] * (strategy == "ingraph")]
+    compiled = ["compile=true", "compiler=interpreted", "model._target_=pairs.Pairs"]
+    words = ["strategy=" + strategy, *compiled * (strategy == "ingraph")]
     schedule = [
         "scheduler=cosine",
         "scheduler.eta_min=0",
