@@ -20,7 +20,7 @@ from ddpkit.ranks.mpirun import mpirun
 from ddpkit.testing import ranks as testing
 from ddpkit.testing.nursery import LIBRARY, nursery
 
-MODULES = (*LIBRARY, "models", "experiments.run")
+MODULES = (*LIBRARY, "ddpkit.models", "ddpkit.experiments.run")
 
 
 def main(words):

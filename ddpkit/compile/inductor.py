@@ -339,6 +339,14 @@ def _leave(*_: Any, **__: Any) -> Any:
     return NotImplemented
 
 
+def set_up() -> None:
+    """Makes what torch makes before it rewrites its first graph; processes that are forked later share it."""
+    symbols = FakeSymbols(Layout.of([torch.zeros(2)]), {}, set())
+    with symbols.without_values():
+        graph = make_fx(lambda x: [x + 1])(*symbols.leaves)
+    Inductor().prepare(graph, symbols, inference=True)
+
+
 def _rewrite(graph: fx.GraphModule) -> None:
     """What torch rewrites before a graph is cut and compiled."""
     with inductor_config.patch(_KEEPS_ROUNDING):

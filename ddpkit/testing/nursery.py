@@ -20,20 +20,27 @@ from contextlib import suppress
 from pathlib import Path
 
 _READ_AT_LOADING = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "PYTHON", "CUDA_", "TORCH")
-_READ_LATER = ("TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_USE_AGENT_STORE")
-LIBRARY = ("compile.forces", "compile.gradients", "loss", "ranks.group", "step", "sync")
-"""Modules of ddpkit that a rank is likely to need."""
+_READ_LATER = ("TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_")
+LIBRARY = (
+    "ddpkit.compile.forces",
+    "ddpkit.compile.gradients",
+    "ddpkit.loss",
+    "ddpkit.ranks.group",
+    "ddpkit.step",
+    "ddpkit.sync",
+)
+"""Modules that a rank is likely to need."""
 
-# The compiler takes two seconds to import. Beside a GPU it is left out: had an import looked at the GPU, no fork could use it.
+# The compiler takes two seconds to get ready. Beside a GPU it is left out: had an import looked at the GPU, no fork could use it.
 _SCRIPT = """
 import contextlib, importlib, torch
 
 for module in {modules}:
-    importlib.import_module("ddpkit." + module)
+    importlib.import_module(module)
+from ddpkit.testing.nursery import get_compiler_ready, leave, serve
 if torch.cuda.device_count() == 0:
-    with contextlib.suppress(ImportError, AttributeError):  # another torch: ranks that compile will say so
-        importlib.import_module("ddpkit.compile.inductor")
-from ddpkit.testing.nursery import leave, serve
+    with contextlib.suppress(Exception):  # another torch: ranks that compile will say so
+        get_compiler_ready()
 from ddpkit.testing.ranks import work
 
 work(serve({descriptor}))
@@ -77,7 +84,7 @@ class Nursery:
 
     Args:
         variables: its environment.
-        modules: what it imports, without `ddpkit.` in front.
+        modules: what it imports.
     """
 
     def __init__(self, variables: Mapping[str, str], modules: Sequence[str] = LIBRARY) -> None:
@@ -157,12 +164,23 @@ _nurseries: dict[tuple[Sequence[str], tuple[tuple[str, str], ...]], Nursery] = {
 
 def nursery(variables: Mapping[str, str], modules: Sequence[str] = LIBRARY) -> Nursery:
     """The nursery for ranks with this environment that has imported these modules; made where there is none."""
-    at_loading = [name for name in variables if name.startswith(_READ_AT_LOADING) and name not in _READ_LATER]
+    at_loading = [name for name in variables if name.startswith(_READ_AT_LOADING) and not name.startswith(_READ_LATER)]
     key = (modules, tuple((name, variables[name]) for name in sorted(at_loading)))
     if key not in _nurseries or not _nurseries[key].lives:
         _nurseries[key] = Nursery(variables, modules)
         atexit.register(_nurseries[key].close)
     return _nurseries[key]
+
+
+def get_compiler_ready() -> None:
+    """Imports the compiler and sets it up, without the thread that torch's progress bars start: forks would lack it."""
+    from tqdm import tqdm
+
+    from ddpkit.compile.inductor import set_up
+
+    interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
+    set_up()
+    tqdm.monitor_interval = interval
 
 
 def serve(descriptor: int) -> str:

@@ -37,6 +37,7 @@ def run_ranks(
     timeout: float = 300.0,
     initialize: bool = True,
     environment: dict[str, str] | None = None,
+    preload: Sequence[str] = (),
     **keywords: Any,
 ) -> list[Any]:
     """Calls a function on several ranks, each a process of its own, and returns what each returned.
@@ -49,6 +50,8 @@ def run_ranks(
         timeout: seconds after which all ranks are killed.
         initialize: call `ddpkit.init_process_group()` first.
         environment: further variables; `OMP_NUM_THREADS` is 1 unless given.
+        preload: modules that ranks find imported. They are imported once, whatever the number of ranks and calls, but not for
+            `mpirun`.
         keywords: its keyword arguments, picklable.
 
     Returns:
@@ -83,7 +86,7 @@ def run_ranks(
         if launcher == "mpirun":
             _run_mpirun(command, world_size, variables, folder, timeout)
         elif launcher == "torchrun":
-            _run_processes(world_size, variables, folder, timeout)
+            _run_processes(world_size, variables, folder, timeout, (*LIBRARY, *preload))
         else:
             raise InputError(f"launcher={launcher} is unknown: use torchrun or mpirun.")
         if not all((folder / f"result{rank}").exists() for rank in range(world_size)):
@@ -182,8 +185,8 @@ def forked(
         end(processes)
 
 
-def _run_processes(size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
-    with forked(size, variables, folder) as processes:
+def _run_processes(size: int, variables: dict[str, str], folder: Path, timeout: float, modules: Sequence[str]) -> None:
+    with forked(size, variables, folder, modules) as processes:
         wait(processes, timeout)
     if any(process.returncode != 0 for process in processes):
         raise RankFailure(_report(folder, size, timeout))

@@ -90,7 +90,9 @@ SIZED = [
 
 def variables(device):
     """Of ranks: without a GPU in sight, or with one each."""
-    return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"NCCL_ALGO": "Ring"}
+    if device == "cuda":
+        return {"NCCL_ALGO": "Ring"}
+    return {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.is_available() else {}
 
 
 @pytest.fixture(scope="module", params=SIZED, ids=lambda size: f"{size[0]}-{size[1]}")

@@ -12,6 +12,7 @@ from torch import nn
 import ddpkit
 from ddpkit.testing import run_ranks
 
+LIGHTNING = ("lightning", "ddpkit.lightning")  # take seconds to import
 CONFIGURATION = Path(__file__).parent / "nequip"
 
 
@@ -76,7 +77,9 @@ def fit_both(folder):
 
 def test_the_trainer_ends_where_its_own_strategy_does(tmp_path):
     environment = {"TORCHELASTIC_RUN_ID": "test"}
-    for accumulated in run_ranks(fit_both, 2, str(tmp_path), initialize=False, environment=environment):
+    for accumulated in run_ranks(
+        fit_both, 2, str(tmp_path), initialize=False, environment=environment, preload=LIGHTNING
+    ):
         for steps, (own, *ours) in zip((8, 4), accumulated, strict=True):
             for weights, calls in ours:
                 assert calls == steps
@@ -184,7 +187,16 @@ ELASTIC = {"TORCHELASTIC_RUN_ID": "test"}
 @pytest.mark.parametrize("strategy", ["custom", pytest.param("standard", marks=pytest.mark.long)])
 def test_ranks_with_unequal_numbers_of_batches_are_named(strategy):
     longer, shorter = run_ranks(
-        fit_unequal, 2, strategy, (5, 3), (2, 2), False, initialize=False, environment=ELASTIC, timeout=300
+        fit_unequal,
+        2,
+        strategy,
+        (5, 3),
+        (2, 2),
+        False,
+        initialize=False,
+        environment=ELASTIC,
+        timeout=300,
+        preload=LIGHTNING,
     )
     assert "Rank 0 goes on to batch number 4, but rank 1 has come to the start of validation in epoch 0" in shorter
     assert "give every rank equally many batches" in shorter
@@ -193,14 +205,32 @@ def test_ranks_with_unequal_numbers_of_batches_are_named(strategy):
 
 def test_validation_on_unequal_numbers_of_batches_does_not_hang():
     assert run_ranks(
-        fit_unequal, 2, "custom", (3, 3), (2, 4), False, initialize=False, environment=ELASTIC, timeout=300
+        fit_unequal,
+        2,
+        "custom",
+        (3, 3),
+        (2, 4),
+        False,
+        initialize=False,
+        environment=ELASTIC,
+        timeout=300,
+        preload=LIGHTNING,
     ) == ["", ""]
 
 
 @pytest.mark.long
 def test_validation_that_logs_unequally_often_is_named():
     shorter, longer = run_ranks(
-        fit_unequal, 2, "custom", (3, 3), (2, 4), True, initialize=False, environment=ELASTIC, timeout=300
+        fit_unequal,
+        2,
+        "custom",
+        (3, 3),
+        (2, 4),
+        True,
+        initialize=False,
+        environment=ELASTIC,
+        timeout=300,
+        preload=LIGHTNING,
     )
     assert "Rank 1 waits in the reduction of what is logged, but rank 0 has come to the end of validation" in shorter
     assert "Rank 1 has lost the other ranks in the reduction of what is logged" in longer
@@ -243,7 +273,7 @@ KINDS = ("name", "class", "path", "partial", "overlap", "subclass", "standard", 
 
 
 def test_a_scaler_finds_every_kind_of_strategy_alike():
-    ((first, *others),) = run_ranks(overflow, 1, KINDS, initialize=False)
+    ((first, *others),) = run_ranks(overflow, 1, KINDS, initialize=False, preload=LIGHTNING)
     assert first < 2.0**16
     assert others == [first] * (len(KINDS) - 1)
 
@@ -286,7 +316,7 @@ def test_the_variables_of_an_allocation_are_not_taken_for_those_of_a_step():
 
 
 def test_a_batch_script_alone_is_one_rank():
-    assert run_ranks(fit_in_allocation, 1, 1, alone=True, initialize=False)[0][:2] == (1, 0)
+    assert run_ranks(fit_in_allocation, 1, 1, alone=True, initialize=False, preload=LIGHTNING)[0][:2] == (1, 0)
 
 
 def train_nequip(folder, *overrides):
