@@ -102,8 +102,8 @@ _raised: ContextVar[list[Exception] | None] = ContextVar("raised", default=None)
 
 @contextmanager
 def passing_errors_on() -> Iterator[None]:
-    """Inside, compiled code raises what an exchange has raised. Torch makes a RuntimeError of it; torch 2.11 goes on without the
-    rows, until something fails for lack of them.
+    """Inside, compiled code raises what an exchange has raised. Torch makes a RuntimeError of it; before 2.13 it goes on without
+    the rows, until something fails for lack of them (tests/torch/lost_errors.py).
     """
     raised: list[Exception] = []
     before = _raised.set(raised)
