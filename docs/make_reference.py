@@ -18,7 +18,7 @@ from ddpkit.sync import STRATEGIES, find_strategy
 
 MODELS = (
     "Keys below `model`, and keywords of `ddpkit.models.Allegro` and `ddpkit.models.NequIP`. In a run, `species`, "
-    "`avg_num_neighbors`, `shifts` and `scales` are those of the data, and `precision` is the run's."
+    "`avg_num_neighbors`, `shifts` and `scales` are those of the data unless they are given, and `precision` is the run's."
 )
 PAGE = Path(__file__).with_name("reference.md")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")

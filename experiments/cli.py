@@ -35,6 +35,11 @@ VERBS = {
     "md-check": ("ddpkit.experiments.md_check", "whether a model conserves energy and momentum in dynamics", False),
     "lammps": ("ddpkit.experiments.lammps", "run an exported model in LAMMPS", True),
     "export": ("ddpkit.experiments.export", "compile a trained model into one file for Python, ASE and LAMMPS", False),
+    "convert-config": (
+        "ddpkit.experiments.convert_config",
+        "a training file of nequip as a configuration of ddpkit",
+        False,
+    ),
     "bench sync": ("ddpkit.experiments.bench_sync", "time gradient synchronisation", False),
     "bench step": ("ddpkit.experiments.bench_step", "time a training step, beside the peer's", False),
     "bench comm": ("ddpkit.experiments.bench_comm", "time all-reduces", False),

@@ -4,10 +4,11 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -204,13 +205,44 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         _check_form(word)
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module("ddpkit.experiments.conf", version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
+        with (
+            _own_experiment(overrides) as words,
+            initialize_config_module("ddpkit.experiments.conf", version_base="1.3"),
+        ):
+            config = compose("config", overrides=words)
             OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_sentence(error, overrides)) from error
     _name_strategy(config)
     return config
+
+
+@contextmanager
+def _own_experiment(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides, while Hydra knows a file that `experiment=FILE.yaml` names as one more experiment."""
+    with TemporaryDirectory(prefix="ddpkit-") as folder:
+        yield [_placed(word, Path(folder)) for word in overrides] + [f"hydra.searchpath=[file://{folder}]"]
+
+
+def _placed(word: str, folder: Path) -> str:
+    key, _, value = word.partition("=")
+    if key.lstrip("+") != "experiment" or not value.endswith((".yaml", ".yml")):
+        return word
+    try:
+        text = Path(value).read_text()
+        is_mapping = isinstance(yaml.safe_load(text), dict)
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise InputError(f"experiment={value} cannot be read ({why}): give a file of settings, or a name.") from error
+    except YAMLError as error:
+        raise InputError(f"experiment={value} is no YAML ({str(error).splitlines()[0]}): repair it.") from error
+    if not is_mapping:
+        raise InputError(f"experiment={value} holds no settings: give a file such as `ddpkit convert-config` writes.")
+    if "@package" not in text:
+        text = f"# @package _global_\n{text}"
+    (folder / "experiment").mkdir(exist_ok=True)
+    (folder / "experiment" / "of_the_user.yaml").write_text(text)
+    return f"{key}=of_the_user"
 
 
 def _check_form(word: str) -> None:

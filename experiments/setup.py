@@ -72,17 +72,34 @@ def numerics(config: DictConfig) -> Iterator[None]:
 
 
 def model_spec(config: DictConfig, data: Data) -> dict[str, Any]:
-    """What a model is built from, in plain values: kept in checkpoints, so that they are enough to build it again."""
-    facts = statistics(data.frames, data.train, float(config.model.r_max), isolated=config.data.shifts == "isolated")
+    """What a model is built from, in plain values: kept in checkpoints, so that they are enough to build it again.
+
+    Species, the number of neighbours, shifts and scales are those of the data, unless the configuration gives them.
+
+    Raises:
+        InputError: the configuration's species lack some of the data.
+    """
     spec = OmegaConf.to_container(config.model, resolve=True)
     assert isinstance(spec, dict)
-    return {
-        **spec,  # type: ignore[dict-item]  # (keys are strings)
+    species = spec.get("species") or list(data.frames.species)
+    if lacking := [name for name in data.frames.species if name not in species]:
+        raise InputError(
+            f"model.species lacks {', '.join(lacking)}, which {data.frames.path} has: add them, or leave model.species out."
+        )
+    facts = statistics(
+        data.frames, data.train, float(config.model.r_max), isolated=config.data.shifts == "isolated", species=species
+    )
+    measured = {
         "species": list(facts.species),
-        "precision": config.precision,
         "avg_num_neighbors": float(facts.avg_num_neighbors),
         "shifts": [float(x) for x in facts.shifts],
         "scales": [float(x) for x in facts.scales],
+    }
+    given = {str(key): value for key, value in spec.items()}
+    return {
+        **given,
+        "precision": config.precision,
+        **{key: value for key, value in measured.items() if given.get(key) is None},
     }
 
 

@@ -1,5 +1,6 @@
 """Facts of the training set that models are built with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,14 @@ class Statistics:
     scales: NDArray[np.float64]  # [species] root mean square of a force component, eV/Å
 
 
-def statistics(frames: PreparedSet, indices: NDArray[np.int64], r_max: float, *, isolated: bool = True) -> Statistics:
+def statistics(
+    frames: PreparedSet,
+    indices: NDArray[np.int64],
+    r_max: float,
+    *,
+    isolated: bool = True,
+    species: Sequence[str] | None = None,
+) -> Statistics:
     """Mean number of neighbours, energy shifts and force scales.
 
     Shifts are the energies of isolated atoms where the set knows those of all its species. Where it knows none, or with
@@ -35,29 +43,30 @@ def statistics(frames: PreparedSet, indices: NDArray[np.int64], r_max: float, *,
         indices: `[n]` frames to look at (the training part).
         r_max: cutoff in Å.
         isolated: whether to take energies of isolated atoms where known.
+        species: all of the set, in any order, and maybe others; None: those of the set.
 
     Raises:
         InputError: they are to be taken, and the set knows those of some of its species alone.
     """
-    composition = np.zeros((len(indices), len(frames.species)))
-    squares = np.zeros(len(frames.species))
+    species = tuple(species or frames.species)
+    composition = np.zeros((len(indices), len(species)))
+    squares = np.zeros(len(species))
     column = np.full(256, -1)
-    for position, symbol in enumerate(frames.species):
+    for position, symbol in enumerate(species):
         column[NUMBERS[symbol]] = position
     numbers, forces = frames.array("numbers"), frames.array("forces")
     for row, index in enumerate(np.sort(indices)):
         first, last = frames.atom_range(int(index))
         kind = column[numbers[first:last]]
-        composition[row] = np.bincount(kind, minlength=len(frames.species))
-        squares += np.bincount(kind, (forces[first:last] ** 2).sum(axis=1), minlength=len(frames.species))
+        composition[row] = np.bincount(kind, minlength=len(species))
+        squares += np.bincount(kind, (forces[first:last] ** 2).sum(axis=1), minlength=len(species))
     atoms = composition.sum(axis=0)
     overall = float(np.sqrt(squares.sum() / (3 * atoms.sum()))) or 1.0
     known = frames.atom_energies
-    prior = np.array([known.get(symbol, np.nan) for symbol in frames.species])
+    prior = np.array([known.get(symbol, np.nan) for symbol in species])
     if isolated and np.isfinite(prior).all():
         shifts = prior
-    elif isolated and np.isfinite(prior).any():
-        lacking = [symbol for symbol in frames.species if symbol not in known]
+    elif isolated and known and (lacking := [symbol for symbol in frames.species if symbol not in known]):
         raise InputError(
             f"{frames.path} has energies of isolated atoms of {', '.join(s for s in frames.species if s in known)}, but not of "
             f"{', '.join(lacking)}: add a frame of one isolated atom for each, or fit all energy shifts with data.shifts=fitted."
@@ -65,7 +74,7 @@ def statistics(frames: PreparedSet, indices: NDArray[np.int64], r_max: float, *,
     else:
         shifts = _fit(composition, frames.array("energy")[np.sort(indices)], prior)
     return Statistics(
-        species=frames.species,
+        species=species,
         avg_num_neighbors=float(frames.edges(r_max)[indices].sum() / atoms.sum()),
         shifts=shifts,
         scales=np.sqrt((squares + 3 * _PRIOR_ATOMS * overall**2) / (3 * (atoms + _PRIOR_ATOMS))),
