@@ -66,7 +66,7 @@ def statistics(
     prior = np.array([known.get(symbol, np.nan) for symbol in species])
     if isolated and np.isfinite(prior).all():
         shifts = prior
-    elif isolated and known and (lacking := [symbol for symbol in frames.species if symbol not in known]):
+    elif isolated and 0 < len(lacking := [symbol for symbol in frames.species if symbol not in known]) < len(frames.species):
         raise InputError(
             f"{frames.path} has energies of isolated atoms of {', '.join(s for s in frames.species if s in known)}, but not of "
             f"{', '.join(lacking)}: add a frame of one isolated atom for each, or fit all energy shifts with data.shifts=fitted."
