@@ -15,7 +15,7 @@ from ddpkit.errors import InputError
 SECTIONS = ("run", "data", "trainer", "training_module")
 NONE = "has no counterpart in ddpkit"
 _LATER = re.compile(r"\$\{(training_data_stats|hydra|now):([^${}]*)\}")  # what only a running nequip-train knows
-_NAMED = re.compile(r"\$\{\s*([A-Za-z_]\w*)")
+_NAMED = re.compile(r"\$\{\s*([A-Za-z_]\w*)\s*[.}\[]")
 _RESOLVERS = {
     "int_mul": lambda a, b: int(a * b),
     "int_div": lambda a, b: a // b,

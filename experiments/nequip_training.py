@@ -228,9 +228,11 @@ def training_settings(module: Section) -> dict[str, Any]:
 
 def _optimizer(optimizer: Section) -> dict[str, Any]:
     """One of torch's with its settings; empty where it is another's."""
-    target = str(optimizer.take("_target_"))
+    target = str(optimizer.take("_target_", "missing"))
     if not _is_torchs(target, "torch.optim.", torch.optim.Optimizer):
-        optimizer.tell("_target_", f"{NONE}, which trains with optimizers of torch.optim: AdamW is left", value=target)
+        optimizer.tell(
+            "_target_", f"{NONE}, which trains with optimizers of torch.optim: its default, AdamW, stands", value=target
+        )
         optimizer.close()
         return {}
     for key in optimizer:
@@ -274,7 +276,7 @@ def trainer_settings(trainer: Section, loader: Section) -> dict[str, Any]:
     Raises:
         InputError: a value cannot be read.
     """
-    target = str(trainer.take("_target_"))
+    target = trainer.take("_target_", "missing")
     if target not in ("lightning.Trainer", "lightning.pytorch.Trainer"):
         raise InputError(f"trainer._target_={target} is not Lightning's trainer: use lightning.Trainer.")
     train: dict[str, Any] = {}

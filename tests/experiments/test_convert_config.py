@@ -281,6 +281,45 @@ def test_the_settings_of_a_run_on_several_ranks():
     assert any("val_file_path" in remark for remark in remarks)
 
 
+def test_what_stands_for_something_else_is_told(tmp_path):
+    values = content("nequip")
+    values |= {"spare": 3, "hydra": {"run": {"dir": "x"}}, "ckpt_path": "last.ckpt"}
+    module, trainer = values["training_module"], values["trainer"]
+    module["model"]["pair_potential"]["units"] = "real"
+    module["model"]["convnet_resnet"] = True
+    module["model"] = {
+        "_target_": "nequip.model.modify",
+        "modifiers": [{"modifier": "enable_OpenEquivariance"}, {"modifier": "enable_CuEquivarianceContracter"}],
+        "model": module["model"],
+    }
+    linear = {"_target_": "torch.optim.lr_scheduler.LinearLR"}
+    module["lr_scheduler"]["scheduler"] = {
+        "_target_": "torch.optim.lr_scheduler.SequentialLR",
+        "schedulers": [linear],
+    }
+    module["optimizer"] = {"_target_": "schedulefree.RAdamScheduleFree", "lr": 0.01}
+    trainer |= {"precision": "bf16-mixed", "gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}
+    trainer["callbacks"].append({"_target_": "nequip.train.callbacks.SoftAdapt", "beta": 1.1})
+    settings, remarks = converted(values, tmp_path)
+    for begins in (
+        "spare=3 is used nowhere",
+        "hydra (run) has no",
+        "ckpt_path=last.ckpt has no",
+        "training_module.model.model.pair_potential.units=real has no counterpart in ddpkit, which computes in eV",
+        "training_module.model.model.convnet_resnet=true has no counterpart in ddpkit: the converted model is another",
+        "training_module.model.modifiers[1].modifier=enable_CuEquivarianceContracter has no",
+        "training_module.lr_scheduler.scheduler._target_=torch.optim.lr_scheduler.SequentialLR has no",
+        "training_module.optimizer._target_=schedulefree.RAdamScheduleFree has no",
+        "trainer.precision=bf16-mixed has no",
+        "trainer.gradient_clip_algorithm=value has no",
+        "trainer.callbacks[3].beta=1.1 has no",
+    ):
+        assert sum(remark.startswith(begins) for remark in remarks) == 1, begins
+    assert settings["model"]["kernels"] == "openequivariance"
+    assert (settings["train"]["plateau"], settings["train"]["clip_norm"]) == ({"factor": 1.0}, None)
+    assert not settings.keys() & {"optimizer", "scheduler"}
+
+
 def every_mapping(values, path=()):
     if isinstance(values, dict):
         yield path
