@@ -10,7 +10,7 @@ Overrides set configuration keys, for example:
   nccl_algo=Ring|Tree      strategy.ranks=64 strategy.order=ring (emulated)
   seed=1  data.seed=1  precision=mixed|float32|float64     deterministic=true|false   device=auto|cpu|cuda
   train.max_epochs=10  train.max_steps=1000  train.batch_size=16  train.log_every=1
-  profile=20  run_dir=DIR  resume=DIR  experiment=small_molecule|spice_stage1|spice_stage2|mptrj
+  profile=20  run_dir=DIR  resume=DIR  experiment=small_molecule|spice_stage1|spice_stage2|mptrj|FILE.yaml
 
 `ddpkit-run --cfg` prints the whole configuration. Everything a run leaves behind is in its folder: config.yaml,
 environment.json, steps.csv, epochs.csv, summary.json and checkpoints/. One run at a time writes into it, and nothing that was
