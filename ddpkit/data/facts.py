@@ -63,10 +63,11 @@ def statistics(
     atoms = composition.sum(axis=0)
     overall = float(np.sqrt(squares.sum() / (3 * atoms.sum()))) or 1.0
     known = frames.atom_energies
+    lacking = [symbol for symbol in frames.species if symbol not in known]
     prior = np.array([known.get(symbol, np.nan) for symbol in species])
     if isolated and np.isfinite(prior).all():
         shifts = prior
-    elif isolated and 0 < len(lacking := [symbol for symbol in frames.species if symbol not in known]) < len(frames.species):
+    elif isolated and 0 < len(lacking) < len(frames.species):
         raise InputError(
             f"{frames.path} has energies of isolated atoms of {', '.join(s for s in frames.species if s in known)}, but not of "
             f"{', '.join(lacking)}: add a frame of one isolated atom for each, or fit all energy shifts with data.shifts=fitted."
