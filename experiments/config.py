@@ -220,14 +220,22 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 @contextmanager
 def _own_experiment(overrides: Sequence[str]) -> Iterator[list[str]]:
     """The overrides, while Hydra knows a file that `experiment=FILE.yaml` names as one more experiment."""
+    if not any(map(_names_file, overrides)):
+        yield list(overrides)
+        return
     with TemporaryDirectory(prefix="ddpkit-") as folder:
         yield [_placed(word, Path(folder)) for word in overrides] + [f"hydra.searchpath=[file://{folder}]"]
 
 
-def _placed(word: str, folder: Path) -> str:
+def _names_file(word: str) -> bool:
     key, _, value = word.partition("=")
-    if key.lstrip("+") != "experiment" or not value.endswith((".yaml", ".yml")):
+    return key.lstrip("+") == "experiment" and value.endswith((".yaml", ".yml"))
+
+
+def _placed(word: str, folder: Path) -> str:
+    if not _names_file(word):
         return word
+    key, _, value = word.partition("=")
     try:
         text = Path(value).read_text()
         is_mapping = isinstance(yaml.safe_load(text), dict)

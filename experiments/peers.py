@@ -31,20 +31,7 @@ class Peer(nn.Module):
 
     def prepare(self, batch: Batch) -> None:
         """Makes of a batch what the package takes."""
-        sizes = torch.bincount(batch.frame, minlength=batch.num_frames)
-        data = {
-            "pos": batch.positions,
-            "edge_index": batch.edge_index,
-            "atom_types": batch.species,
-            "batch": batch.frame,
-            "num_atoms": sizes,
-        }
-        if batch.cell is not None:
-            # an edge's shift in units of the lattice vectors
-            of_edge = batch.frame[batch.edge_index[0]]
-            shift = torch.linalg.solve(batch.cell.transpose(1, 2)[of_edge], batch.edge_shift.unsqueeze(2))
-            data |= {"cell": batch.cell, "edge_cell_shift": shift.squeeze(2).round()}
-        self._data[id(batch)] = data
+        self._data[id(batch)] = peer_input(batch)
         self._kept.append(batch)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -55,6 +42,23 @@ class Peer(nn.Module):
         if "cell" in data:
             result["stress"] = out["stress"].double()
         return result
+
+
+def peer_input(batch: Batch) -> dict[str, Tensor]:
+    """A batch as the original packages take it."""
+    data = {
+        "pos": batch.positions.clone(),  # of which they ask derivatives
+        "edge_index": batch.edge_index,
+        "atom_types": batch.species,
+        "batch": batch.frame,
+        "num_atoms": torch.bincount(batch.frame, minlength=batch.num_frames),
+    }
+    if batch.cell is not None:
+        # an edge's shift in units of the lattice vectors
+        of_edge = batch.frame[batch.edge_index[0]]
+        shift = torch.linalg.solve(batch.cell.transpose(1, 2)[of_edge], batch.edge_shift.unsqueeze(2))
+        data |= {"cell": batch.cell, "edge_cell_shift": shift.squeeze(2).round()}
+    return data
 
 
 def peer_model(spec: dict[str, Any], species: Sequence[str], precision: str, *, compile: bool) -> nn.Module:  # noqa: A002

@@ -108,9 +108,10 @@ class RecordedSteps:
             return None
         self._forget_if_moved()
         where = form, self._gradients.situation
-        if where not in self._ready and not self._is_ready(batches):
-            return None
-        self._note_ready(where)
+        if where not in self._ready:
+            if not self._is_ready(batches):
+                return None
+            self._note_ready(where)
         try:
             if average is None:
                 output = self._run_apart(where, given, updates=steady)

@@ -33,7 +33,8 @@ def statistics(
 ) -> Statistics:
     """Mean number of neighbours, energy shifts and force scales.
 
-    Shifts are the energies of isolated atoms where the set knows those of all its species. Where it knows none, or with
+    Shifts are the energies of isolated atoms where the set knows those of all its species (species that are not in it get the
+    mean of those that it knows). Where it knows none, or with
     `isolated=False`, they are fitted: least squares of the energies on the compositions, kept near the known energies of
     isolated atoms (or near one energy for all) by a weak ridge, so that directions the data say nothing about stay finite.
     Scales of species with few atoms lean towards that of all.
@@ -65,9 +66,9 @@ def statistics(
     known = frames.atom_energies
     lacking = [symbol for symbol in frames.species if symbol not in known]
     prior = np.array([known.get(symbol, np.nan) for symbol in species])
-    if isolated and np.isfinite(prior).all():
-        shifts = prior
-    elif isolated and 0 < len(lacking) < len(frames.species):
+    if isolated and not lacking:
+        shifts = np.where(np.isfinite(prior), prior, np.nanmean(prior))
+    elif isolated and len(lacking) < len(frames.species):
         raise InputError(
             f"{frames.path} has energies of isolated atoms of {', '.join(s for s in frames.species if s in known)}, but not of "
             f"{', '.join(lacking)}: add a frame of one isolated atom for each, or fit all energy shifts with data.shifts=fitted."

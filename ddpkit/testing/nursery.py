@@ -179,8 +179,10 @@ def get_compiler_ready() -> None:
     from ddpkit.compile.inductor import set_up
 
     interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
-    set_up()
-    tqdm.monitor_interval = interval
+    try:
+        set_up()
+    finally:
+        tqdm.monitor_interval = interval
 
 
 def serve(descriptor: int) -> str:

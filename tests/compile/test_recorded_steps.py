@@ -16,6 +16,7 @@ from ddpkit.capture import recording, steps
 from ddpkit.capture.recording import as_one, make
 from ddpkit.compile.backend import using
 from ddpkit.errors import InputError, RecordingError
+from ddpkit.sync.flat import LATE, FlatSync
 
 SIZES = [[6, 5, 4], [7, 7], [3, 4, 5]]
 BATCHES = [random_batch(sizes, seed=seed) for seed, sizes in enumerate(SIZES)]
@@ -154,6 +155,22 @@ def change(training, n):
 def test_changes_between_steps_are_obeyed(options):
     step = both(100, change, clip_norm=1.0, **options)
     assert step.captured_steps >= 90
+
+
+def test_flags_that_are_read_late_are_judged_as_of_their_step(monkeypatch):
+    """As on a GPU: what has been frozen since had a gradient then."""
+    lay_out = FlatSync._lay_out
+
+    def lay_out_for_late_looks(sync):
+        lay_out(sync)
+        sync._keep = LATE
+
+    monkeypatch.setattr(FlatSync, "_lay_out", lay_out_for_late_looks)
+
+    def before(training, n):
+        training.model.first.requires_grad_(not 30 <= n < 40)
+
+    assert both(50, before, strategy="custom").captured_steps > 40
 
 
 def test_a_rate_that_changes_at_every_step():

@@ -38,6 +38,9 @@ def test_shifts_of_one_molecule_stay_near_what_is_known_of_its_atoms(tmp_path):
     given = [molecule(rng, 3, numbers=water, energy=-2080.0 + 0.01 * i) for i in range(10)]
     frames = write_prepared(tmp_path / "set", given, r_max=3.0, atom_energies=known)
     assert statistics(frames, np.arange(10), 3.0).shifts.tolist() == [-13.6, -2041.0]
+    of_more = statistics(frames, np.arange(10), 3.0, species=("O", "C", "H"))
+    assert of_more.species == ("O", "C", "H")
+    assert of_more.shifts.tolist() == [-2041.0, (-2041.0 - 13.6) / 2, -13.6]
     fitted = statistics(frames, np.arange(10), 3.0, isolated=False).shifts
     assert 2 * fitted[0] + fitted[1] == pytest.approx(-2079.955, abs=0.01)
     assert abs(fitted - [-13.6, -2041.0]).max() < 12

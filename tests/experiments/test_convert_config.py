@@ -13,7 +13,6 @@ from ase import Atoms
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
-from ddpkit.batch import Batch
 from ddpkit.data import Frame, collate
 from ddpkit.data.frame import NUMBERS
 from ddpkit.errors import InputError
@@ -21,6 +20,7 @@ from ddpkit.experiments import setup
 from ddpkit.experiments.cli import _dispatch
 from ddpkit.experiments.config import read
 from ddpkit.experiments.convert_config import convert
+from ddpkit.experiments.peers import peer_input
 from ddpkit.experiments.run_data import open_data
 from ddpkit.loss import EnergyForcesLoss
 from ddpkit.models import from_nequip, to_nequip
@@ -88,21 +88,6 @@ def structures(species, r_max):
     return [collate([frame], species, r_max, labels=False) for frame in frames]
 
 
-def their_input(batch: Batch):
-    data = {
-        "pos": batch.positions.clone(),
-        "edge_index": batch.edge_index,
-        "atom_types": batch.species,
-        "batch": batch.frame,
-        "num_atoms": torch.bincount(batch.frame),
-    }
-    if batch.cell is not None:
-        cell = batch.cell[batch.frame[batch.edge_index[0]]]
-        shift = torch.linalg.solve(cell.transpose(1, 2), batch.edge_shift.unsqueeze(2)).squeeze(2)
-        data |= {"cell": batch.cell, "edge_cell_shift": shift.round()}
-    return data
-
-
 def shapes(model):
     return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
@@ -122,7 +107,7 @@ def assert_same_model(values, folder):
     weights = {name: value for name, value in imported.named_parameters() if name not in ("shifts", "scales")}
     ours.load_state_dict(weights, strict=False)
     for batch in structures(settings["model"]["species"], settings["model"]["r_max"]):
-        one, other = ours(batch), theirs(their_input(batch))
+        one, other = ours(batch), theirs(peer_input(batch))
         torch.testing.assert_close(one["energy"], other["total_energy"].squeeze(1), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(one["forces"], other["forces"], rtol=1e-10, atol=1e-10)
 

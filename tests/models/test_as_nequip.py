@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from cases import PRECISIONS, SPECIES, make_batch, make_frame, make_model, relative
-from test_peer import ALLEGRO, NEQUIP, TOLERANCE, allegro, nequip, peer_input
+from test_peer import ALLEGRO, NEQUIP, TOLERANCE, allegro, nequip
 
 import ddpkit
 from ddpkit.errors import InputError
+from ddpkit.experiments.peers import peer_input
 from ddpkit.models import from_nequip, save_nequip, to_nequip
 from ddpkit.models.as_nequip import _neighbours
 

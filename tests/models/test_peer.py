@@ -5,6 +5,7 @@ import torch
 from cases import R_MAX, SPECIES, make_batch, make_frame, relative
 
 from ddpkit.errors import InputError
+from ddpkit.experiments.peers import peer_input
 from ddpkit.models import from_nequip
 
 pytest.importorskip("allegro")
@@ -55,21 +56,6 @@ def allegro(dtype="float64", **settings):
 def nequip(dtype="float64", **settings):
     defaults = {"l_max": 2, "parity": True, "num_layers": 3, "num_features": 6, "radial_mlp_width": 16}
     return NequIPGNNModel(**{**common(dtype), **defaults, **settings})
-
-
-def peer_input(batch):
-    data = {
-        "pos": batch.positions.clone(),
-        "edge_index": batch.edge_index,
-        "atom_types": batch.species,
-        "batch": batch.frame,
-        "num_atoms": torch.bincount(batch.frame),
-    }
-    if batch.cell is not None:
-        cell = batch.cell[batch.frame[batch.edge_index[0]]]
-        shift = torch.linalg.solve(cell.transpose(1, 2), batch.edge_shift.unsqueeze(2)).squeeze(2)
-        data |= {"cell": batch.cell, "edge_cell_shift": shift.round()}
-    return data
 
 
 def assert_same(peer, batch, tolerance):

@@ -184,54 +184,25 @@ def fit_unequal(strategy, training, validation, told):
 ELASTIC = {"TORCHELASTIC_RUN_ID": "test"}
 
 
+def fit_on_two(*arguments):
+    return run_ranks(fit_unequal, 2, *arguments, initialize=False, environment=ELASTIC, timeout=300, preload=LIGHTNING)
+
+
 @pytest.mark.parametrize("strategy", ["custom", pytest.param("standard", marks=pytest.mark.long)])
 def test_ranks_with_unequal_numbers_of_batches_are_named(strategy):
-    longer, shorter = run_ranks(
-        fit_unequal,
-        2,
-        strategy,
-        (5, 3),
-        (2, 2),
-        False,
-        initialize=False,
-        environment=ELASTIC,
-        timeout=300,
-        preload=LIGHTNING,
-    )
+    longer, shorter = fit_on_two(strategy, (5, 3), (2, 2), False)
     assert "Rank 0 goes on to batch number 4, but rank 1 has come to the start of validation in epoch 0" in shorter
     assert "give every rank equally many batches" in shorter
     assert "number 4 for rank 1" in longer
 
 
 def test_validation_on_unequal_numbers_of_batches_does_not_hang():
-    assert run_ranks(
-        fit_unequal,
-        2,
-        "custom",
-        (3, 3),
-        (2, 4),
-        False,
-        initialize=False,
-        environment=ELASTIC,
-        timeout=300,
-        preload=LIGHTNING,
-    ) == ["", ""]
+    assert fit_on_two("custom", (3, 3), (2, 4), False) == ["", ""]
 
 
 @pytest.mark.long
 def test_validation_that_logs_unequally_often_is_named():
-    shorter, longer = run_ranks(
-        fit_unequal,
-        2,
-        "custom",
-        (3, 3),
-        (2, 4),
-        True,
-        initialize=False,
-        environment=ELASTIC,
-        timeout=300,
-        preload=LIGHTNING,
-    )
+    shorter, longer = fit_on_two("custom", (3, 3), (2, 4), True)
     assert "Rank 1 waits in the reduction of what is logged, but rank 0 has come to the end of validation" in shorter
     assert "Rank 1 has lost the other ranks in the reduction of what is logged" in longer
 

@@ -14,6 +14,7 @@ from ddpkit.sync.conformance.setting import (
     case,
     force_loss,
     random,
+    reference_loss,
 )
 
 
@@ -25,9 +26,7 @@ def _train_beside_reference(setting: Setting, *, set_to_none: bool) -> None:
     for step in range(4):
         backward(force_loss(setting, sync.module, setting.points(setting.rank, step), step))
         sync.synchronize()
-        energy, forces = reference(setting.all_points(step))
-        points = setting.all_points(step)
-        backward(((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points))
+        backward(reference_loss(setting, reference, step))
         assert_gradients(setting, model, reference)
         for optimizer in optimizers:
             optimizer.step()

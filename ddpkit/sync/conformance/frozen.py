@@ -11,6 +11,7 @@ from ddpkit.sync.conformance.setting import (
     case,
     expects,
     force_loss,
+    reference_loss,
 )
 
 
@@ -27,9 +28,7 @@ def unfrozen(setting: Setting) -> None:
             m.zero_grad()
         backward(force_loss(setting, sync.module, setting.points(setting.rank, step), step))
         sync.synchronize()
-        energy, forces = reference(setting.all_points(step))
-        points = setting.all_points(step)
-        backward(((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points))
+        backward(reference_loss(setting, reference, step))
         assert_gradients(setting, model, reference)
 
 

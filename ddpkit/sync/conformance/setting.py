@@ -162,6 +162,13 @@ def force_loss(setting: Setting, module: nn.Module, points: Tensor, step: int = 
     return setting.share((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1), step)
 
 
+def reference_loss(setting: Setting, reference: nn.Module, step: int = 0) -> Tensor:
+    """The same in one process that has all points."""
+    points = setting.all_points(step)
+    energy, forces = reference(points)
+    return ((energy - 1) ** 2 + ((forces - points) ** 2).sum(-1)).sum() / len(points)
+
+
 def assert_gradients(setting: Setting, module: nn.Module, reference: nn.Module) -> None:
     """Compares all gradients with those of a reference, None included."""
     for (name, value), (_, expected) in zip(module.named_parameters(), reference.named_parameters(), strict=True):
