@@ -70,6 +70,7 @@ from ddpkit.compile.layout import Layout, TensorLeaf
 from ddpkit.compile.lines import calling_line, last_line
 from ddpkit.errors import InputError
 from ddpkit.ranks.cores import all_of_job
+from ddpkit.ranks.group import environment
 from ddpkit.torch_private import release
 
 try:
@@ -201,7 +202,9 @@ class Inductor(Backend):
     """The trace without changes in place, by AOTAutograd's means; code by Inductor's inner compiler."""
 
     def symbols(self, layout: Layout, sizes: Mapping[str, int], fixed: Sequence[Tensor]) -> Symbols:
-        if not any(tensor.is_cuda for tensor in fixed):
+        if any(tensor.is_cuda for tensor in fixed):
+            start_workers()
+        else:
             look_at_the_processor()
         return FakeSymbols(layout, sizes, {size for tensor in fixed for size in tensor.shape})
 
@@ -486,12 +489,30 @@ def compiled_together() -> Iterator[None]:
     AsyncCompile.cpp_pybinding, AsyncCompile.wait = keep, compile_kept  # type: ignore[assignment, method-assign]
     try:
         with all_of_job():
-            threads = inductor_config.decide_compile_threads()
+            threads = _threads()
             # Compiling the headers ahead takes longer than a few files gain by it.
             with inductor_config.patch(compile_threads=threads, cpp_cache_precompile_headers=False):
                 yield
     finally:
         AsyncCompile.cpp_pybinding, AsyncCompile.wait = one_by_one, wait  # type: ignore[method-assign]
+
+
+@functools.cache
+def start_workers() -> None:
+    """Starts the processes that compile Triton's kernels, while the model is traced.
+
+    They import torch for seconds, and until they answer, Inductor compiles one kernel after another in this process.
+    """
+    if SHARES_FILES:
+        with all_of_job(), inductor_config.patch(compile_threads=_threads()):
+            AsyncCompile.warm_pool()
+            AsyncCompile.wakeup()
+
+
+def _threads() -> int:
+    """How many files or kernels are compiled side by side: ranks with a GPU each compile at the same time."""
+    here = environment()
+    return max(1, inductor_config.decide_compile_threads() // (here.local_size if here.device.type == "cuda" else 1))
 
 
 def _loaded(compiler: "AsyncCompile", sources: dict[str, str]) -> dict[str, Any]:

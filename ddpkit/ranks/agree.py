@@ -185,7 +185,8 @@ def exchange(what: str, value: Any, seconds: float, remedy: str) -> list[Any]:
 def in_turn(trace: Callable[[], T], lower: Callable[[T], U]) -> U:
     """Traces on all ranks at once, then compiles on one rank of each host, then on the others, which find the code on disk.
 
-    Nobody waits in a collective meanwhile: ranks wait for one another through the store. An error on one rank is raised on all.
+    Code for a GPU names it, so that each rank with one of its own makes its code, all at the same time. Nobody waits in a
+    collective meanwhile: ranks wait for one another through the store. An error on one rank is raised on all.
 
     Args:
         trace: makes a graph.
@@ -194,9 +195,11 @@ def in_turn(trace: Callable[[], T], lower: Callable[[T], U]) -> U:
     result: U | None = None
     with agree("tracing the model"):
         graph = trace()
-    with first_rank_first("compiling the model", per_host=True) as goes_first:
-        if goes_first:
-            result = lower(graph)
+    goes_first = False
+    if environment().device.type != "cuda":
+        with first_rank_first("compiling the model", per_host=True) as goes_first:
+            if goes_first:
+                result = lower(graph)
     with agree("compiling the model"):
         if not goes_first:
             result = lower(graph)

@@ -1,6 +1,9 @@
 """Compiled steps on several ranks, each a process of its own."""
 
+import contextlib
 import warnings
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.errors import ParityError
+from ddpkit.ranks import agree
+from ddpkit.ranks.group import store
 from ddpkit.testing import run_ranks
 
 SIZES = [[[6, 5], [4]], [[3, 7, 5], [9, 2]], [[5], [8, 4]]]  # frames by step and rank
@@ -233,3 +238,24 @@ def test_a_parameter_that_one_rank_uses_is_updated_on_all():
     assert one == two
     assert not any("b.weight" in said for said in told_one)
     assert any("'b.weight' has no gradient on rank 1" in said for said in told_two)
+
+
+def compiles_for(device):
+    """Which rank of the two compiled before the other, where each waits a while for the other to begin."""
+    here, began = agree.environment(), []
+    agree.environment = lambda: replace(here, device=torch.device(device))
+    other = f"began {1 - here.rank}"
+
+    def lower(_):
+        store().set(f"began {here.rank}", "")
+        with contextlib.suppress(torch.distributed.DistStoreError):
+            store().wait([other], timedelta(seconds=2 if device == "cpu" else 60))
+            began.append(other)
+
+    agree.in_turn(lambda: None, lower)
+    return began
+
+
+@pytest.mark.parametrize(("device", "first", "second"), [("cpu", [], ["began 0"]), ("cuda", ["began 1"], ["began 0"])])
+def test_ranks_with_a_gpu_each_compile_at_the_same_time(device, first, second):
+    assert run_ranks(compiles_for, 2, device) == [first, second]

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from ddpkit.compile import inductor
 from ddpkit.compile.inductor import compiled_together
 from ddpkit.compile.kernels import shared_out
+from ddpkit.ranks.group import Environment
 
 _SCALE = """
 #include <torch/csrc/inductor/cpp_prefix.h>
@@ -98,3 +101,32 @@ def test_a_rank_bound_to_one_core_compiles_on_all_of_them(fails: bool, monkeypat
         assert os.sched_getaffinity(0) == one
     finally:
         os.sched_setaffinity(0, here)
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "threads"), [("cuda", 1, 6), ("cuda", 4, 1), ("cuda", 9, 1), ("cpu", 4, 6)]
+)
+def test_ranks_with_a_gpu_each_share_the_cores(
+    device: str, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "6")
+    monkeypatch.setattr(inductor, "environment", lambda: Environment(local_size=ranks, device=torch.device(device)))
+    with compiled_together():
+        assert get_compile_threads() == threads
+
+
+_STARTS = """
+from torch._inductor.async_compile import AsyncCompile
+from ddpkit.compile.inductor import _threads, inductor_config, start_workers
+start_workers()
+assert AsyncCompile._ready_future is not None
+with inductor_config.patch(compile_threads=_threads()):
+    AsyncCompile.wait_pool_ready(120)
+    assert AsyncCompile.use_process_pool()
+"""
+
+
+@pytest.mark.long
+def test_workers_are_started_ahead() -> None:
+    variables = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", _STARTS], env=variables, check=True, timeout=200)
