@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from ddpkit.batch import DIMS, Batch, Dim
-from ddpkit.data.capacities import Capacity
-from ddpkit.errors import InputError
+from ddpkit.data.capacities import Capacity, require_room
 
 __all__ = ["Capacity", "own_sizes", "pad"]
 
@@ -44,12 +43,7 @@ def pad(batch: Batch, capacity: Capacity, r_max: float) -> Batch:
     assert batch.neighbours is not None
     assert batch.incoming is not None
     atoms, edges, frames = batch.positions.shape[0], batch.edge_index.shape[1], batch.num_frames
-    if not capacity.holds(atoms, edges, frames, batch.neighbours.shape[1]):
-        raise InputError(
-            f"A batch of {atoms} atoms, {edges} edges, {frames} frames and at most {batch.neighbours.shape[1]} neighbours of an "
-            f"atom does not fit into a capacity of {capacity.atoms} atoms, {capacity.edges} edges, {capacity.frames} frames and "
-            f"{capacity.most} neighbours, one frame and the atoms at padding edges included: choose a larger one."
-        )
+    require_room(capacity, atoms, edges, frames, batch.neighbours.shape[1])
     if batch.mask is None:
         batch = batch.replace(mask=torch.ones_like(batch.frame, dtype=torch.bool))
     lengths: dict[Dim, int] = {"atoms": capacity.atoms, "edges": capacity.edges, "frames": capacity.frames}

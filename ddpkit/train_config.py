@@ -59,6 +59,8 @@ class TrainConfig:
         early_stop: when training stops by itself.
         tensorboard: log to `tensorboard/` in the run folder too.
         projection: record a projection of the parameters and the loss on a fixed batch in `projection.csv`.
+        workers: processes of each rank that make its batches; 0: a thread of the rank does. None: 2 on GPUs where the rank has at
+            least 3 cores, 1 where it has 2, and 0 on CPUs. The batches are the same.
         turns: folder in which the runs of a study take turns, an epoch at a time.
     """
 
@@ -80,6 +82,7 @@ class TrainConfig:
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     tensorboard: bool = False
     projection: bool = False
+    workers: int | None = None
     turns: str | None = None
 
     @property

@@ -1,9 +1,10 @@
 """`ddpkit bench loader`: batches that a loader serves from a prepared set, and what each part of making one costs."""
 
 import argparse
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpkit.data import Loader, PreparedSet, Sampler, choose_capacities, collate, neighbour_list, write_prepared
-from ddpkit.data.neighbours import KeptLists
-from ddpkit.data.parallel import ordered_map
+from ddpkit.data import Loader, PreparedSet, Sampler, choose_capacities, neighbour_list, write_prepared
+from ddpkit.data.assembly import Assembler
 from ddpkit.errors import InputError
 from ddpkit.experiments.bench_step import frames as made_up
 from ddpkit.experiments.bench_sync import write_csv
-from ddpkit.packing import pack
-from ddpkit.padding import own_sizes, pad
+from ddpkit.packing import unpack
+from ddpkit.ranks.processes import used
 
-PARTS = ("read", "find_lists", "kept_lists", "collate", "pad", "pack")
+PARTS = ("find_lists", "make", "unpack")
+SIDES = ("main", "thread", "workers")
 COLUMNS = (
     "frames", "atoms", "edges", "r_max", "workers", *(f"seconds_{part}" for part in PARTS),
-    "first_epoch_per_core_second", "per_core_second", "per_second",
+    "first_epoch_per_second", "per_second", "first_epoch_per_core_second", "per_core_second",
+    *(f"seconds_{side}" for side in SIDES),
 )  # fmt: skip
 
 
@@ -34,36 +36,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=["molecules", "crystals"], default="molecules", help="what is made up")
     parser.add_argument("--frames", type=int, default=8, help="frames in a batch")
     parser.add_argument("--r-max", type=float, default=5.0, help="cutoff, Å")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs to draw, the first of which finds neighbours")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs to draw, the first of which finds neighbours")
     parser.add_argument(
-        "--workers", type=int, default=1, help="processes with a loader each, as ranks of one host have"
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="processes that make batches (train.workers), a row each",
     )
     parser.add_argument("--csv", type=Path, help="write the table here")
 
 
 def main(args: argparse.Namespace) -> None:
     """Measures and prints."""
-    if min(args.frames, args.workers) < 1 or args.epochs < 2:
-        raise InputError("--frames and --workers must be at least 1 and --epochs at least 2.")
+    if args.frames < 1 or args.epochs < 2 or min(args.workers) < 0:
+        raise InputError("--frames must be at least 1, --epochs at least 2 and --workers 0 or more.")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = args.set or _made(Path(folder) / "set", args)
-        row = {"workers": args.workers, **_parts(path, args.frames, args.r_max)}
-        task = str(path), args.frames, args.r_max, args.epochs
-        found = list(ordered_map(_draw, [task] * args.workers, args.workers if args.workers > 1 else 0))
-        row["first_epoch_per_core_second"], row["per_core_second"] = np.mean(found, axis=0)[:2].tolist()
-        row["per_second"] = float(np.sum([per_second for _, _, per_second in found]))
-    print(
-        f"{args.frames} frames a batch, {row['atoms']:.0f} atoms and {row['edges']:.0f} edges a frame within {args.r_max:g} Å"
-    )
-    print("processor ms a batch: " + ", ".join(f"{part} {1e3 * row[f'seconds_{part}']:.3f}" for part in PARTS))
-    print(
-        f"batches per processor second: {row['first_epoch_per_core_second']:.0f} in the first epoch, "
-        f"{row['per_core_second']:.0f} later; "
-        f"{row['per_second']:.0f} a second from {args.workers} process{'es' if args.workers > 1 else ''}"
-    )
+        parts = _parts(path, args.frames, args.r_max)
+        print(
+            f"{args.frames} frames a batch, {parts['atoms']:.0f} atoms and {parts['edges']:.0f} edges a frame within "
+            f"{args.r_max:g} Å"
+        )
+        print("processor µs a batch: " + ", ".join(f"{part} {1e6 * parts[f'seconds_{part}']:.0f}" for part in PARTS))
+        print(
+            "workers  batches a second: first epoch, later  a processor second: first epoch, later  processor µs a batch"
+        )
+        rows = []
+        for workers in args.workers:
+            row = parts | {"workers": workers} | _draw(path, args.frames, args.r_max, args.epochs, workers)
+            print(
+                f"{workers:7d}  {row['first_epoch_per_second']:30.0f}, {row['per_second']:5.0f}  "
+                f"{row['first_epoch_per_core_second']:32.0f}, {row['per_core_second']:5.0f}  "
+                + ", ".join(f"{side} {1e6 * row[f'seconds_{side}']:.0f}" for side in SIDES)
+            )
+            rows.append(row)
     if args.csv:
-        write_csv(args.csv, [row], COLUMNS)
+        write_csv(args.csv, rows, COLUMNS)
 
 
 def _made(path: Path, args: argparse.Namespace) -> Path:
@@ -77,20 +87,16 @@ def _parts(path: Path, size: int, r_max: float) -> dict[str, Any]:
     frames = PreparedSet(path)
     if len(frames) < size:
         raise InputError(f"{path} holds {len(frames)} frames, fewer than a batch of {size}: lower --frames.")
-    numbers = np.random.default_rng(0).permutation(len(frames))[:size].tolist()
-    chosen, kept = [frames.frame(n) for n in numbers], KeptLists(r_max)
-    lists = [kept.of(n, frame) for n, frame in zip(numbers, chosen, strict=True)]
-    batch = collate(chosen, frames.species, r_max)
-    own = own_sizes(batch)
-    larger = own._replace(atoms=own.atoms * 11 // 10 + 1, edges=own.edges * 11 // 10, most=max(1, own.most))
-    filled = pad(batch, larger, r_max)
+    plan = _plan(frames, size, r_max)
+    step = next(plan.epoch(0))
+    numbers = step.indices.tolist()
+    chosen, assembler = [frames.frame(n) for n in numbers], Assembler(frames, frames.species, r_max)
+    memory = np.empty(assembler.make(step, numbers, partial(np.empty, dtype=np.uint8)).size, dtype=np.uint8)
+    layout, tensor = assembler.make(step, numbers, lambda _: memory), torch.from_numpy(memory)
     calls: dict[str, Callable[[], Any]] = {
-        "read": lambda: [frames.frame(n) for n in numbers],
         "find_lists": lambda: [neighbour_list(frame, r_max) for frame in chosen],
-        "kept_lists": lambda: [kept.of(n, frame) for n, frame in zip(numbers, chosen, strict=True)],
-        "collate": partial(collate, chosen, frames.species, r_max, lists=lists.__getitem__),
-        "pad": partial(pad, batch, larger, r_max),
-        "pack": partial(pack, filled),
+        "make": lambda: assembler.make(step, numbers, lambda _: memory),
+        "unpack": lambda: unpack(tensor, layout),
     }
     return {
         "frames": size,
@@ -99,6 +105,15 @@ def _parts(path: Path, size: int, r_max: float) -> dict[str, Any]:
         "edges": float(frames.edges(r_max).mean()),
         **{f"seconds_{part}": _processor_seconds(calls[part]) for part in PARTS},
     }
+
+
+def _plan(frames: PreparedSet, size: int, r_max: float) -> Sampler:
+    """Batches that are filled up."""
+    plan = partial(
+        Sampler, np.arange(len(frames)), frames.atoms, frames.edges(r_max), size,
+        most_neighbours=frames.most_neighbours(r_max),
+    )  # fmt: skip
+    return plan(capacities=choose_capacities(plan()).levels)
 
 
 def _processor_seconds(call: Callable[[], Any], repeats: int = 50, turns: int = 5) -> float:
@@ -112,19 +127,30 @@ def _processor_seconds(call: Callable[[], Any], repeats: int = 50, turns: int = 
     return min(seconds) / repeats
 
 
-def _draw(task: tuple[str, int, float, int]) -> tuple[float, float, float]:
-    """Padded batches per processor second in the first epoch and later, and later ones per second."""
-    path, size, r_max, epochs = task
-    torch.set_num_threads(1)
+def _draw(path: Path, size: int, r_max: float, epochs: int, workers: int) -> dict[str, float]:
+    """Batches per second and per processor second of all processes, and who computes for how long for each."""
     frames = PreparedSet(path)
-    plan = partial(
-        Sampler, np.arange(len(frames)), frames.atoms, frames.edges(r_max), size,
-        most_neighbours=frames.most_neighbours(r_max),
-    )  # fmt: skip
-    loader = Loader(frames, plan(capacities=choose_capacities(plan()).levels), frames.species, r_max)
-    rates = []
-    for some in (range(1), range(1, epochs)):
-        began, processor = time.perf_counter(), time.process_time()
-        count = sum(1 for epoch in some for _ in loader.epoch(epoch))
-        rates.append((count / (time.process_time() - processor), count / (time.perf_counter() - began)))
-    return rates[0][0], rates[1][0], rates[1][1]
+    loader = Loader(frames, _plan(frames, size, r_max), frames.species, r_max, epochs=epochs, workers=workers)
+    loader.begin(0)
+    first = loader.epoch(0)
+    next(first)  # until processes have started
+    cold, _ = _timed(first)
+    warm, sides = _timed(batch for epoch in range(1, epochs) for batch in loader.epoch(epoch))
+    return {
+        "first_epoch_per_second": cold[0],
+        "per_second": warm[0],
+        "first_epoch_per_core_second": cold[1],
+        "per_core_second": warm[1],
+        **{f"seconds_{side}": seconds for side, seconds in zip(SIDES, sides, strict=True)},
+    }
+
+
+def _timed(batches: Iterable[Any]) -> tuple[tuple[float, float], tuple[float, ...]]:
+    """Batches per second and per processor second, and the processor seconds of each side for one."""
+    before = time.perf_counter(), time.thread_time(), time.process_time(), used(os.getpid())[0]
+    count = sum(1 for _ in batches)
+    after = time.perf_counter(), time.thread_time(), time.process_time(), used(os.getpid())[0]
+    passed, main, process, everything = (b - a for a, b in zip(before, after, strict=True))
+    everything = max(everything, process)  # it comes in hundredths of a second
+    sides = main, process - main, everything - process
+    return (count / passed, count / everything), tuple(side / max(1, count) for side in sides)

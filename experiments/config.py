@@ -46,7 +46,7 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "at least 1",
     ),
     (
-        ("train.warmup_steps", "train.plateau.patience", "loss.energy", "loss.forces", "loss.stress"),
+        ("train.warmup_steps", "train.workers", "train.plateau.patience", "loss.energy", "loss.forces", "loss.stress"),
         lambda value: value >= 0,
         "0 or more",
     ),

@@ -54,6 +54,7 @@ _MAY_CHANGE = (
     "train.checkpoint_every",
     "train.timeout",
     "train.rows_late",
+    "train.workers",
     "train.turns",
     "device",
     "profile",

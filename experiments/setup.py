@@ -23,6 +23,7 @@ from ddpkit.average import moving_average
 from ddpkit.capture.padding import compare_padding, require_padding
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Capacities, Capacity, Loader, Sampler, Sweep, choose_capacities, statistics
+from ddpkit.data.makers import suggested
 from ddpkit.errors import InputError, exhausted
 from ddpkit.experiments.run_data import Data, changed, fingerprint, kept
 from ddpkit.experiments.turns import wait_for
@@ -202,6 +203,21 @@ def build_trainer(
     Raises:
         InputError: on every rank, where parts do not fit together.
     """
+    with ExitStack() as undo:
+        trainer = _build_trainer(config, here, data, folder, state, undo)
+        undo.pop_all()
+    return trainer
+
+
+def _build_trainer(
+    config: DictConfig,
+    here: Environment,
+    data: Data,
+    folder: RunFolder | None,
+    state: dict[str, Any] | None,
+    undo: ExitStack,
+) -> Trainer:
+    """The same; `undo` gets what has to be done where something is raised here or later."""
     r_max = float(config.model.r_max)
     seen = fingerprint(config, data)
     spec = state["model_spec"] if state else share(lambda: model_spec(config, data), "the statistics of the data")
@@ -217,11 +233,17 @@ def build_trainer(
             config.train.batch_size, world_size=here.world_size, rank=here.rank,
             stresses=data.frames.has_stress(data.validation) if config.loss.stress else None,
         )  # fmt: skip
-        loaders = [
-            Loader(data.frames, sampler, spec["species"], r_max, device=here.device, epochs=epochs)
-            for sampler, epochs in ((train, config.train.max_epochs), (sweep, 0))
-        ]
-        schedule = build_schedule(config, optimizer, loaders[0].steps_per_epoch())
+        workers = config.train.workers
+        train_loader = Loader(
+            data.frames, train, spec["species"], r_max, device=here.device, epochs=config.train.max_epochs,
+            workers=suggested(here.device.type, here.local_size) if workers is None else workers,
+        )  # fmt: skip
+        val_loader = Loader(data.frames, sweep, spec["species"], r_max, device=here.device)
+        schedule = build_schedule(config, optimizer, train_loader.steps_per_epoch())
+    undo.callback(train_loader.close)
+    if train_loader.workers:  # they start while the compiler is at work
+        progress = state["progress"] if state else {"epoch": 0, "step_in_epoch": 0}
+        train_loader.begin(progress["epoch"], progress["step_in_epoch"])
     criterion = EnergyForcesLoss(**config.loss)
     ema = moving_average(model, config.train.ema_decay)  # copies the model before a strategy hooks itself to it
     step = make_step(
@@ -232,7 +254,7 @@ def build_trainer(
     )  # fmt: skip
     if config.compile or config.check_kernels:
         with phase.during("compile"):
-            _, batches = next(loaders[0].epoch(0))
+            batches = train_loader.example()
             if config.check_kernels:
                 compare_kernels(model, batches[0])
             if filled is not None:
@@ -248,8 +270,8 @@ def build_trainer(
         step=step,
         optimizer=optimizer,
         criterion=criterion,
-        train_loader=loaders[0],
-        val_loader=loaders[1] if len(data.validation) else None,
+        train_loader=train_loader,
+        val_loader=val_loader if len(data.validation) else None,
         ema=ema,
         schedule=schedule,
         config=OmegaConf.to_object(config.train),

@@ -1,14 +1,14 @@
 """Frames to batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ddpkit.batch import Batch
-from ddpkit.data.frame import NUMBERS, SYMBOLS, Frame
-from ddpkit.data.neighbours import NeighbourList, neighbour_list
+from ddpkit.data.frame import Frame, complete, index_of_species, require_usable
+from ddpkit.data.neighbours import neighbour_list
 from ddpkit.errors import InputError
 
 
@@ -22,7 +22,6 @@ def collate(
     r_max: float,
     *,
     labels: bool = True,
-    lists: Callable[[int], NeighbourList] | None = None,
 ) -> Batch:
     """Puts frames one after another and finds their edges.
 
@@ -35,16 +34,13 @@ def collate(
         species: the model's chemical symbols; `Batch.species` is the index into them.
         r_max: cutoff in Å.
         labels: whether energy and forces must be there; without, the batch carries none.
-        lists: gives the neighbour list of a frame by its place in `frames`; None: they are found here.
 
     Raises:
         InputError: a species the model does not know, or a label that is NaN or infinite.
     """
     if not frames:
         raise InputError("a batch needs at least one frame: give a larger batch or fewer ranks")
-    index = np.full(len(SYMBOLS), -1, dtype=np.int64)
-    for position, symbol in enumerate(species):
-        index[NUMBERS[symbol]] = position
+    index = index_of_species(species)
     sizes = np.array([len(frame) for frame in frames])
     atoms, first = int(sizes.sum()), np.cumsum(sizes) - sizes
     numbers = np.concatenate([frame.numbers for frame in frames])
@@ -56,15 +52,15 @@ def collate(
         forces = np.concatenate([frame.forces for frame in frames])
     if kinds.min(initial=0) < 0 or not all(x is None or np.isfinite(x).all() for x in (positions, energy, forces)):
         for position, frame in enumerate(frames):
-            _check(frame, _name(frame, position), index, species, labels=labels)
-    found = [neighbour_list(frame, r_max) if lists is None else lists(n) for n, frame in enumerate(frames)]
+            require_usable(frame, _name(frame, position), index, species, labels=labels)
+    found = [neighbour_list(frame, r_max) for frame in frames]
     centre, neighbour = (
         np.concatenate([one[end] + start for one, start in zip(found, first, strict=True)]) for end in (0, 1)
     )
     cell = None
     stress = None
     if any(frame.cell is not None for frame in frames):
-        cell = torch.from_numpy(np.stack([_complete(frame.cell) for frame in frames]))
+        cell = torch.from_numpy(np.stack([complete(frame.cell) for frame in frames]))
         if labels and any(frame.stress is not None for frame in frames):
             missing = np.full((3, 3), np.nan)
             stress = torch.from_numpy(np.stack([missing if f.stress is None else f.stress for f in frames]))
@@ -97,28 +93,3 @@ def _tables(centre: NDArray[np.int64], neighbour: NDArray[np.int64], atoms: int)
         table[listed] = np.arange(edges) if order is None else order
         tables.append(table)
     return tuple(tables)
-
-
-def _check(frame: Frame, name: str, index: np.ndarray, species: Sequence[str], *, labels: bool) -> None:
-    unknown = np.unique(frame.numbers[index[frame.numbers] < 0])
-    if len(unknown):
-        raise InputError(
-            f"{name} holds {', '.join(SYMBOLS[number] for number in unknown)}, which the model does not know (its species are "
-            f"{', '.join(species)}): leave such frames out or train a model with these species"
-        )
-    if not np.isfinite(frame.positions).all():
-        raise InputError(f"{name} has positions that are not finite: leave it out")
-    if labels and not (np.isfinite(frame.energy) and np.isfinite(frame.forces).all()):
-        raise InputError(
-            f"{name} has an energy or forces that are missing, NaN or infinite: leave it out or repair the file"
-        )
-
-
-def _complete(cell: np.ndarray | None) -> np.ndarray:
-    if cell is None:
-        return np.eye(3)
-    if np.linalg.norm(cell, axis=1).all():
-        return cell
-    from ase.geometry import complete_cell
-
-    return np.asarray(complete_cell(cell))

@@ -54,6 +54,20 @@ def padding_atoms(edges: int, most: int) -> int:
     return -(-edges // most) if edges else 0
 
 
+def require_room(capacity: Capacity, atoms: int, edges: int, frames: int, most: int) -> None:
+    """Refuses a batch that a capacity does not hold.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not capacity.holds(atoms, edges, frames, most):
+        raise InputError(
+            f"A batch of {atoms} atoms, {edges} edges, {frames} frames and at most {most} neighbours of an "
+            f"atom does not fit into a capacity of {capacity.atoms} atoms, {capacity.edges} edges, {capacity.frames} frames and "
+            f"{capacity.most} neighbours, one frame and the atoms at padding edges included: choose a larger one."
+        )
+
+
 def holding(capacities: Sequence[Capacity], sizes: Sizes) -> Capacity | None:
     """The first capacity that holds all batches of a step; None where none does."""
     batches = sizes.tolist()

@@ -1,9 +1,12 @@
 """One atomic configuration and its labels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ddpkit.errors import InputError
 
 # Position in this tuple is the atomic number; 0 is nothing.
 SYMBOLS: tuple[str, ...] = tuple(
@@ -41,3 +44,51 @@ class Frame:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+
+def index_of_species(species: Sequence[str]) -> NDArray[np.int64]:
+    """`[elements]` by atomic number: the place among a model's chemical symbols, and -1 for others."""
+    index = np.full(len(SYMBOLS), -1, dtype=np.int64)
+    for position, symbol in enumerate(species):
+        index[NUMBERS[symbol]] = position
+    return index
+
+
+def require_usable(
+    frame: Frame, name: str, index: NDArray[np.int64], species: Sequence[str], *, labels: bool = True
+) -> None:
+    """Refuses a frame that no batch can hold.
+
+    Args:
+        frame: the frame.
+        name: of it, for messages.
+        index: of `index_of_species`.
+        species: the model's chemical symbols.
+        labels: whether energy and forces must be there.
+
+    Raises:
+        InputError: a species the model does not know, or a position or label that is NaN or infinite.
+    """
+    unknown = np.unique(frame.numbers[index[frame.numbers] < 0])
+    if len(unknown):
+        raise InputError(
+            f"{name} holds {', '.join(SYMBOLS[number] for number in unknown)}, which the model does not know (its species are "
+            f"{', '.join(species)}): leave such frames out or train a model with these species"
+        )
+    if not np.isfinite(frame.positions).all():
+        raise InputError(f"{name} has positions that are not finite: leave it out")
+    if labels and not (np.isfinite(frame.energy) and np.isfinite(frame.forces).all()):
+        raise InputError(
+            f"{name} has an energy or forces that are missing, NaN or infinite: leave it out or repair the file"
+        )
+
+
+def complete(cell: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """`[3, 3]` a cell with unit vectors where it has none; a unit cell for a molecule."""
+    if cell is None:
+        return np.eye(3)
+    if np.linalg.norm(cell, axis=1).all():
+        return cell
+    from ase.geometry import complete_cell
+
+    return np.asarray(complete_cell(cell))

@@ -1,5 +1,6 @@
 """Neighbour lists."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,30 @@ def neighbour_list(frame: Frame, r_max: float) -> NeighbourList:
         `positions[neighbour] + shift - positions[centre]` is the edge vector.
     """
     centre, neighbour, images = _sorted_pairs(frame, r_max)
-    return centre, neighbour, _shift(images, len(centre), frame)
+    if images is None:
+        return centre, neighbour, np.zeros((len(centre), 3))
+    assert frame.cell is not None
+    return centre, neighbour, shifts(images, frame.cell)
+
+
+def shifts(images: NDArray[Any], cell: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[edges, 3]` in Å, of the cells `[edges, 3]` that neighbours are in, counted along the lattice vectors."""
+    found: NDArray[np.float64] = images.astype(np.float64) @ cell
+    return found
+
+
+class KeptList(NamedTuple):
+    """A neighbour list in integers as short as they can be.
+
+    Attributes:
+        degree: `[atoms]` how many neighbours each atom has.
+        neighbour: `[edges]` these, atom by atom.
+        images: `[edges, 3]` the cells that they are in; None where all are in one.
+    """
+
+    degree: NDArray[Any]
+    neighbour: NDArray[Any]
+    images: NDArray[Any] | None
 
 
 class KeptLists:
@@ -47,26 +71,26 @@ class KeptLists:
 
     def __init__(self, r_max: float, limit: int = 512 << 20) -> None:
         self.r_max, self._left = r_max, limit
-        self._kept: dict[int, tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]] = {}
+        self._kept: dict[int, KeptList] = {}
 
-    def of(self, key: int, frame: Frame) -> NeighbourList:
-        """What `neighbour_list` returns for a frame, to the bit.
+    def of(self, number: int, frame: Callable[[int], Frame]) -> KeptList:
+        """What `neighbour_list` finds in a frame.
 
         Args:
-            key: another one for every frame.
-            frame: the configuration.
+            number: of the frame.
+            frame: gives a frame by its number, where its list is not known yet.
         """
-        kept = self._kept.get(key)
+        kept = self._kept.get(number)
         if kept is None:
-            centre, neighbour, images = _sorted_pairs(frame, self.r_max)
-            degree = np.bincount(centre, minlength=len(frame))
-            kept = (_narrow(degree), _narrow(neighbour), None if images is None else _narrow(images))
+            one = frame(number)
+            centre, neighbour, images = _sorted_pairs(one, self.r_max)
+            degree = np.bincount(centre, minlength=len(one))
+            kept = KeptList(_narrow(degree), _narrow(neighbour), None if images is None else _narrow(images))
             size = _OVERHEAD + sum(x.nbytes for x in kept if x is not None)
             if size <= self._left:
-                self._kept[key] = kept
+                self._kept[number] = kept
                 self._left -= size
-        degree, short, images = kept
-        return np.repeat(np.arange(len(degree)), degree), short.astype(np.int64), _shift(images, len(short), frame)
+        return kept
 
 
 _INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64)
@@ -82,14 +106,6 @@ def _sorted_pairs(frame: Frame, r_max: float) -> tuple[NDArray[np.int64], NDArra
         return pairs[order, 0], pairs[order, 1], None
     order = np.lexsort((images[:, 2], images[:, 1], images[:, 0], pairs[:, 1], pairs[:, 0]))
     return pairs[order, 0], pairs[order, 1], images[order]
-
-
-def _shift(images: NDArray[Any] | None, edges: int, frame: Frame) -> NDArray[np.float64]:
-    if images is None:
-        return np.zeros((edges, 3))
-    assert frame.cell is not None
-    shift: NDArray[np.float64] = images.astype(np.float64) @ frame.cell
-    return shift
 
 
 def _narrow(values: NDArray[Any]) -> NDArray[Any]:

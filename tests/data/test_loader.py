@@ -10,8 +10,6 @@ from helpers import molecule
 
 from ddpkit import InputError
 from ddpkit.data import Capacity, Loader, Sampler, Sweep, choose_capacities, collate, write_prepared
-from ddpkit.data import loader as loader_module
-from ddpkit.packing import pack, to_device
 from ddpkit.padding import own_sizes, pad
 
 
@@ -21,9 +19,9 @@ def frames(tmp_path):
     return write_prepared(tmp_path / "set", [molecule(rng, int(n)) for n in rng.integers(2, 12, size=40)], r_max=3.0)
 
 
-def loader(frames, kind=Sampler, *, epochs=0, **options):
+def loader(frames, kind=Sampler, *, epochs=0, workers=0, **options):
     sampler = kind(np.arange(len(frames)), frames.atoms, frames.edges(3.0), 8, **options)
-    return Loader(frames, sampler, frames.species, 3.0, epochs=epochs)
+    return Loader(frames, sampler, frames.species, 3.0, epochs=epochs, workers=workers)
 
 
 def same(batch, other):
@@ -172,16 +170,16 @@ def test_copies_to_a_gpu_go_ahead_and_steps_wait_for_them_on_the_device(frames, 
         def wait_event(self, event):
             notes.append(f"{self.name} waits until {event}")
 
-    def copy(flat, batch, device):
+    def copy(memory, device, *, non_blocking):
+        assert non_blocking
         notes.append(f"copy to {device}")
-        return to_device(flat, batch, "cpu")
+        return memory.clone()
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("step"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: notes.append(f"kept for {stream.name}"))
-    monkeypatch.setattr(loader_module, "pack", lambda batch, pin: pack(batch, pin=pin and torch.cuda.is_available()))
-    monkeypatch.setattr(loader_module, "to_device", copy)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
     plan = {"accumulate": 2, "capacities": [], "most_neighbours": frames.most_neighbours(3.0)}
     expected = [batches for _, batches in loader(frames, **plan).epoch(0)]
     sampler = loader(frames, **plan).sampler

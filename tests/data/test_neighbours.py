@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpkit.data import neighbour_list
-from ddpkit.data.neighbours import KeptLists, count_edges
+from ddpkit.data.neighbours import KeptLists, count_edges, shifts
 
 
 def reference(frame, r_max):
@@ -59,7 +59,10 @@ def test_kept_lists_are_those_that_are_found(limit):
     kept = KeptLists(3.0, limit)
     for _ in range(3):
         for key, frame in enumerate(frames):
-            for one, other in zip(kept.of(key, frame), neighbour_list(frame, 3.0), strict=True):
-                assert one.dtype == other.dtype
-                np.testing.assert_array_equal(one, other)
+            degree, neighbour, images = kept.of(key, frames.__getitem__)
+            centre, other, shift = neighbour_list(frame, 3.0)
+            np.testing.assert_array_equal(np.repeat(np.arange(len(frame)), degree), centre)
+            np.testing.assert_array_equal(neighbour, other)
+            np.testing.assert_array_equal(shift, 0 if images is None else shifts(images, frame.cell))
+            assert neighbour.dtype == (np.uint8 if len(frame) <= 256 else np.uint16)
     assert len(kept._kept) == {1 << 20: 4, 2000: 2, 0: 0}[limit]

@@ -117,11 +117,25 @@ def test_bench_loader_counts_batches(tmp_path, capsys):
         for _ in range(20)
     ]
     path = write_prepared(tmp_path / "set", frames, r_max=3.0).path
-    words = [str(path), "--frames", "4", "--r-max", "3.0", "--epochs", "2", "--csv", str(tmp_path / "table.csv")]
+    words = [
+        str(path),
+        "--frames",
+        "4",
+        "--r-max",
+        "3.0",
+        "--epochs",
+        "2",
+        "--workers",
+        "0",
+        "2",
+        "--csv",
+        str(tmp_path / "table.csv"),
+    ]
     _dispatch(["bench", "loader", *words])
     told = capsys.readouterr().out
     assert "4 frames a batch, 4 atoms" in told
-    (row,) = csv.DictReader((tmp_path / "table.csv").open())
-    assert all(float(row[name]) > 0 for name in row)
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [row["workers"] for row in rows] == ["0", "2"]
+    assert all(float(row[name]) > 0 for row in rows for name in row if name not in ("workers", "seconds_workers"))
     with pytest.raises(InputError, match="20 frames, fewer than a batch of 21"):
         _dispatch(["bench", "loader", str(path), "--frames", "21"])
