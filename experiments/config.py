@@ -141,9 +141,10 @@ class RunConfig:
         compile: compile the step, with its double backward, before training.
         compiler: `inductor`; `public`: by torch.compile (docs/torch.md); or `interpreted`: run the traced graph uncompiled, to
             separate the effect of tracing from that of compiling.
-        cuda_graphs: replay recorded steps, for which batches are filled up to a few sizes: `true`, `false`, or `auto`: on a GPU,
-            where the step is compiled and the strategy is `custom`, `ingraph` or `none`. On a CPU, recordings are kept operation
-            by operation, which shows that a step can be recorded and wins nothing.
+        cuda_graphs: replay recorded steps, for which batches are filled up to a few sizes: `true`, `false`, or `auto`: with a GPU
+            for each rank, where the step is compiled, the strategy is `custom`, `ingraph` or `none`, and the model leaves out
+            what fills batches up. On a CPU, recordings are kept operation by operation, which shows that a step can be
+            recorded and wins nothing.
         check_kernels: compare the model's kernels with its reference in plain PyTorch before training.
         precision: `mixed`, `float32` or `float64`.
         tf32: let float32 matrix products use TF32 on NVIDIA GPUs.
@@ -167,7 +168,7 @@ class RunConfig:
     seed: int = 1
     compile: bool = False
     compiler: str = "inductor"
-    cuda_graphs: Any = False
+    cuda_graphs: Any = "auto"
     check_kernels: bool = True
     precision: str = "mixed"
     tf32: bool = False

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ddpkit import checkpoint
 from ddpkit.average import moving_average
-from ddpkit.capture.padding import compare_padding, require_padding
+from ddpkit.capture.padding import compare_padding, require_padding, taken_for_real
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Capacities, Capacity, Loader, Sampler, Sweep, choose_capacities, statistics
 from ddpkit.data.makers import suggested
@@ -32,7 +33,7 @@ from ddpkit.loss import EnergyForcesLoss
 from ddpkit.profiler import StepProfiler
 from ddpkit.projection import Projection
 from ddpkit.ranks import phase
-from ddpkit.ranks.agree import agree, share
+from ddpkit.ranks.agree import agree, most_on_ranks, share
 from ddpkit.ranks.group import Environment
 from ddpkit.ranks.switches import deterministic_algorithms, tf32, variables
 from ddpkit.record import RunFolder
@@ -221,12 +222,16 @@ def _build_trainer(
     r_max = float(config.model.r_max)
     seen = fingerprint(config, data)
     spec = state["model_spec"] if state else share(lambda: model_spec(config, data), "the statistics of the data")
-    filled = capacities(config, data, here) if records(config, here) else None
+    criterion = EnergyForcesLoss(**config.loss)
     with agree("building the model"):
         model = build_model(spec, config.seed).to(here.device)
         if config.init_from is not None and state is None:
             model.load_state_dict(_weights(config.init_from, spec, seen))
         optimizer = build_optimizer(config, model)
+    filled = None
+    if records(config, here) and leaves_padding_out(config, here, data, model, criterion, spec["species"]):
+        filled = capacities(config, data, here)
+    with agree("choosing batches"):
         train = train_sampler(config, data, here, None if filled is None else filled.levels)
         sweep = Sweep(
             data.validation, data.frames.atoms[data.validation], data.frames.edges(r_max)[data.validation],
@@ -244,7 +249,6 @@ def _build_trainer(
     if train_loader.workers:  # they start while the compiler is at work
         progress = state["progress"] if state else {"epoch": 0, "step_in_epoch": 0}
         train_loader.begin(progress["epoch"], progress["step_in_epoch"])
-    criterion = EnergyForcesLoss(**config.loss)
     ema = moving_average(model, config.train.ema_decay)  # copies the model before a strategy hooks itself to it
     step = make_step(
         model, criterion, optimizer,
@@ -257,12 +261,9 @@ def _build_trainer(
             batches = train_loader.example()
             if config.check_kernels:
                 compare_kernels(model, batches[0])
-            if filled is not None:
-                with agree("comparing batches that are filled up with others"):
-                    require_padding(compare_padding(model, criterion, batches[0], r_max))
-                if folder is not None:
-                    print(f"recorded steps: {filled}", flush=True)
-                    folder.summarize(capacities=asdict(filled))
+            if filled is not None and folder is not None:
+                print(f"recorded steps: {filled}", flush=True)
+                folder.summarize(capacities=asdict(filled))
             if config.compile:
                 step.prepare(batches)
     trainer = Trainer(
@@ -366,11 +367,43 @@ def train_sampler(
 
 
 def records(config: DictConfig, here: Environment) -> bool:
-    """Whether steps of a run are recorded and replayed."""
+    """Whether steps of a run are recorded and replayed, if what fills batches up is left out.
+
+    Raises:
+        InputError: `cuda_graphs=true` where ranks share a GPU.
+    """
+    can_communicate = here.device.type != "cuda" or here.world_size == 1 or "nccl" in here.backend
     if config.cuda_graphs == "auto":
         acts = acts_of(strategy_name(config))
-        return bool(config.compile) and here.device.type == "cuda" and acts != "during backward"
+        return bool(config.compile) and here.device.type == "cuda" and acts != "during backward" and can_communicate
+    if config.cuda_graphs and not can_communicate:
+        raise InputError(
+            f"cuda_graphs=true records the communication of ranks, which NCCL alone allows, and these use {here.backend}: give "
+            "each rank a GPU, or use cuda_graphs=auto."
+        )
     return bool(config.cuda_graphs)
+
+
+def leaves_padding_out(
+    config: DictConfig, here: Environment, data: Data, model: nn.Module, criterion: nn.Module, species: Sequence[str]
+) -> bool:
+    """Whether model and criterion leave out what fills batches up, on every rank; where `cuda_graphs=auto` asks, they may not.
+
+    Raises:
+        InputError: on every rank, where `cuda_graphs=true` wants it and they do not.
+    """
+    r_max = float(config.model.r_max)
+    with phase.during("compile"), agree("comparing batches that are filled up with others"):
+        sampler = train_sampler(config, data, here, capacities=None)
+        batch, *_ = Loader(data.frames, sampler, species, r_max, device=here.device).example()
+        measured = compare_padding(model, criterion, batch, r_max)
+        if config.cuda_graphs != "auto":
+            require_padding(measured)
+    if not most_on_ranks(sum(not d.is_fine for d in measured)):
+        return True
+    if sentence := taken_for_real(measured):
+        warnings.warn(f"Steps are not recorded: that would fill batches up, and {sentence}.", stacklevel=2)
+    return False
 
 
 def capacities(config: DictConfig, data: Data, here: Environment) -> Capacities:

@@ -46,12 +46,20 @@ def require_padding(measured: Sequence[Difference]) -> None:
     Raises:
         InputError: names the worst tensor.
     """
+    if sentence := taken_for_real(measured):
+        raise InputError(
+            f"cuda_graphs fills batches up to few sizes, and {sentence}. Leave atoms out where batch.mask is False, frames "
+            "without other atoms, and edges longer than the cutoff; or use cuda_graphs=false."
+        )
+
+
+def taken_for_real(measured: Sequence[Difference]) -> str:
+    """Which tensor changes most where a batch is filled up, as a part of a sentence; empty if none does."""
     bad = [d for d in measured if not d.is_fine]
     if not bad:
-        return
+        return ""
     worst = max(bad, key=lambda d: d.error)
-    raise InputError(
-        f"cuda_graphs fills batches up to few sizes, and this model or criterion does not leave that out: {worst.name!r} changes "
-        f"by {worst.error:.2g} relative (allowed {worst.tolerance:.0e}). Leave atoms out where batch.mask is False, frames "
-        "without other atoms, and edges longer than the cutoff; or use cuda_graphs=false."
+    return (
+        f"this model or criterion does not leave that out: {worst.name!r} changes by {worst.error:.2g} relative (allowed "
+        f"{worst.tolerance:.0e})"
     )

@@ -1,5 +1,7 @@
 """What a run's batches are filled up to, on two ranks, and training on them."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -62,3 +64,44 @@ def test_ranks_fill_up_to_the_same_sizes_and_train_as_without(tmp_path, accumula
     assert sum(item[0] is None for item in padded) <= 2
     assert all(item[0] is None for item in own)
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-10)
+
+
+def unmasked(output, batch):
+    return (
+        (output["forces"] - batch.forces).square().sum()
+        + output["energy"].square().sum()
+        + batch.positions.square().sum()
+    )
+
+
+def decides(path, cuda_graphs):
+    """Whether each rank records, with a criterion on rank 1 that takes what fills up for atoms, and what it was told."""
+    config = read(
+        [
+            "model=allegro_tiny", "model.r_max=4.0", "data=files", f"data.path={path}", "device=cpu", "precision=float64",
+            "train.batch_size=8", "data.split=[0.8,0.1,0.1]", "compile=true", f"cuda_graphs={cuda_graphs}",
+        ]
+    )  # fmt: skip
+    data, here = open_data(config), environment()
+    spec = setup.model_spec(config, data)
+    model = setup.build_model(spec, 0)
+    answers = []
+    for criterion in (ddpkit.EnergyForcesLoss(), unmasked if here.rank == 1 else ddpkit.EnergyForcesLoss()):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            answer = setup.leaves_padding_out(config, here, data, model, criterion, spec["species"])
+        answers.append((answer, [str(one.message) for one in told]))
+    return answers
+
+
+def test_nobody_records_where_one_rank_takes_what_fills_up_for_atoms(tmp_path):
+    write_set(tmp_path / "set")
+    first, second = run_ranks(decides, 2, str(tmp_path / "set"), "auto")
+    assert first == [(True, []), (False, [])]
+    assert second[0] == (True, [])
+    assert second[1][0] is False
+    assert "does not leave that out: 'loss' changes by" in " ".join(second[1][1])
+    with pytest.raises(
+        Exception, match=r"rank 0: (.*\n)+.*InputError: cuda_graphs fills batches up .* use cuda_graphs=false"
+    ):
+        run_ranks(decides, 2, str(tmp_path / "set"), "true")

@@ -1,6 +1,7 @@
 """Runs whose steps are recorded, against runs whose steps are not."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -78,12 +79,21 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(ddpkit_run, sized, f
         ("cuda_graphs=auto compile=true strategy=standard", "cuda", False),
         ("cuda_graphs=auto compile=true strategy=ingraph", "cuda", True),
         ("cuda_graphs=true compile=true", "cpu", True),
-        ("compile=true", "cuda", False),
+        ("compile=true", "cuda", True),
+        ("compile=true cuda_graphs=false", "cuda", False),
     ],
 )
 def test_where_steps_are_recorded(overrides, device, expected):
     here = Environment(device=torch.device(device))
     assert setup.records(read(overrides.split()), here) is expected
+
+
+def test_ranks_that_share_a_gpu_do_not_record():
+    here = Environment(device=torch.device("cuda"), world_size=2, backend="gloo")
+    assert not setup.records(read(["compile=true"]), here)
+    assert setup.records(read(["compile=true"]), replace(here, backend="nccl"))
+    with pytest.raises(InputError, match="NCCL alone allows, and these use gloo: give each rank a GPU"):
+        setup.records(read(["compile=true", "cuda_graphs=true"]), here)
 
 
 @pytest.mark.parametrize(
