@@ -252,6 +252,33 @@ def folder_of_cache() -> str:
     return cache_dir()
 
 
+def custom_operator(name: str) -> Any:
+    """What `torch.library.custom_op` has made of a function; None for operators that were made otherwise.
+
+    Args:
+        name: as "space::name".
+    """
+    try:
+        from torch._library.custom_ops import OPDEFS
+    except ImportError:
+        return None
+    return OPDEFS.get(name)
+
+
+_dump: Callable[[str], str] = _private(
+    torch, "_C._dispatch_dump", lambda _: "", "operators are told apart by their schema"
+)
+
+
+def registrations(name: str) -> list[str]:
+    """Where an operator and its kernels were registered, each as `FILE:LINE`.
+
+    Args:
+        name: as "space::name".
+    """
+    return sorted(set(re.findall(r"registered at (\S+:\d+)", _dump(name))))
+
+
 LOADED = ".load_ok"
 """From torch 2.14 on, an empty file with this ending beside a library in the compiler's cache says that it could be loaded."""
 

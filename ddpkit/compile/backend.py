@@ -129,6 +129,23 @@ class Backend(ABC):
     def strides(self, kernel: Kernel, symbols: Symbols) -> list[tuple[Any, ...] | None]:
         """The strides of each output of the code, as symbolic sizes; None for those of the trace, and for what is no tensor."""
 
+    def settings(self) -> Any:
+        """What the compiler has been told, printable and the same in every process; None where code cannot be stored."""
+        return None
+
+    def is_kernel(self, value: Any) -> bool:
+        """Whether this is code of a graph that `pack` takes."""
+        del value
+        return False
+
+    def pack(self, kernel: Kernel) -> bytes | None:
+        """Code that has run, in a form that another process can `unpack`; None if that cannot be done."""
+        del kernel
+
+    def unpack(self, content: bytes) -> Kernel:
+        """The code that was packed. What it was generated for is not looked at."""
+        raise NotImplementedError
+
     @abstractmethod
     def halves(
         self, joint: Traced, kept: int, changed: Collection[int]

@@ -40,7 +40,15 @@ class Conditions:
                     self._lines[len(tests)] = line
                 tests.append(test)
         self._names = list(names.values())
-        self._test = _function(list(names), tests)
+        self._symbols, self._tests = list(names), tests
+        self._test = _function(self._symbols, tests)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_test"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._test = _function(self._symbols, self._tests)
 
     def hold(self, sizes: Mapping[str, int], ones: Collection[str] = ()) -> bool:
         """Whether the graph may be used for these sizes.

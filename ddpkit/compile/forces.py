@@ -26,6 +26,7 @@ from ddpkit.compile.outputs import Tree, WithFacts
 from ddpkit.compile.situations import Situation, Situations
 from ddpkit.compile.snapshot import Snapshot
 from ddpkit.compile.state import State
+from ddpkit.compile.stored import Stored, described
 from ddpkit.compile.variants import Code, Variants
 
 
@@ -171,6 +172,7 @@ class CompiledForces(nn.Module):
                 self._lower,
                 lambda code, batch, sizes: self._compare(state, code, batch, sizes),
                 self.tally,
+                Stored(lambda: described(state, (), {"model": self.model}, ["forces"]), state),
             ),
         )
 

@@ -12,6 +12,7 @@ from ddpkit.capture.recording import as_one
 from ddpkit.compile import parity
 from ddpkit.compile.conditions import Conditions
 from ddpkit.compile.graph import Kernel, Traced, lower, trace, traced_as
+from ddpkit.compile.identity import UnknownError
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
 from ddpkit.compile.objective import Criterion, Objective, differentiable, loss_of, total
 from ddpkit.compile.outputs import Tree, WithFacts
@@ -19,6 +20,7 @@ from ddpkit.compile.parity import Difference
 from ddpkit.compile.situations import Situation, Situations
 from ddpkit.compile.snapshot import Snapshot
 from ddpkit.compile.state import State
+from ddpkit.compile.stored import Stored, described
 from ddpkit.compile.variants import Code, Variants
 from ddpkit.errors import InputError
 from ddpkit.ranks.agree import on_the_way_to
@@ -140,8 +142,15 @@ class CompiledGradients:
             self._lower,
             lambda code, batch, sizes: self._compare(state, after, code, batch, sizes),
             self.tally,
+            Stored(lambda: self._described(state, after), state),
             after.stand_in if after.communicates else None,
         )
+
+    def _described(self, state: State, after: AfterGradients) -> str:
+        """What the code of a state depends on."""
+        if (form := after.form()) is None:
+            raise UnknownError(f"what {type(after).__name__} traces")
+        return described(state, after.tensors(), vars(self._objective), ["step", type(after).__qualname__, form])
 
     # --- a step ---------------------------------------------------------------------------------------------------
 

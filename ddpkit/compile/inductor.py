@@ -20,6 +20,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import pickle
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,19 +31,22 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 import torch._inductor.config as inductor_config
-import torch.compiler.config as compiler_config
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
+from torch._inductor.codecache import FxGraphCache, PyCodeCache
 from torch._inductor.compile_fx import _CompileFxKwargs, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.dependencies import StarDep, WeakDep
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
 from torch._inductor.scheduler import SchedulerNode
+from torch._inductor.utils import BoxedBool
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -96,6 +100,17 @@ _ON_GPU = {"loop_ordering_after_fusion": False}
 # (tests/torch/unrounded.py). Its other patterns are of attention and of products of matrices, by which potentials hardly gain.
 _KEEPS_ROUNDING = {} if release() >= (2, 13) else {"pattern_matcher": False}
 
+# A setting that counts for the key of a graph in the cache, and does nothing here: apart from what was compiled without
+# `_order_kept`. With torch's own way, `cache_key_tag`, every start would time Triton's kernels anew, since the processes that
+# compile them do not hear of it.
+_IN_ORDER = {"aot_inductor.metadata": {"ddpkit": "in order"}}
+
+# Functions of a user's that rewrite graphs: what they do is not known.
+_CUSTOM_PASSES = (
+    "post_grad_custom_pre_pass", "post_grad_custom_post_pass", "joint_custom_pre_pass", "joint_custom_post_pass",
+    "_pre_fusion_custom_pass", "_post_fusion_custom_pass",
+)  # fmt: skip
+
 # What is called, with the arguments that are given by keyword or by place.
 _TAKES: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
     (make_fx, ("decomposition_table", "tracing_mode")),
@@ -109,6 +124,9 @@ _TAKES: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
     (min_cut_rematerialization_partition, ("joint_module", "_joint_inputs", "num_fwd_outputs")),
     (compile_fx_inner, ("gm", "example_inputs")),
     (SchedulerNode.recompute_size_and_body, ()),
+    (FxGraphCache.cache_hit_post_compile, ("graph", "cache_info", "constants")),
+    (FxGraphCache._get_tmp_dir_for_key, ("key",)),
+    (CompiledFxGraph.post_compile, ("example_inputs", "constants", "graph_kwargs")),
     (torch._functionalize_has_data_mutation, ()),  # type: ignore[attr-defined]
 ]
 _COMPILES_WITH = {"static_input_idxs", "is_backward", "is_inference"}
@@ -122,8 +140,8 @@ def unlike() -> list[str]:
             differences.append(f"{function.__qualname__}({', '.join(names)})")
     if not set(_CompileFxKwargs.__annotations__) >= _COMPILES_WITH:
         differences.append(f"compile_fx_inner({', '.join(sorted(_COMPILES_WITH))})")
-    settings = [(inductor_config, name) for name in (*_ON_CPU, *_ON_GPU, *_KEEPS_ROUNDING)]
-    settings += [(symbolic_config, "backed_size_oblivious"), (compiler_config, "cache_key_tag")]
+    settings = [(inductor_config, name) for name in (*_ON_CPU, *_ON_GPU, *_KEEPS_ROUNDING, *_IN_ORDER)]
+    settings += [(symbolic_config, "backed_size_oblivious")]
     return differences + [f"{home.__name__}.{name}" for home, name in settings if not hasattr(home, name)]
 
 
@@ -279,6 +297,39 @@ class Inductor(Backend):
         strides = kernel.output_strides  # type: ignore[attr-defined]
         return [one and tuple(symbols.env.deserialize_symexpr(x) for x in one) for one in strides]
 
+    def settings(self) -> Any:
+        if any(getattr(inductor_config, name, None) is not None for name in _CUSTOM_PASSES):
+            return None
+        return sorted(inductor_config.save_config_portable(ignore_private_configs=False).items(), key=str)
+
+    def is_kernel(self, value: Any) -> bool:
+        return isinstance(value, CompiledFxGraph)
+
+    def pack(self, kernel: Kernel) -> bytes | None:
+        """As Inductor keeps it itself, with the variants of Triton's kernels that were timed and chosen."""
+        assert isinstance(kernel, CompiledFxGraph)
+        if not kernel._fx_graph_cache_key:
+            return None
+        for path in sorted(Path(FxGraphCache._get_tmp_dir_for_key(kernel._fx_graph_cache_key)).iterdir()):
+            if path.name.startswith("."):
+                continue
+            content = path.read_bytes()
+            if pickle.loads(content).source_code == kernel.source_code:  # noqa: S301  (it has just been written or loaded)
+                return pickle.dumps((content, _chosen(kernel)))
+        return None
+
+    def unpack(self, content: bytes) -> Kernel:
+        packed, chosen = pickle.loads(content)  # noqa: S301  (see `ddpkit.compile.stored`)
+        constants = CompiledFxGraphConstants()
+        with compiled_together():
+            kernel, _ = FxGraphCache.cache_hit_post_compile(pickle.loads(packed), {}, constants)  # noqa: S301  (likewise)
+        if kernel is None:
+            raise FileNotFoundError("a part of the code")
+        counters["inductor"]["fxgraph_cache_hit"] += 1  # as where Inductor itself finds it
+        _choose(kernel, chosen)
+        kernel.post_compile((), constants, {"cudagraphs": BoxedBool(False), "is_backward": False})  # type: ignore[typeddict-item]
+        return kernel  # type: ignore[no-any-return]
+
     def halves(
         self, joint: Traced, kept: int, changed: Collection[int]
     ) -> tuple[fx.GraphModule, fx.GraphModule, list[Source]]:
@@ -398,10 +449,9 @@ def _order_kept() -> Iterator[None]:
         rewrite(node, *arguments, **options)
         node.set_read_writes(node.read_writes.with_read(OrderedSet(after)).rename(node.mutation_renames))
 
-    tag = compiler_config.cache_key_tag + " in order"  # apart from what was compiled without
     SchedulerNode.recompute_size_and_body = rewrite_in_order  # type: ignore[assignment, method-assign]
     try:
-        with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        with inductor_config.patch(_IN_ORDER):
             yield
     finally:
         SchedulerNode.recompute_size_and_body = rewrite  # type: ignore[method-assign]
@@ -452,6 +502,30 @@ if SHARES_FILES:
         cache: dict[str, Callable[[], ModuleType]] = {}  # type: ignore[assignment]  # noqa: RUF012  (Inductor's interface)
         cache_clear = staticmethod(cache.clear)
         entry_function = "kernels"
+
+
+def _variants(kernel: CompiledFxGraph) -> dict[str, Any]:
+    """The Triton kernels of a graph's code by name."""
+    modules = [module for module in PyCodeCache.modules if getattr(module, "key", None) == kernel.cache_key]
+    return {
+        n: x
+        for module in modules[-1:]
+        for n, x in vars(module).items()
+        if isinstance(getattr(x, "launchers", None), list)
+    }
+
+
+def _chosen(kernel: CompiledFxGraph) -> dict[str, str]:
+    """Which variant of each Triton kernel runs."""
+    return {name: str(x.launchers[0].config) for name, x in _variants(kernel).items() if len(x.launchers) == 1}
+
+
+def _choose(kernel: CompiledFxGraph, chosen: Mapping[str, str]) -> None:
+    """Leaves the variants that have been chosen before, so that none is timed again and every process runs the same."""
+    for name, x in _variants(kernel).items():
+        one = [launcher for launcher in x.launchers if str(launcher.config) == chosen.get(name)]
+        if len(one) == 1:
+            x.launchers = one
 
 
 @dataclass(frozen=True)

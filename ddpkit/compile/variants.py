@@ -11,6 +11,7 @@ from ddpkit.batch import Batch
 from ddpkit.compile import parity
 from ddpkit.compile.conditions import Conditions
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
+from ddpkit.compile.stored import Entry, Stored
 from ddpkit.errors import InputError
 from ddpkit.ranks.agree import agree, in_turn, most_on_ranks, share
 
@@ -70,6 +71,7 @@ class Variants(Generic[C]):
         lower: the graph -> code.
         compare: code, batch, its sizes -> differences from eager code.
         tally: shared with the code for other states of the model.
+        stored: the first code on disk.
         stand_in: if comparing communicates: runs the same collectives on a rank that has no batch to compare. All ranks then
             compile and check all code together. None if comparing does not communicate.
 
@@ -83,9 +85,11 @@ class Variants(Generic[C]):
         lower: Callable[[T], C],
         compare: Callable[[C, Flat, dict[str, int]], Sequence[parity.Difference]],
         tally: parity.Tally,
+        stored: Stored[C],
         stand_in: Callable[[], None] | None = None,
     ) -> None:
         self._trace, self._lower, self._compare, self._tally, self._stand_in = trace, lower, compare, tally, stand_in
+        self._stored = stored
         self.codes: list[C] = []
 
     # --- choosing -------------------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ class Variants(Generic[C]):
     # --- making ---------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: Any, *, together: bool = True, before_check: Callable[[C], None] | None = None) -> None:
-        """Traces, compiles and checks the first code.
+        """Traces and compiles the first code, or takes it from the disk, and checks it.
 
         Args:
             batch: an example.
@@ -127,12 +131,47 @@ class Variants(Generic[C]):
         """
         began = time.perf_counter()
         examples = [batch, *self._tally.examples] if together else [batch, *self._kin(Layout.of([batch]))]
-        sizes = _tuned_for(examples)
+        layout = Layout.of(examples)
+        entry = self._stored.find(layout, [sizes_of(layout, example) for example in examples])
+        sizes, is_stored = (_tuned_for(examples), False) if entry is None else (entry.sizes, True)
         if together:
-            sizes = _as_on_first_rank(Layout.of(examples), sizes)
-            code = in_turn(lambda: self._trace(examples, sizes), self._lower)
-        else:
-            code = self._lower(self._trace(examples, sizes))
+            sizes, is_stored = _as_on_first_rank(layout, sizes, is_stored=is_stored)
+        if not is_stored or (entry is not None and entry.sizes != sizes):
+            entry = None
+        checked = len(self._tally.differences)
+        try:
+            self._prepare(examples, layout, sizes, entry, together=together, before_check=before_check)
+        except InputError:
+            raise
+        except Exception:
+            if not is_stored:
+                raise
+            self._stored.forget(layout)
+            del self._tally.differences[checked:]
+            self._prepare(examples, layout, sizes, None, together=together, before_check=before_check)
+        self._tally.seconds += time.perf_counter() - began
+
+    def _prepare(
+        self,
+        examples: Sequence[Any],
+        layout: Layout,
+        sizes: dict[str, int],
+        entry: Entry | None,
+        *,
+        together: bool,
+        before_check: Callable[[C], None] | None,
+    ) -> None:
+        """Does so, with code from the disk where there is an entry; an error there is one on all ranks, if all do it together."""
+
+        def trace() -> T | Entry:
+            return self._trace(examples, sizes) if entry is None else entry
+
+        def lower(traced: T | Entry) -> C:
+            if not isinstance(traced, Entry):
+                return self._lower(traced)
+            return self._stored.load(traced) or self._lower(self._trace(examples, sizes))
+
+        code = in_turn(trace, lower) if together else lower(trace())
         if before_check is not None:
             before_check(code)
         with agree("comparing compiled with eager code") if together else nullcontext():
@@ -146,7 +185,8 @@ class Variants(Generic[C]):
                     f"{sizes_fixed(code.fixed_at)}, or train with compile=False."
                 )
         self.codes = [code]
-        self._tally.seconds += time.perf_counter() - began
+        if code.is_checked and entry is None:
+            self._stored.keep(layout, sizes, code, code.conditions)
 
     def _kin(self, layout: Layout) -> list[Any]:
         """The examples that a batch of this form may share code with."""
@@ -247,14 +287,14 @@ def sizes_fixed(line: str) -> str:
     )
 
 
-def _as_on_first_rank(layout: Layout, sizes: dict[str, int]) -> dict[str, int]:
-    """Rank 0's sizes by this rank's names, or `sizes` where its batches have another form.
+def _as_on_first_rank(layout: Layout, sizes: dict[str, int], *, is_stored: bool) -> tuple[dict[str, int], bool]:
+    """Rank 0's sizes by this rank's names, or `sizes` where its batches have another form; and whether rank 0 has code on disk.
 
     Ranks that tune code for the same sizes generate the same code.
     """
-    own = [layout.form(), [sizes[name] for name in layout.names]]
-    form, values = share(lambda: own, "choosing the sizes to compile for")
-    return dict(zip(layout.names, values, strict=True)) if form == own[0] else sizes
+    own = [layout.form(), [sizes[name] for name in layout.names], is_stored]
+    form, values, is_stored = share(lambda: own, "choosing the sizes to compile for")
+    return dict(zip(layout.names, values, strict=True)) if form == own[0] else sizes, is_stored
 
 
 def _tuned_for(examples: Sequence[Any]) -> dict[str, int]:

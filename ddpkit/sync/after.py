@@ -6,7 +6,7 @@ interface alone.
 
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -105,6 +105,12 @@ class AfterGradients:
         return list(used)
 
     # --- compiling and checking -----------------------------------------------------------------------------------
+
+    def form(self) -> Hashable | None:
+        """What the traced operations depend on beside the tensors: plain values, the same in every process that would trace the
+        same. With them, compiled code is stored for later starts; None, where this is not known, has every start trace.
+        """
+        return () if type(self).trace is AfterGradients.trace else None
 
     def before_compiling(self, *, first: bool, several: bool) -> None:
         """Called before the first code for these parameters is traced.
@@ -228,6 +234,18 @@ class AverageInGraph(AfterGradients):
         for place, average in zip(tensors, started, strict=True):
             place.copy_(self.wait(average))
         return None
+
+    def form(self) -> Hashable | None:
+        """What an average depends on, for the strategies that are part of this package."""
+        return self._form_of_average() if type(self) is AverageInGraph else None
+
+    def _form_of_average(self) -> Hashable:
+        sync = self.sync
+        if sync.world_size == 1:
+            return (1,)
+        devices = sorted({str(p.device) for p in self.trained.values()})
+        averages = [sync.comm.averages(torch.device(device)) for device in devices]
+        return sync.world_size, tuple(averages), str(dist.group.WORLD.group_name)  # type: ignore[union-attr]
 
     @cached_property
     def for_each(self) -> "AfterGradients":

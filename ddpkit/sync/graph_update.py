@@ -83,6 +83,12 @@ class GraphUpdate:
         count = len(_NUMBERS[self._is_adam]) * len(optimizer.param_groups)
         self._hyper = torch.zeros(count, dtype=torch.float64, device=parameters[0].device)
 
+    def form(self) -> Hashable:
+        """What the traced update depends on beside tensors, as plain values."""
+        groups = self._optimizer.param_groups
+        settings = tuple((*map(group.get, _FLAGS), _has_momentum(group)) for group in groups)
+        return type(self._optimizer).__name__, self._clip_norm, settings, tuple(self._groups)
+
     def _keys(self, group: int) -> tuple[str, ...]:
         """What the optimizer keeps of a parameter."""
         if self._is_adam:

@@ -125,6 +125,16 @@ class InGraphSync(GradientSync):
                 slices[self._named[n][0]] = part.permute([order.index(d) for d in range(view.dim())])
         return slices
 
+    def form_of_buckets(self) -> Hashable:
+        """Which gradient lies where in the buckets, as plain values."""
+        places = [
+            (bucket, n, view) for bucket in self._buckets for n, view in zip(bucket.numbers, bucket.views, strict=True)
+        ]
+        return tuple(
+            (self._named[n][0], view.storage_offset() - bucket.body.storage_offset(), view.stride())
+            for bucket, n, view in places
+        )
+
     def packed(self, gradients: Mapping[str, Tensor | None], flat: Sequence[Tensor]) -> Iterator[Tensor]:
         """The gradients as the buckets hold them, bucket by bucket, by operations that can be traced.
 
@@ -178,6 +188,13 @@ class _Buckets(AverageInGraph):
             body.copy_(self.wait(average))
         return None
 
+    def form(self) -> Hashable | None:
+        """What an average depends on, and where gradients lie in the buckets."""
+        return self._form_of_buckets() if type(self) is _Buckets else None
+
+    def _form_of_buckets(self) -> Hashable:
+        return self._form_of_average(), self.sync.form_of_buckets()
+
     @torch.no_grad()
     def run(self, gradients: Sequence[Tensor | None]) -> None:
         """The same collectives on the buckets where they are."""
@@ -216,6 +233,10 @@ class _BucketsAndUpdate(_Buckets):
         super().trace(parameters, gradients, flat)
         slices = self.sync.slices(flat)
         return self._update(parameters, [slices[name] for name in self.trained], flat, tensors[count:])
+
+    def form(self) -> Hashable | None:
+        """The same, and what the update depends on."""
+        return self._form_of_buckets(), self._update.form()
 
     def finish(self) -> None:
         """Lets schedulers know of the step."""
