@@ -8,7 +8,7 @@ Loads the compiler on first use. What a batch passes, module by module:
 
 Where there is no code yet, `graph` traces the `objective` (model and criterion) with all its `outputs`, and compiles the trace
 by the `backend` that is chosen: `inductor` (with `kernels`, for CPUs) or `public`. `cache` keeps the code on disk and `digest`
-tells codes apart. `parity` compares the code with eager code before it is used. `lines` and `script` name the line of the model
+tells codes apart; `stored` keeps what was checked, so that a later start does not trace: `identity` tells what it depends on. `parity` compares the code with eager code before it is used. `lines` and `script` name the line of the model
 that a message is about.
 """
 

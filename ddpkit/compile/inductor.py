@@ -11,9 +11,11 @@ where `unlike` finds that something is missing or takes other arguments, `ddpkit
 - `TorchDispatchMode`: the line of a model that draws random numbers.
 - `joint_graph_passes`, `min_cut_rematerialization_partition`, `compile_fx_inner`, `TracingContext`: what `torch.compile` does
   after AOTAutograd.
+- `FxGraphCache`, `CompiledFxGraph`, `CompiledFxGraphConstants`, `PyCodeCache`, `BoxedBool`, `counters`: code that is stored without its
+  graph, see `ddpkit.compile.stored`.
 - `SchedulerNode`, `StarDep`, `WeakDep`, `OrderedSet`: `_order_kept`, which mends a fault of torch before 2.14.
 - `AsyncCompile`, `CppPythonBindingsCodeCache`, `clear_on_fresh_cache`, `VecISA`: `compiled_together`, which makes
-  compilation on CPUs faster. Without them it is slower, and nothing is said.
+  compilation on CPUs faster, and `start_workers`, likewise on GPUs. Without them it is slower, and nothing is said.
 """
 
 import contextlib
@@ -224,6 +226,8 @@ class Inductor(Backend):
             start_workers()
         else:
             look_at_the_processor()
+        elif environment().local_rank == 0:  # the other ranks of a host find compiled code
+            start_workers()
         return FakeSymbols(layout, sizes, {size for tensor in fixed for size in tensor.shape})
 
     def trace(
@@ -320,9 +324,12 @@ class Inductor(Backend):
 
     def unpack(self, content: bytes) -> Kernel:
         packed, chosen = pickle.loads(content)  # noqa: S301  (see `ddpkit.compile.stored`)
+        graph = pickle.loads(packed)  # noqa: S301  (likewise)
         constants = CompiledFxGraphConstants()
-        with compiled_together():
-            kernel, _ = FxGraphCache.cache_hit_post_compile(pickle.loads(packed), {}, constants)  # noqa: S301  (likewise)
+        # Triton's kernels are there: processes to compile them would be started for nothing.
+        alone = inductor_config.patch(compile_threads=1) if "cuda" in graph.device_types else contextlib.nullcontext()
+        with compiled_together(), alone:
+            kernel, _ = FxGraphCache.cache_hit_post_compile(graph, {}, constants)
         if kernel is None:
             raise FileNotFoundError("a part of the code")
         counters["inductor"]["fxgraph_cache_hit"] += 1  # as where Inductor itself finds it
@@ -491,6 +498,17 @@ def look_at_the_processor() -> None:
             valid_vec_isa_list()
 
     threading.Thread(target=look, name="look at the processor", daemon=True).start()
+
+
+@functools.cache
+def start_workers() -> None:
+    """Starts the processes that compile Triton's kernels while the model is traced: they take seconds to import torch, and until
+    they are ready every kernel is compiled in this process.
+    """
+    if not SHARES_FILES:
+        return
+    with all_of_job(), inductor_config.patch(compile_threads=inductor_config.decide_compile_threads()):
+        AsyncCompile.use_process_pool()
 
 
 if SHARES_FILES:
