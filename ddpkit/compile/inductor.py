@@ -226,8 +226,6 @@ class Inductor(Backend):
             start_workers()
         else:
             look_at_the_processor()
-        elif environment().local_rank == 0:  # the other ranks of a host find compiled code
-            start_workers()
         return FakeSymbols(layout, sizes, {size for tensor in fixed for size in tensor.shape})
 
     def trace(
@@ -507,7 +505,7 @@ def start_workers() -> None:
     """
     if not SHARES_FILES:
         return
-    with all_of_job(), inductor_config.patch(compile_threads=inductor_config.decide_compile_threads()):
+    with all_of_job(), inductor_config.patch(compile_threads=_threads()):
         AsyncCompile.use_process_pool()
 
 
@@ -587,18 +585,6 @@ def compiled_together() -> Iterator[None]:
                 yield
     finally:
         AsyncCompile.cpp_pybinding, AsyncCompile.wait = one_by_one, wait  # type: ignore[method-assign]
-
-
-@functools.cache
-def start_workers() -> None:
-    """Starts the processes that compile Triton's kernels, while the model is traced.
-
-    They import torch for seconds, and until they answer, Inductor compiles one kernel after another in this process.
-    """
-    if SHARES_FILES:
-        with all_of_job(), inductor_config.patch(compile_threads=_threads()):
-            AsyncCompile.warm_pool()
-            AsyncCompile.wakeup()
 
 
 def _threads() -> int:
