@@ -77,7 +77,7 @@ class Trainer:
         data: likewise what tells the data apart from others.
         projection: records the trajectory of the parameters; None on every rank but rank 0.
         profiler: traces some steps; None on every rank but rank 0.
-        after_epoch: called on every rank after each whole epoch; returns a signal to stop by, or 0.
+        between_epochs: called on every rank before the first epoch and after each whole one; returns a signal to stop by, or 0.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Trainer:
         data: dict[str, str] | None = None,
         projection: Projection | None = None,
         profiler: StepProfiler | None = None,
-        after_epoch: "Callable[[Trainer], int] | None" = None,
+        between_epochs: "Callable[[Trainer], int] | None" = None,
     ) -> None:
         self.model, self.step, self.optimizer, self.criterion = model, step, optimizer, criterion
         self.train_loader, self.val_loader = train_loader, val_loader
@@ -120,7 +120,7 @@ class Trainer:
         self.stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
         self._projection, self._profiler = projection, profiler
-        self._after_epoch = after_epoch
+        self._between_epochs = between_epochs
         self._out_of_time = False
         self._started = time.monotonic()
 
@@ -175,17 +175,21 @@ class Trainer:
         with self._signals(), self._profiler or nullcontext(), closing(self.train_loader):
             if self._profiler is not None:
                 self._profiler.start(self._steps_left())
+            self._pause()
             while not self._is_done():
                 self._train_epoch()
                 with record_function(BETWEEN):
                     self._end_epoch()
                 if self.progress.step_in_epoch:  # the run stopped within an epoch
                     break
-                if self._after_epoch is not None and (number := self._after_epoch(self)):
-                    self.stopped_by = signal.Signals(number)
+                self._pause()
         if self._projection is not None and self.stopped_by is None:
             self._projection.after(self.progress.step, ends=True)
         self._writer.wait()
+
+    def _pause(self) -> None:
+        if self._between_epochs is not None and (number := self._between_epochs(self)):
+            self.stopped_by = signal.Signals(number)
 
     def facts(self) -> dict[str, int]:
         """What `summary.json` tells of how far training has come and of what went otherwise than asked."""
@@ -451,7 +455,7 @@ class Trainer:
         self.schedule.after_epoch(None if errors is None else errors["val_loss"])
         p.epoch += 1
         p.step_in_epoch, p.rows_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0, 0.0, 0.0
-        if errors is not None or not validates or self._after_epoch is not None or c.is_checkpoint_due(p.step):
+        if errors is not None or not validates or self._between_epochs is not None or c.is_checkpoint_due(p.step):
             self._save("last", *(["best"] if improved or not validates else []))
 
     # -- validation ----------------------------------------------------------------------------------------------------

@@ -1,31 +1,37 @@
 """Run every configuration of a study under mpirun, into one folder.
 
 usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [--slurm] [OVERRIDES...]
-       numerics: [seeds=N] [together=N] [scale=causes|emulated|node]    speed: [launches=N] [pairs=N]
+       numerics: [seeds=N] [spread=N] [arms=A,B,...] [together=N] [scale=causes|emulated|node|ranks] [parts=P,Q,...]
+       speed: [launches=N] [pairs=N] [scale=node]      both: [within=SECONDS]
        ddpkit experiment accuracy scale=choices|frames|strategies|demo [seeds=N] [together=N] ...
        ddpkit experiment inference ...                molecular dynamics in LAMMPS: see `ddpkit experiment inference --help`
 
 Each configuration becomes a run folder below `out` (default: studies/STUDY-SCALE). What is complete is skipped and what was
 interrupted is resumed, so that the same command can be given again; a run that failed of itself, as by NaN, is kept: it counts
-against its arm. Further overrides go to every run (deterministic=true has a default folder of its own, beside which
-`ddpkit-analyze report studies` finds it). `--slurm` prints a job script for the study instead of running it.
+against its arm. within=SECONDS stops in time, as Ctrl-C does. Further overrides go to every run (deterministic=true has a default
+folder of its own, beside which `ddpkit-analyze report studies` finds it). `--slurm` prints a job script for the study instead of
+running it.
 
 Before the first run `plan.json` declares which claims will get a verdict; write one of your own there to declare others.
 
 The study of numerics runs all arms for one seed after another; claims are tested from six seeds on. together=N has N runs under
 way at a time, on the same devices: what is told of them is no time. scale=causes has one arm for each cause of difference,
-scale=emulated 64 ranks on one process, scale=node four GPUs of one host.
+scale=emulated 64 ranks on one process, scale=node four GPUs of one host; scale=ranks has 1 to 64 ranks on one process and four
+real ones, each in a sub-folder (parts=emulated-64 is one of them alone). Where there are several GPUs, runs of one process are
+dealt out to them seed by seed. arms= leaves arms out, spread= is the number of further reruns of the first seed.
 
 In the study of accuracy `ddpkit eval` follows each run, on the test part of its data: scale=choices undoes one choice of
 experiment=small_molecule in each arm (export DDPKIT_MOLECULE=FILE), scale=frames trains on fewer and fewer frames of the
 built-in set, scale=strategies compares synchronisation eager, compiled and captured on four GPUs at one global batch.
 
 In the study of speed all arms are launched together and take turns, an epoch at a time, so that drift of the machine falls on all
-alike (where so many do not fit into memory at once, they follow one another). After three such launches, the pilot, pairs of
+alike (where so many do not fit into memory at once, they follow one another). within= does not begin a launch that would be cut
+off. After three such launches, the pilot, pairs of
 launches of custom and standard follow: eight, or as many as resolve one per cent.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -33,10 +39,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
+
+import torch
 
 from ddpkit.analysis import plan, speed
 from ddpkit.analysis.outcomes import ended
@@ -44,11 +53,13 @@ from ddpkit.analysis.runs import read_runs
 from ddpkit.errors import InputError
 from ddpkit.experiments import inference
 from ddpkit.experiments.config import read
-from ddpkit.experiments.studies import STUDIES, Accuracy, Arm, Numerics, Speed
+from ddpkit.experiments.studies import STUDIES, Accuracy, Arm, Numerics, Ranks, Speed
 from ddpkit.experiments.turns import Turns, order
 from ddpkit.ranks.mpirun import mpirun
 
-_COUNTS = ("ranks", "seeds", "launches", "pairs", "together")
+_COUNTS = ("ranks", "seeds", "spread", "launches", "pairs", "together", "within")
+_NAMES = ("arms", "parts")
+_OF = {"numerics": ("seeds", "spread", "together", *_NAMES), "speed": ("launches", "pairs")}
 _POLL = 0.05  # seconds between looks at runs under way
 # What Python, torch and a small model take; pages that ranks share are counted once.
 _BYTES_OF_A_RANK = 400e6
@@ -66,6 +77,10 @@ class Options:
     launches: int | None
     pairs: int | None
     together: int | None
+    spread: int | None
+    within: int | None
+    arms: tuple[str, ...]
+    parts: tuple[str, ...]
     slurm: bool
     overrides: tuple[str, ...]
 
@@ -81,39 +96,101 @@ def main(arguments: Sequence[str]) -> None:
             inference.main(arguments[1:])
         return
     options = _parse(arguments)
-    scale = STUDIES[options.study][options.scale]
+    scale = _some_of(STUDIES[options.study][options.scale], options)
+    if isinstance(scale, Ranks):
+        if options.slurm or options.ranks:
+            raise InputError(f"scale={options.scale} has several numbers of ranks: leave --slurm and ranks= out.")
+        with _stopped_like_ctrl_c(options.within):
+            _numerics(scale.parts, options)
+        return
     ranks = options.ranks or scale.ranks
     if options.slurm:
         print(slurm_script(options, scale, ranks))
-        return
-    read([*scale.overrides, *options.overrides])  # a wrong override is told here, not by the first run
-    with _stopped_like_ctrl_c():
-        if isinstance(scale, Numerics):
-            blocks = _runs(scale.blocks(options.seeds), scale, options, ranks)
-            _declare(options, scale, blocks, ranks=ranks, seeds=options.seeds or scale.seeds)
-            _work(blocks, scale, options)
+    elif isinstance(scale, Numerics):
+        with _stopped_like_ctrl_c(options.within):
+            runs = _numerics({"": scale}, options)
             if isinstance(scale, Accuracy):
-                _evaluate([run for block in blocks for run in block], options)
-        else:
+                _evaluate(runs, options)
+    else:
+        read([*scale.overrides, *options.overrides])
+        with _stopped_like_ctrl_c():
             _speed(scale, options, ranks)
+
+
+def _some_of(scale: Numerics | Ranks | Speed, options: Options) -> Numerics | Ranks | Speed:
+    """The scale without what arms= and parts= leave out.
+
+    Raises:
+        InputError: a name that it does not have.
+    """
+    if isinstance(scale, Ranks):
+        _require_known("parts", options.parts, scale.parts)
+        chosen = {name: part for name, part in scale.parts.items() if name in (options.parts or scale.parts)}
+        _require_known("arms", options.arms, {arm.label for part in chosen.values() for arm in part.arms})
+        return Ranks({name: part.only(options.arms) if options.arms else part for name, part in chosen.items()})
+    _require_known("parts", options.parts, ())
+    if not options.arms or isinstance(scale, Speed):
+        return scale
+    _require_known("arms", options.arms, [arm.label for arm in (*scale.arms, *scale.once)])
+    return scale.only(options.arms)
+
+
+def _require_known(key: str, given: Sequence[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            choice = f"use some of {', '.join(sorted(known))}" if known else f"this scale has no {key}"
+            raise InputError(f"{key}={','.join(given)}: {name!r} is unknown: {choice}.")
+
+
+def _numerics(parts: Mapping[str, Numerics], options: Options) -> "list[StudyRun]":
+    """Runs studies of numerics, each in the sub-folder of its name; all their runs, seed by seed."""
+    single: dict[int, list[StudyRun]] = {}
+    several: dict[int, list[StudyRun]] = {}
+    for name, scale in parts.items():
+        read([*scale.overrides, *options.overrides])  # a wrong override is told here, not by the first run
+        own, ranks = replace(options, out=options.out / name), options.ranks or scale.ranks
+        blocks = _runs(scale.blocks(options.seeds, options.spread), scale, own, ranks, name)
+        _declare(own, scale, blocks, ranks=ranks, seeds=options.seeds or scale.seeds)
+        for number, block in enumerate(blocks):
+            (several if ranks > 1 else single).setdefault(number, []).extend(block)
+    everything = [_dealt(list(single.values()), gpus() if single else 0), *several.values()]
+    _work(everything, options)
+    return [run for block in everything for run in block]
+
+
+def _dealt(blocks: "Sequence[Sequence[StudyRun]]", count: int) -> "list[StudyRun]":
+    """The runs of so many blocks side by side, then of the next ones: each block on a GPU of its own."""
+    if count < 2:
+        return [run for block in blocks for run in block]
+    dealt: list[StudyRun] = []
+    for first in range(0, len(blocks), count):
+        placed = [[replace(run, gpu=n) for run in block] for n, block in enumerate(blocks[first : first + count])]
+        dealt += [run for row in zip_longest(*placed) for run in row if run is not None]
+    return dealt
+
+
+def gpus() -> int:
+    """How many GPUs this process may use."""
+    return torch.cuda.device_count()
 
 
 def _speed(scale: Speed, options: Options, ranks: int) -> None:
     """The pilot, and the pairs that it asks for."""
-    pilot = scale.blocks(options.launches)
+    launches = options.launches or scale.launches
+    pilot = scale.blocks(launches)
     blocks = _runs(pilot, scale, options, ranks)
-    numbers = tuple(range(1, len(pilot) + 1)) if scale.pair else ()
+    numbers = tuple(range(1, launches + 1)) if scale.pair else ()
     _declare(options, scale, blocks, numbers, ranks=ranks)
-    _work(blocks, scale, options)
+    _work(blocks, options, scale)
     if not scale.pair:
         return
     known = plan.read(options.out, scale.primary)
     pairs = known.pairs or options.pairs or _pairs(options.out, known)
-    blocks += _runs(scale.pairs(pairs, len(pilot)), scale, options, ranks)
+    blocks += _runs(scale.pairs(pairs, launches), scale, options, ranks)
     labels = tuple(run.label for block in blocks for run in block)
     plan.write(options.out, plan.Plan(known.primary, labels, numbers, pairs), ranks=ranks)
     print(f"{pairs} pairs of launches follow the pilot.", flush=True)
-    _work(blocks[len(pilot) :], scale, options)
+    _work(blocks[len(pilot) :], options, scale)
 
 
 def _pairs(out: Path, declared: plan.Plan) -> int:
@@ -143,14 +220,17 @@ def _declare(
 
 
 def _runs(
-    blocks: Sequence[Sequence[Arm]], scale: Numerics | Speed, options: Options, ranks: int
+    blocks: Sequence[Sequence[Arm]], scale: Numerics | Speed, options: Options, ranks: int, part: str = ""
 ) -> "list[list[StudyRun]]":
     common = (*scale.overrides, *options.overrides)
-    return [[StudyRun(options.out / arm.label, (*common, *arm.overrides), ranks) for arm in block] for block in blocks]
+    return [
+        [StudyRun(options.out / arm.label, (*common, *arm.overrides), ranks, part=part) for arm in block]
+        for block in blocks
+    ]
 
 
-def _work(blocks: "Sequence[Sequence[StudyRun]]", scale: Numerics | Speed, options: Options) -> None:
-    """Runs what is not complete.
+def _work(blocks: "Sequence[Sequence[StudyRun]]", options: Options, timed: Speed | None = None) -> None:
+    """Runs what is not complete; a study of speed takes turns.
 
     Raises:
         InputError: runs that failed.
@@ -159,17 +239,17 @@ def _work(blocks: "Sequence[Sequence[StudyRun]]", scale: Numerics | Speed, optio
     complete = [run for run in everything if run.is_complete()]
     options.out.mkdir(parents=True, exist_ok=True)
     together = max(map(len, blocks), default=0) * (everything[0].ranks if everything else 1)
-    if isinstance(scale, Speed) and scale.turns and _fit_into_memory(together):
-        failed = _take_turns(blocks, scale, options)
+    if timed and timed.turns and _fit_into_memory(together):
+        failed = _take_turns(blocks, timed, options)
     else:
         failed = _few_at_a_time(everything, options.together or 1)
-    lost = [run.label for run in failed if not run.has_ended()]
+    lost = [run.title for run in failed if not run.has_ended()]
     if lost:
         raise InputError(
             f"{len(lost)} of {len(everything)} runs failed ({', '.join(lost)}): see what they said above, then give the same "
             "command."
         )
-    if evidence := [run.label for run in everything if not run.has_finished()]:
+    if evidence := [run.title for run in everything if not run.has_finished()]:
         print(f"{len(evidence)} runs failed of themselves and count against their arms: {', '.join(evidence)}.")
     print(f"{options.study}: {len(everything)} runs in {options.out} ({len(complete)} were complete before).")
 
@@ -212,7 +292,7 @@ def _parse(arguments: Sequence[str]) -> Options:
         key, _, value = word.partition("=")
         if word == "--slurm":
             slurm = True
-        elif key in ("scale", "out", *_COUNTS):
+        elif key in ("scale", "out", *_COUNTS, *_NAMES):
             named[key] = value
         elif key in ("repeats", "seed", "data.seed"):
             raise InputError(
@@ -223,9 +303,11 @@ def _parse(arguments: Sequence[str]) -> Options:
     if named["scale"] not in STUDIES[study]:
         raise InputError(f"scale={named['scale']} is unknown: use one of {', '.join(STUDIES[study])}.")
     for key in _COUNTS:
-        if key in named and not re.fullmatch(r"[1-9]\d*", named[key]):
-            raise InputError(f"{key}={named[key]} is no number of {key}: give a whole number from 1.")
-    for key in ("seeds", "together") if study == "speed" else ("launches", "pairs"):
+        least = 0 if key == "spread" else 1
+        if key in named and not (re.fullmatch(r"\d+", named[key]) and int(named[key]) >= least):
+            what = "seconds" if key == "within" else key
+            raise InputError(f"{key}={named[key]} is no number of {what}: give a whole number from {least}.")
+    for key in _OF["numerics" if study == "speed" else "speed"]:
         if key in named:
             raise InputError(
                 f"{key}={named[key]} is not for {study}: give seeds=N or together=N (numerics, accuracy), launches=N or pairs=N "
@@ -242,23 +324,43 @@ def _parse(arguments: Sequence[str]) -> Options:
         launches=counts.get("launches"),
         pairs=counts.get("pairs"),
         together=counts.get("together"),
+        spread=counts.get("spread"),
+        within=counts.get("within"),
+        arms=_names(named.get("arms")),
+        parts=_names(named.get("parts")),
         slurm=slurm,
         overrides=tuple(overrides),
     )
 
 
+def _names(given: str | None) -> tuple[str, ...]:
+    return tuple(given.split(",")) if given else ()
+
+
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: its folder, its configuration, and its process."""
+    """One run of a study: its folder, its configuration, and its process.
+
+    Attributes:
+        gpu: the one of several that it is to run on; None: all.
+        part: the sub-folder of the study that it belongs to, for messages.
+    """
 
     folder: Path
     overrides: tuple[str, ...]
     ranks: int
+    gpu: int | None = None
+    part: str = ""
 
     @property
     def label(self) -> str:
         """The folder's name."""
         return self.folder.name
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.part}/{self.label}" if self.part else self.label
 
     def is_complete(self) -> bool:
         """Whether this very run has finished, or failed of itself.
@@ -314,6 +416,9 @@ class StudyRun:
         starts = json.loads(made_as.read_text()).get("starts", 1) + 1 if made_as.is_file() else 1
         made_as.write_text(json.dumps(self._identity() | {"starts": starts}))
         head, variables = mpirun(self.ranks)
+        if self.gpu is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            variables["CUDA_VISIBLE_DEVICES"] = visible[self.gpu] if visible != [""] else str(self.gpu)
         resumes = (self.folder / "checkpoints" / "last.pt").is_file()
         where = f"resume={self.folder}" if resumes else f"run_dir={self.folder}"
         command = [*head, sys.executable, "-m", "ddpkit.experiments", "run", *self.overrides, *more, where]
@@ -327,17 +432,17 @@ class StudyRun:
 def _few_at_a_time(runs: Sequence[StudyRun], together: int) -> list[StudyRun]:
     """Runs what is not complete, so many at a time; those that failed."""
     waiting = [run for run in runs if not run.is_complete()]
-    processes: dict[str, subprocess.Popen[bytes]] = {}
+    processes: dict[Path, subprocess.Popen[bytes]] = {}
     started = time.monotonic()
     with _saved_on_ctrl_c(processes.values()):
         for number, run in enumerate(runs, 1):
             if run not in waiting:
-                print(f"[{number}/{len(runs)}] {run.label}: complete, kept")
+                print(f"[{number}/{len(runs)}] {run.title}: complete, kept")
                 continue
             ended = _await_place(processes.values(), together)
             left = (time.monotonic() - started) / ended * (len(waiting) - ended) if ended else None
-            print(f"[{number}/{len(runs)}] {run.label}{_left(left)}", flush=True)
-            processes[run.label] = run.start()
+            print(f"[{number}/{len(runs)}] {run.title}{_left(left)}", flush=True)
+            processes[run.folder] = run.start()
         for process in processes.values():
             process.wait()
     return [run for run in waiting if not run.has_finished()]
@@ -359,6 +464,7 @@ def _take_turns(blocks: Sequence[Sequence[StudyRun]], scale: Speed, options: Opt
     for left_behind in options.out.glob(".turns-*"):
         shutil.rmtree(left_behind)
     failed, before = [], 0
+    started, longest = time.monotonic(), 0.0
     for block in blocks:
         these = []
         for number, run in enumerate(block, before + 1):
@@ -367,9 +473,15 @@ def _take_turns(blocks: Sequence[Sequence[StudyRun]], scale: Speed, options: Opt
             else:
                 these.append((number, run))
         before += len(block)
+        if these and options.within and time.monotonic() - started + longest > options.within:
+            print("No time is left for another launch.")
+            raise KeyboardInterrupt
         if these:
+            began = time.monotonic()
             # Named after now, so that the analysis can tell which runs were there at the same time.
-            failed += _side_by_side(these, total, epochs, options.out / f".turns-{time.strftime('%Y%m%d-%H%M%S')}")
+            turns = options.out / f".turns-{time.strftime('%Y%m%d-%H%M%S')}"
+            failed += _side_by_side(these, total, epochs, turns, scale.ready)
+            longest = max(longest, time.monotonic() - began)
     return failed
 
 
@@ -384,15 +496,23 @@ def _fit_into_memory(processes: int) -> bool:
     return False
 
 
-def _side_by_side(numbered: Sequence[tuple[int, StudyRun]], total: int, epochs: int, folder: Path) -> list[StudyRun]:
-    """Starts runs one after another, each up to the end of its first epoch, and lets them take turns from then on."""
+def _side_by_side(
+    numbered: Sequence[tuple[int, StudyRun]], total: int, epochs: int, folder: Path, ready: int
+) -> list[StudyRun]:
+    """Starts runs, so many at a time, lets each do its first epoch, and then all take turns."""
     turns = Turns(folder)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     with turns, _saved_on_ctrl_c(processes.values()):
-        for number, run in numbered:
-            print(f"[{number}/{total}] {run.label}: getting ready", flush=True)
-            process = processes[run.label] = run.start(f"train.turns={folder}")
-            turns.await_ready(run.label, 1, process)
+        for first in range(0, len(numbered), ready):
+            these = numbered[first : first + ready]
+            for number, run in these:
+                print(f"[{number}/{total}] {run.label}: getting ready", flush=True)
+                processes[run.label] = run.start(f"train.turns={folder}")
+            for _, run in these:
+                turns.await_ready(run.label, 0, processes[run.label])
+            for _, run in these:
+                turns.give(run.label, 0)
+                turns.await_ready(run.label, 1, processes[run.label])
         labels = [label for label, process in processes.items() if process.poll() is None]
         seconds = 0.0
         for done in range(1, epochs):
@@ -420,16 +540,19 @@ def _left(seconds: float | None) -> str:
 
 
 @contextmanager
-def _stopped_like_ctrl_c() -> Iterator[None]:
-    """Has SIGTERM and SIGUSR1, which job schedulers send, act as Ctrl-C does."""
+def _stopped_like_ctrl_c(within: int | None = None) -> Iterator[None]:
+    """Has SIGTERM and SIGUSR1, which job schedulers send, act as Ctrl-C does; and so many seconds, where given."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    signal.alarm(within or 0)
     try:
         yield
     finally:
+        signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -454,7 +577,7 @@ def slurm_script(options: Options, scale: Numerics | Speed, ranks: int) -> str:
     """A SLURM job script that runs the study."""
     per_node = min(ranks, scale.ranks_per_node)
     nodes = -(-ranks // per_node)
-    given = {key: getattr(options, key) for key in _COUNTS if key != "ranks"}
+    given = {key: getattr(options, key) for key in _COUNTS if key not in ("ranks", "within")}
     counts = "".join(f" {key}={value}" for key, value in given.items() if value)
     words = "".join(f" {shlex.quote(word)}" for word in options.overrides)
     out = shlex.quote(str(options.out))

@@ -284,7 +284,7 @@ def _build_trainer(
         profiler=StepProfiler(folder.path / "profile", config.profile, here.device)
         if folder and config.profile
         else None,
-        after_epoch=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
+        between_epochs=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
     )
     if state is not None:
         with agree("restoring the checkpoint"):

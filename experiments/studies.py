@@ -1,7 +1,7 @@
 """The studies' configurations: what is run, in which blocks, at which size, and what is declared beforehand."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from ddpkit.analysis.plan import DISTANCE, FORCE_ERROR, NUMERICS, SPEED, Declared
@@ -28,7 +28,7 @@ class Numerics:
     """A study of numerics at one size.
 
     Each seed, of weights and of data order alike, is a block: all arms, in random order. `spread` further reruns of the first
-    seed show how much one seed varies.
+    seed show how much one seed varies; arms of `once` are run for that seed alone.
     """
 
     ranks: int
@@ -38,8 +38,9 @@ class Numerics:
     spread: int = 0
     primary: tuple[Declared, ...] = NUMERICS
     ranks_per_node: int = 8
+    once: tuple[Arm, ...] = ()
 
-    def blocks(self, seeds: int | None = None) -> list[list[Arm]]:
+    def blocks(self, seeds: int | None = None, spread: int | None = None) -> list[list[Arm]]:
         """The runs, seed by seed."""
         blocks = []
         for seed in range(1, (seeds or self.seeds) + 1):
@@ -47,9 +48,18 @@ class Numerics:
             block = [_seeded(arm, seed).numbered(seed, *own) for arm in self.arms]
             Random(seed).shuffle(block)
             blocks.append(block)
+        first = "seed=1", "data.seed=1"
         rerun = next((arm.overrides for arm in self.arms if arm.label == "rerun"), ())
-        again = [Arm("spread", rerun).numbered(n, "seed=1", "data.seed=1") for n in range(1, self.spread + 1)]
+        again = [_seeded(arm, 1).numbered(1, *first) for arm in self.once]
+        count = self.spread if spread is None else spread
+        again += [Arm("spread", rerun).numbered(n, *first) for n in range(1, count + 1)]
         return [*blocks, again] if again else blocks
+
+    def only(self, labels: Sequence[str]) -> "Numerics":
+        """The study of some of its arms alone."""
+        arms, once = (tuple(arm for arm in which if arm.label in labels) for which in (self.arms, self.once))
+        left_out = {arm.label for arm in (*self.arms, *self.once)} - set(labels)
+        return replace(self, arms=arms, once=once, primary=tuple(c for c in self.primary if c.arm not in left_out))
 
 
 @dataclass(frozen=True)
@@ -60,12 +70,21 @@ class Accuracy(Numerics):
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Studies of numerics at several numbers of ranks, each in a sub-folder of its own."""
+
+    parts: dict[str, Numerics]
+    ranks_per_node: int = 4
+
+
+@dataclass(frozen=True)
 class Speed:
     """A study of speed at one size.
 
     A block is one launch of each of its arms, which are there at the same time and take turns, an epoch at a time, after a first
-    epoch that warms up; all of them must fit into memory. `launches` blocks of all arms are the pilot, whose spread tells how
-    many blocks of `pair`, which the declared claims are about, come after it.
+    epoch that warms up; all of them must fit into memory, on GPUs but for what only a running epoch needs. `launches` blocks of
+    all arms are the pilot, whose spread tells how many blocks of `pair`, which the declared claims are about, come after it. Arms
+    of the pilot are divided into `groups` where they do not fit at once; `ready` runs get ready at a time.
     """
 
     ranks: int
@@ -76,10 +95,14 @@ class Speed:
     primary: tuple[Declared, ...] = SPEED
     ranks_per_node: int = 8
     turns: bool = True
+    groups: int = 1
+    ready: int = 1
 
     def blocks(self, launches: int | None = None) -> list[list[Arm]]:
         """The pilot, launch by launch."""
-        return [_shuffled(self.arms, number) for number in range(1, (launches or self.launches) + 1)]
+        size = len(self.arms) // self.groups
+        groups = [self.arms[first : first + size] for first in range(0, len(self.arms), size)]
+        return [_shuffled(group, n) for n in range(1, (launches or self.launches) + 1) for group in groups]
 
     def pairs(self, count: int, after: int) -> list[list[Arm]]:
         """The pairs of launches after so many of the pilot."""
@@ -108,6 +131,7 @@ PAPER_NUMERICS = (
     RERUN,
     NEW_SEED,
 )
+_ALIKE = tuple(arm for arm in PAPER_NUMERICS if arm.label in ("standard", "compiled"))
 OUR_NUMERICS = (
     Arm("interpreted", ("strategy=custom", "compile=true", "compiler=interpreted")),
     Arm("standard_compiled", ("strategy=standard", "compile=true")),
@@ -149,6 +173,30 @@ EMULATED = (
 )
 
 
+EMULATED_RANKS = (1, 2, 4, 8, 16, 64)
+_BUCKETS = 0.25  # MiB; torch's first bucket would hold most of a small model
+
+
+def emulated_ranks(ranks: int) -> Numerics:
+    """So many ranks on one process: what rerunning, bucketing and compiling change; at 64 a tree of sums as well."""
+    count, buckets = f"strategy.ranks={ranks}", f"strategy.bucket_mb={_BUCKETS}"
+    arms = [
+        emulated("baseline", count),
+        emulated("rerun", count),
+        emulated("standard", count, buckets),
+        emulated("compiled", count, "compile=true"),
+    ]
+    primary: tuple[Declared, ...] = ()
+    if ranks == max(EMULATED_RANKS):
+        arms += [
+            emulated("tree", count, "strategy.order=tree"),
+            emulated("tree_buckets", count, "strategy.order=tree", buckets),
+        ]
+        named = "emulated compiled", f"emulated, bucket_mb={_BUCKETS}", "emulated, order=tree"
+        primary = tuple(Declared(FORCE_ERROR, name) for name in named)
+    return Numerics(1, _RANKS_NUMERICS, tuple(arms), seeds=6, primary=primary)
+
+
 def speed_arms(
     strategies: Sequence[str],
     widths: Sequence[int],
@@ -179,6 +227,18 @@ def _eager(_: str) -> Sequence[bool]:
     return (False,)
 
 
+def _node(strategy: str) -> Sequence[bool]:
+    """What the paper has, what it leaves out, and its lower bound."""
+    return {"standard": (False, True), "custom": (False, True), "ingraph": (True,)}.get(strategy, (False,))
+
+
+def captured_arms(widths: Sequence[int]) -> tuple[Arm, ...]:
+    """Recorded steps at each embedding width."""
+    return tuple(
+        Arm(f"custom-captured-{width}", (*CAPTURED.overrides, f"model.type_embedding_dim={width}")) for width in widths
+    )
+
+
 WIDTHS = (32, 128)
 PAIR = (
     *speed_arms(("standard", "custom"), WIDTHS, _eager),
@@ -203,6 +263,19 @@ _WORKSTATION_NUMERICS = (
     "data.frames=2000",
     "train.max_epochs=4",
     "train.batch_size=16",
+    "train.plateau.factor=1",
+    "train.projection=true",
+)
+# One batch of 64 frames a step however many ranks share it, so that the order of its sums is all that their number changes.
+_RANKS_NUMERICS = (
+    "model=allegro_small",
+    "data=generated",
+    "data.frames=4000",
+    "train.max_epochs=1000",
+    "train.max_steps=500",
+    "train.batch_size=64",
+    "train.validate_every=1000",
+    "train.checkpoint_every=50",
     "train.plateau.factor=1",
     "train.projection=true",
 )
@@ -248,7 +321,7 @@ _DEMO_ACCURACY = (
     "device=cpu",
 )
 
-STUDIES: dict[str, dict[str, Numerics | Speed]] = {
+STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
     "accuracy": {
         "choices": Accuracy(1, _MOLECULE, CHOICES, seeds=3),
         "frames": Accuracy(
@@ -291,6 +364,10 @@ STUDIES: dict[str, dict[str, Numerics | Speed]] = {
                 Declared(DISTANCE, "emulated, bucket_mb=0.1"),
             ),
         ),
+        "ranks": Ranks(
+            {f"emulated-{ranks}": emulated_ranks(ranks) for ranks in EMULATED_RANKS}
+            | {"real-4": Numerics(4, _RANKS_NUMERICS, (BASELINE, RERUN, *_ALIKE), seeds=6, primary=())}
+        ),
         "node": Numerics(
             4,
             (
@@ -300,14 +377,25 @@ STUDIES: dict[str, dict[str, Numerics | Speed]] = {
                 "train.max_epochs=1000",
                 "train.max_steps=8000",
                 "train.batch_size=32",
+                "train.validate_every=20",
+                "train.checkpoint_every=500",
                 "train.plateau.factor=1",
                 "train.projection=true",
                 "device=cuda",
             ),
-            (*PAPER_NUMERICS, *(arm for arm in OUR_NUMERICS if arm.label in ("overlap", "ingraph")), CAPTURED),
+            (
+                BASELINE,
+                RERUN,
+                *_ALIKE,
+                # by default all gradients of this model fit into one bucket
+                Arm("overlap", ("strategy=overlap", f"+strategy.bucket_mb={_BUCKETS}", "compile=false")),
+                Arm("ingraph", ("strategy=ingraph", "compile=true")),
+                CAPTURED,
+            ),
             seeds=6,
             spread=5,
             ranks_per_node=4,
+            once=(NEW_SEED,),
         ),
         "paper": Numerics(
             64,
@@ -345,6 +433,37 @@ STUDIES: dict[str, dict[str, Numerics | Speed]] = {
             speed_arms(("standard", "custom", "none", "ingraph"), WIDTHS, _both),
             launches=3,
             pair=PAIR,
+        ),
+        "node": Speed(
+            4,
+            (
+                "model=nequip_xl",
+                "model.kernels=openequivariance",
+                "data=generated_crystals",
+                "data.frames=4000",
+                "data.split=[0.96,0.02,0.02]",  # 12 batches of 320 to train on
+                "precision=float32",
+                "tf32=true",
+                "train.max_epochs=3",
+                "train.batch_size=320",
+                "train.validate=false",
+                "train.checkpoint_every=never",
+                "loss.stress=1.0",
+                "device=cuda",
+            ),
+            tuple(
+                arm
+                for width in WIDTHS
+                for arm in (
+                    *speed_arms(("standard", "custom", "none", "overlap", "ingraph"), (width,), _node),
+                    *captured_arms((width,)),
+                )
+            ),
+            launches=3,
+            pair=PAIR,
+            ranks_per_node=4,
+            groups=2,
+            ready=4,
         ),
         "paper": Speed(
             8,

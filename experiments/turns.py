@@ -1,20 +1,23 @@
 """Runs that are ready side by side take turns, an epoch at a time, so that drift of the machine falls on all of them alike.
 
 They speak through empty files in one folder. A run touches `LABEL.ready.N` when N of its epochs are done, and goes on when it
-finds `LABEL.go.N`. Its first epoch, which warms up, needs no turn.
+finds `LABEL.go.N`. The first epoch warms up. A run that waits leaves the GPU what memory it does not hold tensors in.
 """
 
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Self
 
+import torch
+
 from ddpkit.errors import InputError
 from ddpkit.ranks import phase
-from ddpkit.ranks.agree import share
+from ddpkit.ranks.agree import agree, share
 from ddpkit.train import Trainer
 
 _POLL = 0.003
@@ -23,7 +26,7 @@ _ALIVE = "alive"
 
 
 def wait_for(folder: Path, label: str) -> Callable[[Trainer], int]:
-    """What a trainer does after each epoch: says that it is ready and waits for its turn.
+    """What a trainer does before the first epoch and after each: says that it is ready and waits for its turn.
 
     Args:
         folder: where the files are.
@@ -34,9 +37,30 @@ def wait_for(folder: Path, label: str) -> Callable[[Trainer], int]:
     """
 
     def wait(trainer: Trainer) -> int:
-        return int(share(lambda: _wait(folder, label, trainer), "waiting for its turn"))
+        with agree("giving way to other runs"):  # all ranks have, before anybody else has a turn
+            cached = _give_back()
+        number = int(share(lambda: _wait(folder, label, trainer), "waiting for its turn"))
+        _take_again(cached)
+        return number
 
     return wait
+
+
+def _give_back() -> int:
+    """Leaves the GPU to others but for what tensors occupy; the bytes that were given back."""
+    if not torch.cuda.is_initialized():
+        return 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    return before - torch.cuda.memory_reserved()
+
+
+def _take_again(count: int) -> None:
+    """Takes so many bytes for the tensors of the next epoch, so that its steps need not ask for them."""
+    if count:
+        with suppress(torch.OutOfMemoryError):  # in one piece; smaller ones may be there
+            torch.empty(count, dtype=torch.uint8, device="cuda")
 
 
 @phase.waiting("its turn among the runs of a study", patient=True)
