@@ -106,6 +106,7 @@ def _ranks(folder: Path, out: Path, args: argparse.Namespace) -> None:
     values = ranks.distances([_study(path, args) for path in found])
     shown = ranks.table(values)
     tables.write(out, "ranks", values, [shown])
+    tables.write_csv(out / "ranks_intervals.csv", ranks.intervals(values))
     figures.save(ranks.figure(values), out / "ranks.png")
     print(f"{shown.text()}\n\nfigure: {(out / 'ranks.png').resolve()}")
 

@@ -15,7 +15,6 @@ from ddpkit.analysis import speed
 from ddpkit.analysis.blocks import Study
 from ddpkit.analysis.divergence import curve
 from ddpkit.analysis.numerics import CUT, differences, pooled
-from ddpkit.analysis.published import published_speed
 from ddpkit.analysis.runs import NDArray
 from ddpkit.analysis.tables import number, percent
 
@@ -168,9 +167,9 @@ def _relative(axis: Any, data: speed.Study, cells: Sequence[speed.Cell]) -> None
             ms=5,
             mfc="white" if cell.compiled else colour,
         )
-        known = published_speed(cell.parameters, data.runs[cell][0].type_embedding_dim, cell.strategy, cell.compiled)
-        if known and cell != data.reference(cell):
-            axis.plot(known["relative_percent"], place - 0.28, "x", color="black", ms=5, mew=1.2)
+        known = speed.published_percent(data, cell)
+        if known is not None and cell != data.reference(cell):
+            axis.plot(known, place - 0.28, "x", color="black", ms=5, mew=1.2)
         seconds = f"{number(float(np.mean([s for epochs in data.times[cell].values() for s in epochs.values()])))} s"
         text = seconds if cell == data.reference(cell) else f"{percent(estimate.value)}  ({seconds})"
         axis.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)

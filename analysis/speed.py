@@ -24,7 +24,7 @@ COLUMNS = (
     "relative_low", "relative_high", "between_percent", "within_percent", "launches", "epochs", "steps_per_epoch",
     "seconds_per_step", "data_per_step", "compute_per_step", "sync_per_step", "optimizer_per_step", "logging_per_row",
     "seconds_compile", "gradient_bytes_per_step",
-    "type_embedding_dim", "comm", "again", "world_size", "published_seconds", "published_relative_percent",
+    "type_embedding_dim", "comm", "again", "captured", "world_size", "published_seconds", "published_relative_percent",
 )  # fmt: skip
 SPLITS = ("data", "compute", "sync", "optimizer")
 RESOLUTION = 0.01
@@ -34,19 +34,24 @@ MOST_PAIRS = 24
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One configuration of the study; `again` is a second launch of the same one in a block, which checks calibration."""
+    """One configuration of the study.
+
+    `again` is a second launch of the same one in a block, which checks calibration; `captured` one that replays recorded steps.
+    """
 
     parameters: int
     strategy: str
     compiled: bool
     comm: str = "torch"
     again: bool = False
+    captured: bool = False
 
     @property
     def name(self) -> str:
-        """For tables and figures: `custom`, `custom compiled`, `custom over mpi`, `standard again`."""
+        """For tables and figures: `custom`, `custom compiled`, `custom captured`, `custom over mpi`, `standard again`."""
         over = "" if self.comm == "torch" else f" over {self.comm}"
-        return f"{self.strategy}{' compiled' if self.compiled else ''}{over}{' again' if self.again else ''}"
+        how = " captured" if self.captured else " compiled" if self.compiled else ""
+        return f"{self.strategy}{how}{over}{' again' if self.again else ''}"
 
 
 Block = tuple[int, str | None]  # the number in the labels, and what the runs took turns in
@@ -160,9 +165,9 @@ def study(runs: Sequence[Run], declared: Plan, warmup: int | None = None) -> Stu
         InputError: no epoch is complete, no standard eager run, or runs that differ in what must be equal.
     """
     usable, notes = _usable(runs, warmup)
-    require_equal(usable, free=("model",))
+    require_equal(usable, free=("model", "cuda_graphs"))
     for size in {_parameters(run) for run in usable}:
-        require_equal([run for run in usable if _parameters(run) == size])
+        require_equal([run for run in usable if _parameters(run) == size], free=("cuda_graphs",))
     steps = max(int(run.epochs["steps"].max()) for run in usable)
     times: dict[Cell, dict[Block, dict[int, float]]] = {}
     members: dict[Cell, list[Run]] = {}
@@ -173,7 +178,8 @@ def study(runs: Sequence[Run], declared: Plan, warmup: int | None = None) -> Stu
             notes.append(f"{run.label}: epochs of fewer than {steps} steps are left out.")
         if whole.empty:
             continue
-        cell, block = Cell(_parameters(run), run.strategy, run.compiled, run.comm), (run.repeat, run.turns)
+        cell = Cell(_parameters(run), run.strategy, run.compiled, run.comm, captured=_captured(run))
+        block = run.repeat, run.turns
         if block in times.get(cell, {}) and cell == Cell(cell.parameters, "standard", False):
             cell = replace(cell, again=True)
         if block in times.get(cell, {}):
@@ -204,7 +210,7 @@ def table(data: Study) -> pd.DataFrame:
         change = measured.estimate.percent()
         runs = data.runs[cell]
         seconds = [s for epochs in times.values() for s in epochs.values()]
-        values = published_speed(cell.parameters, runs[0].type_embedding_dim, cell.strategy, cell.compiled) or {}
+        values = published_row(data, cell) or {}
         rows.append(
             {
                 "parameters": cell.parameters,
@@ -227,6 +233,7 @@ def table(data: Study) -> pd.DataFrame:
                 "type_embedding_dim": runs[0].type_embedding_dim,
                 "comm": cell.comm,
                 "again": cell.again,
+                "captured": cell.captured,
                 "world_size": runs[0].world_size,
                 "published_seconds": values.get("seconds_per_epoch", np.nan),
                 "published_relative_percent": values.get("relative_percent", np.nan),
@@ -269,11 +276,16 @@ def reach(spread: float, pairs: int) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, pairs - 1)) * spread / math.sqrt(pairs)
 
 
-def published_percent(data: Study, cell: Cell) -> float | None:
-    """The paper's figure at this number of parameters, or embedding width."""
-    if cell not in data.runs:
+def published_row(data: Study, cell: Cell) -> Mapping[str, float] | None:
+    """The paper's figures at this number of parameters, or embedding width; it has none of recorded steps."""
+    if cell not in data.runs or cell.captured:
         return None
-    row = published_speed(cell.parameters, data.runs[cell][0].type_embedding_dim, cell.strategy, cell.compiled)
+    return published_speed(cell.parameters, data.runs[cell][0].type_embedding_dim, cell.strategy, cell.compiled)
+
+
+def published_percent(data: Study, cell: Cell) -> float | None:
+    """The paper's change from standard eager at this number of parameters, or embedding width."""
+    row = published_row(data, cell)
     return None if row is None else float(row["relative_percent"])
 
 
@@ -307,7 +319,7 @@ def interaction(data: Study) -> list[tuple[Cell, Estimate]]:
     """
     interactions = []
     for cell in data.times:
-        if not cell.compiled or cell.strategy == "standard":
+        if not cell.compiled or cell.captured or cell.strategy == "standard":
             continue
         cells = (cell, _with(cell, compiled=False), _with(data.reference(cell), compiled=True), data.reference(cell))
         estimate = _contrast(data, cells, lambda t: np.log(t[0] / t[1]) - np.log(t[2] / t[3]))
@@ -320,7 +332,7 @@ def exposed_communication(data: Study) -> list[tuple[Cell, Estimate]]:
     """Seconds of an epoch that a strategy takes beyond `none`, which computes the same and sends nothing."""
     exposed = []
     for cell in data.times:
-        silent = Cell(cell.parameters, "none", cell.compiled)
+        silent = Cell(cell.parameters, "none", cell.compiled, captured=cell.captured)
         if cell.strategy != "none" and not cell.again and silent in data.times:
             estimate = _contrast(data, (cell, silent), lambda t: t[0] - t[1])
             if estimate:
@@ -340,7 +352,7 @@ def growth(data: Study) -> list[Growth]:
         if cell.parameters != large or cell.again or before not in data.times:
             continue
         total = _contrast(data, (cell, before), lambda t: 100 * (t[0] / t[1] - 1))
-        silent = (Cell(large, "none", cell.compiled), Cell(small, "none", cell.compiled))
+        silent = tuple(Cell(size, "none", cell.compiled, captured=cell.captured) for size in (large, small))
         compute = communication = None
         if cell.strategy != "none" and all(s in data.times for s in silent):
             cells = (cell, before, *silent)
@@ -363,6 +375,7 @@ def _with(cell: Cell, *, parameters: int | None = None, compiled: bool | None = 
         cell.strategy,
         cell.compiled if compiled is None else compiled,
         cell.comm,
+        captured=cell.captured and compiled is None,
     )
 
 
@@ -395,13 +408,19 @@ def _parameters(run: Run) -> int:
     return run.parameters or 0
 
 
-def _order(cell: Cell) -> tuple[int, int, str, bool, str, bool]:
+def _captured(run: Run) -> bool:
+    """Whether most of its steps were replayed."""
+    return 2 * int(run.summary.get("captured_steps") or 0) > int(run.summary.get("steps") or run.last)
+
+
+def _order(cell: Cell) -> tuple[int, int, str, bool, bool, str, bool]:
     known = ("standard", "custom", "overlap", "ingraph", "none")
     return (
         cell.parameters,
         known.index(cell.strategy) if cell.strategy in known else len(known),
         cell.strategy,
         cell.compiled,
+        cell.captured,
         cell.comm,
         cell.again,
     )

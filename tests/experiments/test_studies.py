@@ -283,6 +283,103 @@ def test_so_many_runs_are_under_way_at_a_time(study, monkeypatch):
         start("together=2", name="speed")
 
 
+def test_many_numbers_of_ranks_are_studies_side_by_side(study, tmp_path, monkeypatch, capsys):
+    start, ran, _ = study
+    places = {}
+    begin = experiment.StudyRun.start
+
+    def placed(run, *more):
+        places[run.title] = run.gpu
+        return begin(run, *more)
+
+    monkeypatch.setattr(experiment.StudyRun, "start", placed)
+    monkeypatch.setattr(experiment, "gpus", lambda: 2)
+    words = "seeds=3", "parts=emulated-4,real-4", "arms=baseline,standard"
+    start(*words, scale="ranks")
+    assert len(ran) == 12
+    for part in ("emulated-4", "real-4"):
+        facts = json.loads((tmp_path / part / "plan.json").read_text())
+        assert set(facts["runs"]) == {f"{arm}{n}" for arm in ("baseline", "standard") for n in ("", "_2", "_3")}
+    assert {title: gpu for title, gpu in places.items() if title.startswith("emulated")} == {
+        f"emulated-4/{arm}{n}": gpu for arm in ("baseline", "standard") for n, gpu in (("", 0), ("_2", 1), ("_3", 0))
+    }
+    assert {gpu for title, gpu in places.items() if title.startswith("real")} == {None}
+    first = list(places)[:4]
+    assert [places[title] for title in first] == [0, 1, 0, 1]  # both GPUs have work from the start
+    assert all(title.startswith("real") for title in list(places)[6:])
+    ran.clear()
+    start(*words, scale="ranks")
+    assert not ran
+    assert "[12/12] real-4/" in capsys.readouterr().out
+    with pytest.raises(InputError, match="parts=emulated-5: 'emulated-5' is unknown: use some of emulated-1, "):
+        start("parts=emulated-5", scale="ranks")
+    with pytest.raises(InputError, match="has several numbers of ranks: leave --slurm and ranks= out"):
+        start("ranks=3", scale="ranks")
+
+
+def test_the_gpu_that_a_run_is_dealt_is_one_that_the_study_may_use(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiment.subprocess, "Popen", lambda *_, env, **__: seen.append(env["CUDA_VISIBLE_DEVICES"]))
+    for visible in ("", "4,6"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        experiment.StudyRun(tmp_path / "run", (), 1, gpu=1).start()
+    assert seen == ["1", "6"]
+
+
+def test_arms_may_be_left_out_and_with_them_their_claims(study, tmp_path):
+    start, ran, _ = study
+    start("arms=baseline,rerun,standard")
+    assert set(ran) == {"baseline", "rerun", "standard"}
+    declared = [(c["endpoint"], c["arm"]) for c in json.loads((tmp_path / "plan.json").read_text())["primary"]]
+    assert declared == [("force_error", "standard"), ("distance", "standard")]
+    with pytest.raises(InputError, match="arms=tree: 'tree' is unknown: use some of baseline, compiled, new_seed"):
+        start("arms=tree")
+    with pytest.raises(InputError, match="parts=a: 'a' is unknown: this scale has no parts"):
+        start("parts=a")
+    with pytest.raises(InputError, match="arms=custom is not for speed"):
+        start("arms=custom", name="speed")
+
+
+def test_a_node_has_one_new_seed_and_as_many_more_reruns_as_are_asked_for():
+    *seeds, rest = STUDIES["numerics"]["node"].blocks()
+    assert [len(block) for block in seeds] == [7] * 6
+    assert [arm.label for arm in rest] == ["new_seed", "spread", "spread_2", "spread_3", "spread_4", "spread_5"]
+    assert rest[0].overrides[-2:] == ("compile=false", "seed=2")
+    assert STUDIES["numerics"]["node"].blocks(1, 0)[1:] == [rest[:1]]
+
+
+def test_a_study_stops_in_time(study, monkeypatch):
+    start, ran, _ = study
+
+    class Endless(Ended):
+        def poll(self):
+            return None
+
+        def send_signal(self, number):
+            assert number == signal.SIGUSR1
+
+    begin = experiment.StudyRun.start
+    monkeypatch.setattr(experiment.StudyRun, "start", lambda run, *more: begin(run, *more) and Endless())
+    with pytest.raises(KeyboardInterrupt):
+        start("within=1")
+    assert len(ran) == 1
+    assert signal.alarm(0) == 0
+    with pytest.raises(InputError, match="within=0 is no number of seconds"):
+        start("within=0")
+
+
+def test_no_launch_is_begun_that_would_be_cut_off(study, monkeypatch, capsys):
+    start, ran, _ = study
+    clock = iter(range(0, 100_000, 7))
+    monkeypatch.setattr(experiment.time, "monotonic", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt):
+        start("within=500", name="speed", scale="workstation")
+    assert 14 <= len(ran) < 14 * 3
+    assert len(ran) % 14 == 0
+    assert "No time is left for another launch." in capsys.readouterr().out
+    monkeypatch.undo()
+
+
 def test_runs_of_accuracy_are_evaluated_once_they_have_finished(study, monkeypatch, tmp_path, capsys):
     start, ran, befalls = study
     told = []
