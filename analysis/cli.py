@@ -10,6 +10,7 @@ from ddpkit.analysis import (
     blocks,
     choices,
     claims,
+    endpoints,
     figures,
     inference,
     inference_figures,
@@ -17,6 +18,7 @@ from ddpkit.analysis import (
     plan,
     present,
     ranks,
+    recount,
     report,
     speed,
     tables,
@@ -29,17 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `ddpkit analyze`."""
     parser.add_argument(
         "study",
-        choices=("numerics", "speed", "accuracy", "inference", "report", "ranks"),
+        choices=("numerics", "speed", "accuracy", "inference", "report", "ranks", "claims"),
         help="numerics: loss differences (Table 3, Figure 1); speed: epoch times (Table 4); accuracy: errors on test frames, arm "
         "by arm or by number of frames trained on; inference: molecular dynamics (section III); report: the first two as one "
         "HTML page; "
-        "ranks: studies of numerics in sub-folders, each with another number of ranks, as one table and figure",
+        "ranks: studies of numerics in sub-folders, each with another number of ranks, as one table and figure; claims: "
+        "recomputes the numbers of a README from the runs beside it, as its claims.yaml names them",
     )
     parser.add_argument(
         "folder",
         type=Path,
         metavar="DIR",
-        help="holds run folders; for report also sub-folders of them called numerics... and speed...; for ranks such sub-folders",
+        help="holds run folders; for report also sub-folders of them called numerics... and speed...; for ranks such "
+        "sub-folders; for claims a folder of results, or a folder of such folders",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the folder itself)")
     parser.add_argument(
@@ -81,6 +85,8 @@ def main(args: argparse.Namespace) -> None:
         _ranks(args.folder, out, args)
     elif args.study == "inference":
         _inference(args.folder, out)
+    elif args.study == "claims":
+        _claims(args.folder)
     else:
         _report(args.folder, out, args)
 
@@ -111,6 +117,14 @@ def _ranks(folder: Path, out: Path, args: argparse.Namespace) -> None:
     print(f"{shown.text()}\n\nfigure: {(out / 'ranks.png').resolve()}")
 
 
+def _claims(folder: Path) -> None:
+    known = {path: recount.recount(path) for path in recount.folders(folder)}
+    print("\n".join(recount.told(path, numbers) for path, numbers in known.items()))
+    wrong = sum(not one.holds for numbers in known.values() for one in numbers)
+    if wrong:
+        raise InputError(f"{wrong} numbers are not what the runs give: correct the text, or the runs beside it.")
+
+
 def _numerics(
     folder: Path, out: Path, args: argparse.Namespace, name: str = "numerics", *, attributes: bool = True
 ) -> tuple[report.Section, list[Run]]:
@@ -121,6 +135,7 @@ def _numerics(
         shown += _attribution(data, out)
     facts = present.numerics_facts(data)
     tables.write(out, name, values, [facts, *shown])
+    tables.write_csv(out / endpoints.file_name(name), endpoints.table(data))
     pictures = [
         report.Picture(
             figures.save(figures.trajectories(data), out / f"{name}.png"),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from ddpkit.analysis.arms import NEW_SEED, RERUN
 from ddpkit.analysis.blocks import EXACT, SINGLE, Block, Study
@@ -94,6 +95,36 @@ def evidence(study: Study, endpoint: str, arm: str) -> Evidence:
         np.array(values), seeds, failed, baseline_failed, missing,
         exact=whole and all(exact), identical=whole and all(identical),
     )  # fmt: skip
+
+
+def table(study: Study) -> pd.DataFrame:
+    """Both endpoints of every arm, a row an arm.
+
+    Columns: `arm`, `seeds`, `failed` (runs); `force_percent` (final validation force error over the baseline's) and `distance`
+    (from the baseline over that of a rerun; NaN where reruns are exact), each with `_low` and `_high` of its 95 % interval over
+    seeds; `exact` (reruns are, to rounding in float64) and `identical` (the arm is); and the distance as in `Units`.
+    """
+    rows = []
+    for arm in study.names:
+        error, far, sizes = evidence(study, FORCE_ERROR, arm), evidence(study, DISTANCE, arm), units(study, arm)
+        force, ratio = error.estimate.percent(), far.estimate.map(np.exp)
+        if far.exact or arm == RERUN:
+            ratio = Estimate(np.nan, np.nan, np.nan, 0)
+        row = {
+            "arm": arm,
+            "seeds": sum(arm in block.arms for block in study.blocks),
+            "failed": len(study.failures(arm)),
+        }
+        row |= {"force_percent": force.value, "force_low": force.low, "force_high": force.high}
+        row |= {"distance": ratio.value, "distance_low": ratio.low, "distance_high": ratio.high}
+        row |= {"exact": far.exact, "identical": far.identical}
+        rows.append(row | {"relative": sizes.relative, "roundings": sizes.roundings, "of_new_seed": sizes.of_new_seed})
+    return pd.DataFrame(rows)
+
+
+def file_name(study: str) -> str:
+    """What the table is called of a study in this folder: `endpoints.csv` of `numerics`."""
+    return f"{study.replace('numerics', 'endpoints', 1) if 'numerics' in study else f'{study}-endpoints'}.csv"
 
 
 def force_error(run: Run) -> float:

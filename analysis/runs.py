@@ -1,5 +1,6 @@
 """Run folders, read as they are: half-finished, of different length, one or hundreds of them."""
 
+import gzip
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -337,10 +338,14 @@ def _read_ddpkit(path: Path) -> Run | str | None:
 
 
 def _read_csv(path: Path, required: Sequence[str]) -> pd.DataFrame | None:
-    """A CSV without the half-written row of a killed run, floats read to the last bit; None where it has no row."""
-    if not path.is_file():
+    """A CSV, or its `.gz`, without the half-written row of a killed run, floats read to the last bit; None without a row."""
+    packed = path.with_name(f"{path.name}.gz")
+    if path.is_file():
+        text = path.read_text(errors="replace")
+    elif packed.is_file():
+        text = gzip.decompress(packed.read_bytes()).decode(errors="replace")
+    else:
         return None
-    text = path.read_text(errors="replace")
     whole = text[: text.rfind("\n") + 1]
     if not whole.strip():
         return None
