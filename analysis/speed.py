@@ -30,6 +30,8 @@ SPLITS = ("data", "compute", "sync", "optimizer")
 RESOLUTION = 0.01
 """What a study with a pilot aims to tell apart: one per cent of an epoch."""
 MOST_PAIRS = 24
+_RECORDED_AFTER = 36
+"""Steps in which steps are still being recorded: the optimizer's settings have to stand for 20, and sizes to come once more."""
 
 
 @dataclass(frozen=True, order=True)
@@ -380,7 +382,12 @@ def _with(cell: Cell, *, parameters: int | None = None, compiled: bool | None = 
 
 
 def _warmup(run: Run, given: int | None) -> int:
-    return int(run.turns is not None) if given is None else given
+    if given is not None:
+        return given
+    first = int(run.turns is not None)
+    if _captured(run) and len(run.epochs):
+        return max(first, math.ceil(_RECORDED_AFTER / float(run.epochs["steps"].max())))
+    return first
 
 
 def _usable(runs: Sequence[Run], warmup: int | None) -> tuple[list[Run], list[str]]:

@@ -459,7 +459,6 @@ def _await_place(processes: "Collection[subprocess.Popen[bytes]]", together: int
 
 def _take_turns(blocks: Sequence[Sequence[StudyRun]], scale: Speed, options: Options) -> list[StudyRun]:
     """Has the runs of each block take turns; those that failed."""
-    epochs = int(read([*scale.overrides, *options.overrides]).train.max_epochs)
     total = sum(map(len, blocks))
     for left_behind in options.out.glob(".turns-*"):
         shutil.rmtree(left_behind)
@@ -480,6 +479,7 @@ def _take_turns(blocks: Sequence[Sequence[StudyRun]], scale: Speed, options: Opt
             began = time.monotonic()
             # Named after now, so that the analysis can tell which runs were there at the same time.
             turns = options.out / f".turns-{time.strftime('%Y%m%d-%H%M%S')}"
+            epochs = int(read(these[0][1].overrides).train.max_epochs)
             failed += _side_by_side(these, total, epochs, turns, scale.ready)
             longest = max(longest, time.monotonic() - began)
     return failed

@@ -444,8 +444,8 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
                 "data.split=[0.96,0.02,0.02]",  # 12 batches of 320 to train on
                 "precision=float32",
                 "tf32=true",
-                "train.max_epochs=3",
-                "train.batch_size=320",
+                "train.max_epochs=5",
+                "train.batch_size=520",
                 "train.validate=false",
                 "train.checkpoint_every=never",
                 "loss.stress=1.0",
@@ -460,7 +460,9 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
                 )
             ),
             launches=3,
-            pair=PAIR,
+            pair=tuple(
+                Arm(arm.label, (*arm.overrides, "train.max_epochs=3")) for arm in PAIR
+            ),  # nothing is recorded there
             ranks_per_node=4,
             groups=2,
             ready=4,

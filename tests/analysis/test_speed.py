@@ -428,12 +428,13 @@ def test_mpi_is_a_cell_of_its_own(tmp_path):
 
 
 def test_recorded_steps_are_a_cell_of_their_own(tmp_path):
-    _write(tmp_path, "standard", 32, [2.0])
-    _write(tmp_path, "custom", 32, [1.0], compiled=True)
+    _write(tmp_path, "standard", 32, [2.0] * 5)
+    _write(tmp_path, "custom", 32, [1.0] * 5, compiled=True)
     losses = falling(6)
     facts = {"steps": 6, "captured_steps": 5}
     wide = {"model.type_embedding_dim": 32, "parameters": 32_000, "compile": True}
-    write_run(tmp_path, "custom-captured-32", losses, epochs=[0.5], cuda_graphs=True, summary=facts, **wide)
+    times = [0.9, 0.8, 0.7, 0.6, 0.5]  # of ten steps each: the first four record
+    write_run(tmp_path, "custom-captured-32", losses, epochs=times, cuda_graphs=True, summary=facts, **wide)
     found = speed.table(_study(tmp_path)).set_index("captured")
     assert found.loc[False, "relative_percent"].tolist() == pytest.approx([0.0, -50.0])
     assert found.loc[True, "relative_percent"] == pytest.approx(-75.0)
