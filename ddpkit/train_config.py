@@ -10,7 +10,7 @@ class PlateauConfig:
     Attributes:
         factor: the learning rate is multiplied by it; 1 keeps the rate.
         patience: validated epochs without improvement before that.
-        threshold: relative improvement that counts.
+        threshold: improvement of the validation loss that counts, absolute.
         min_lr: the rate goes no lower.
     """
 
@@ -26,7 +26,7 @@ class EarlyStopConfig:
 
     Attributes:
         patience: validated epochs without improvement.
-        threshold: relative improvement that counts.
+        threshold: improvement of that mean that counts, absolute.
     """
 
     patience: int = 200

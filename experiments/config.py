@@ -27,8 +27,20 @@ PRECISIONS = ("mixed", "float32", "float64")
 SOURCES = ("generated", "generated_crystals", "files")
 MOST_PROFILED = 1000  # steps: a trace takes about a megabyte for each
 
+ALLOWED: dict[str, tuple[str | bool, ...]] = {
+    "precision": PRECISIONS,
+    "device": ("auto", "cpu", "cuda"),
+    "comm": ("torch", "mpi"),
+    "compiler": ("inductor", "public", "interpreted"),
+    "cuda_graphs": ("auto", True, False),
+    "data.source": SOURCES,
+    "data.split_by": ("frame", "group"),
+    "data.shifts": ("isolated", "fitted"),
+}
+"""The values of keys that have few."""
+
 # keys, what their values must fulfil, and how that is said
-_BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         (
             "train.max_epochs",
@@ -65,6 +77,9 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("profile",), lambda value: 0 <= value <= MOST_PROFILED, f"0 or more and at most {MOST_PROFILED}"),
     (("train.ema_decay",), lambda value: 0 <= value < 1, "0 or more and less than 1"),
 )
+
+# What a step takes beside the options of its strategy, and the keys that set it.
+_OF_A_STEP = {"comm": "comm", "compile": "compile", "cuda_graphs": "cuda_graphs", "clip_norm": "train.clip_norm"}
 
 
 @dataclass
@@ -326,26 +341,22 @@ def keys_of(override: str, config: DictConfig) -> list[str]:
 
 def _check(config: DictConfig) -> None:
     """Values that the types alone do not rule out."""
-    for key, allowed in {
-        "precision": PRECISIONS,
-        "device": ("auto", "cpu", "cuda"),
-        "comm": ("torch", "mpi"),
-        "compiler": ("inductor", "public", "interpreted"),
-        "cuda_graphs": ("auto", True, False),
-        "data.source": SOURCES,
-        "data.split_by": ("frame", "group"),
-        "data.shifts": ("isolated", "fitted"),
-    }.items():
+    for key, allowed in ALLOWED.items():
         value = OmegaConf.select(config, key)
         if value not in allowed:
             raise InputError(
                 f"{key}={value} is unknown: use one of {', '.join(str(word).lower() for word in allowed)}."
             )
-    for keys, fits, must in _BOUNDS:
+    for keys, fits, must in BOUNDS:
         for key in keys:
             value = OmegaConf.select(config, key)
             if value is not None and not fits(value):
                 raise InputError(f"{key}={value} is out of range: it must be {must}.")
+    for option, key in _OF_A_STEP.items():
+        if option in config.strategy:
+            value = str(config.strategy[option])
+            value = value.lower() if value in ("True", "False") else value
+            raise InputError(f"strategy.{option} is no option of a strategy in a run: write {key}={value}.")
     if not (config.loss.energy or config.loss.forces or config.loss.stress):
         raise InputError("All weights of the loss are 0: set loss.energy or loss.forces.")
     if config.cuda_graphs is True and not config.compile:

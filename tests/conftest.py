@@ -62,6 +62,7 @@ SLOW = (
     "train/test_schedule.py",
     "sync/test_in_graph_conforms.py",
     "train/test_fault_campaign.py",
+    "train/test_run_folder_page.py",
     "compile/test_forces.py",
     "models/test_peer.py",
     "analysis/test_numerics_claims.py",

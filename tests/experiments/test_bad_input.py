@@ -68,6 +68,12 @@ BAD = {
     "unknown precision": ("data.path={files}/good.xyz precision=float16", "precision=float16"),
     "unknown device": ("data.path={files}/good.xyz device=tpu", "device=tpu"),
     "unknown comm": ("data.path={files}/good.xyz comm=smoke", "comm=smoke"),
+    "comm of the strategy": (
+        "data.path={files}/good.xyz +strategy.comm=mpi",
+        "strategy.comm is no option of a strategy in a run: write comm=mpi",
+    ),
+    "compile of the strategy": ("data.path={files}/good.xyz +strategy.compile=true", "write compile=true"),
+    "clipping of the strategy": ("data.path={files}/good.xyz +strategy.clip_norm=2", "write train.clip_norm=2"),
     "split over one": ("data.path={files}/good.xyz data.split=[0.9,0.9,0.1]", "data.split"),
     "path not set": ("", "data.path must be set"),
     "syntax": ("data.path={files}/good.xyz train.plateau={{", "."),
