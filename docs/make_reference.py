@@ -23,7 +23,7 @@ _FILES = "files of "
 
 def filled(text: str) -> str:
     """A page with everything made anew that is made."""
-    return _BLOCK.sub(lambda found: f"{found[1]}{_make(found[2])()}\n{found[4]}", text)
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{_make(found[2])()}\n\n{found[4]}", text)
 
 
 def _make(name: str) -> Callable[[], str]:
