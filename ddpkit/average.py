@@ -55,7 +55,7 @@ class MovingAverage(nn.Module):
             copy_all(copies, weights)
         for copies, places in self._tables:
             copy_all(copies, [home[name] for home, name in places])
-        self.n_averaged += 1
+        self.n_averaged.add_(1)
 
 
 def moving_average(model: nn.Module, decay: float) -> MovingAverage | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -84,7 +85,7 @@ class Report:
     out_of_time: np.ndarray
     eager: np.ndarray
 
-    @property
+    @cached_property
     def skipped(self) -> int:
         """How many updates were not applied on some rank."""
         return count_bad(self.norms)

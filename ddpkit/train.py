@@ -120,7 +120,7 @@ class Trainer:
         self.stop_signal: int | None = None
         self.stopped_by: signal.Signals | None = None
         self._projection, self._profiler = projection, profiler
-        self._between_epochs = between_epochs
+        self.between_epochs = between_epochs
         self._out_of_time = False
         self._started = time.monotonic()
 
@@ -188,7 +188,7 @@ class Trainer:
         self._writer.wait()
 
     def _pause(self) -> None:
-        if self._between_epochs is not None and (number := self._between_epochs(self)):
+        if self.between_epochs is not None and (number := self.between_epochs(self)):
             self.stopped_by = signal.Signals(number)
 
     def facts(self) -> dict[str, int]:
@@ -455,7 +455,7 @@ class Trainer:
         self.schedule.after_epoch(None if errors is None else errors["val_loss"])
         p.epoch += 1
         p.step_in_epoch, p.rows_in_epoch, p.seconds_in_epoch, p.loss_sum_in_epoch = 0, 0, 0.0, 0.0
-        if errors is not None or not validates or self._between_epochs is not None or c.is_checkpoint_due(p.step):
+        if errors is not None or not validates or self.between_epochs is not None or c.is_checkpoint_due(p.step):
             self._save("last", *(["best"] if improved or not validates else []))
 
     # -- validation ----------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ VERBS = {
     "bench sync": ("ddpkit.experiments.bench_sync", "time gradient synchronisation", False),
     "bench step": ("ddpkit.experiments.bench_step", "time a training step, beside the peer's", False),
     "bench comm": ("ddpkit.experiments.bench_comm", "time all-reduces", False),
+    "bench host": ("ddpkit.experiments.bench_host", "time the host's part of a run's step", False),
     "bench loader": ("ddpkit.experiments.bench_loader", "time the making of batches", False),
     "doctor": (
         "ddpkit.experiments.doctor",

@@ -393,15 +393,15 @@ class _Piece:
     """
 
     def __init__(self, body: Callable[[Sequence[Any]], Any], given: Given, device: torch.device, pool: Any) -> None:
-        own = [
-            leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
-            for leaf in given.leaves
-        ]
+        self._tensors = [n for n, leaf in enumerate(given.leaves) if isinstance(leaf, Tensor)]
+        copies, self._places = _copies([given.leaves[n] for n in self._tensors])
+        own = [*given.leaves]
         groups: dict[torch.dtype, list[int]] = {}  # a copy of several tensors takes one launch for each dtype
-        for n, leaf in enumerate(own):
-            if isinstance(leaf, Tensor):
-                groups.setdefault(leaf.dtype, []).append(n)
+        for n, copy in zip(self._tensors, copies, strict=True):
+            own[n] = copy
+            groups.setdefault(copy.dtype, []).append(n)
         self._inputs = [(numbers, [own[n] for n in numbers]) for numbers in groups.values()]
+        self._memory = _memory_of(copies[0]) if self._places else None
         batches = given.filled(own)
 
         def record() -> list[Tensor]:
@@ -425,8 +425,11 @@ class _Piece:
     def run(self, given: Given) -> Any:
         """Runs it on other batches of the same sizes; returns what the body did, in memory of its own."""
         leaves = given.leaves
-        for numbers, own in self._inputs:
-            copy_all(own, [leaves[n] for n in numbers])
+        if self._memory is not None and _places([leaves[n] for n in self._tensors]) == self._places:
+            self._memory.copy_(_memory_of(leaves[self._tensors[0]]))
+        else:
+            for numbers, own in self._inputs:
+                copy_all(own, [leaves[n] for n in numbers])
         results = [result.clone() for result in self._recording.run()]
         self.is_made = True
         return self._form.fill(iter(_unpack(self._packing, results)))
@@ -434,6 +437,33 @@ class _Piece:
     def close(self) -> None:
         """Lets go of it."""
         self._recording.close()
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    """Where in the memory of the first of them tensors begin, and how large that is, in bytes."""
+    storage = tensors[0].untyped_storage()
+    begin = storage.data_ptr()
+    return [*(place - begin for place in map(Tensor.data_ptr, tensors)), storage.nbytes()]
+
+
+def _memory_of(tensor: Tensor) -> Tensor:
+    """`[bytes]` uint8, the whole memory that a tensor lies in."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+
+
+def _copies(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Copies of tensors. Where the tensors fill one piece of memory, as a loader packs a batch, the copies lie alike in another
+    one, and their places are returned too: one copy of all its bytes is a copy of all tensors.
+    """
+    places = _places(tensors) if tensors else [0]
+    used = sum(x.nbytes for x in tensors)
+    if not 0 < used <= places[-1] <= 2 * used or not all(
+        x.is_contiguous() and 0 <= place <= places[-1] - x.nbytes for x, place in zip(tensors, places, strict=False)
+    ):
+        return [x.clone(memory_format=torch.contiguous_format) for x in tensors], []
+    storage = _memory_of(tensors[0]).clone().untyped_storage()
+    copies = [x.new_empty(0).set_(storage, x.storage_offset(), x.shape, x.stride()) for x in tensors]  # type: ignore[call-overload]
+    return copies, places
 
 
 def _pack(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[Tensor]]:

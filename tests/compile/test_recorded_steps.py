@@ -15,7 +15,9 @@ from ddpkit import torch_private
 from ddpkit.capture import recording, steps
 from ddpkit.capture.recording import as_one, make
 from ddpkit.compile.backend import using
+from ddpkit.data.assembly import Layout
 from ddpkit.errors import InputError, RecordingError
+from ddpkit.packing import unpack
 from ddpkit.sync.flat import LATE, FlatSync
 
 SIZES = [[6, 5, 4], [7, 7], [3, 4, 5]]
@@ -445,3 +447,42 @@ def test_a_look_at_a_number_is_refused():
     looking = make(lambda: [x * float(x.sum())], here)
     with pytest.raises(RecordingError, match="looks at a number" if here.type == "cpu" else "recorded as a CUDA graph"):
         (looking.run if here.type == "cpu" else looking.record)()
+
+
+def packed(batch):
+    """The same batch in one piece of memory, as loaders bring it."""
+    kinds = {name: (str(x.dtype).removeprefix("torch."), tuple(x.shape)) for name, x in batch.tensors().items()}
+    layout = Layout.of(kinds, batch.num_frames)
+    result = unpack(torch.zeros(layout.size, dtype=torch.uint8, device=batch.positions.device), layout)
+    for name, x in batch.tensors().items():
+        getattr(result, name).copy_(x)
+    return result
+
+
+def test_a_batch_in_one_piece_of_memory_is_copied_in_one_go(monkeypatch):
+    pieces = []
+    copy_all = steps.copy_all
+    monkeypatch.setattr(steps, "copy_all", lambda to, what: pieces.append(len(to)) or copy_all(to, what))
+    plain, recorded = Training(cuda_graphs=False), Training(cuda_graphs=True)
+    apart = recorded.batches
+    recorded.batches = [packed(batch.with_neighbours()) for batch in apart]
+    for training in (plain, recorded):
+        training.run(40)
+    assert recorded.step.captured_steps > 20
+    assert not pieces
+    recorded.batches = [
+        batch.with_neighbours() if n % 2 else packed(batch.with_neighbours()) for n, batch in enumerate(apart)
+    ]
+    for training in (plain, recorded):
+        training.run(8)
+    assert pieces  # those that lie apart are copied tensor by tensor
+    assert_same(plain, recorded)
+
+
+def test_tensors_that_do_not_fill_their_memory_are_copied_apart():
+    wide = torch.zeros(1000, dtype=torch.float64)
+    few = [wide[:10], wide[20:30]]
+    for tensors in ([], [torch.zeros(0)], few, [few[0].clone(), few[1].clone()], [torch.zeros(3, 4).t()]):
+        copies, places = steps._copies(tensors)
+        assert not places
+        assert all(torch.equal(one, other) for one, other in zip(copies, tensors, strict=True))
