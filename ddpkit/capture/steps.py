@@ -455,7 +455,7 @@ def _copies(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     """Copies of tensors. Where the tensors fill one piece of memory, as a loader packs a batch, the copies lie alike in another
     one, and their places are returned too: one copy of all its bytes is a copy of all tensors.
     """
-    places = _places(tensors) if tensors else [0]
+    places = _places(tensors) if tensors and all(x.layout is torch.strided for x in tensors) else [0]
     used = sum(x.nbytes for x in tensors)
     if not 0 < used <= places[-1] <= 2 * used or not all(
         x.is_contiguous() and 0 <= place <= places[-1] - x.nbytes for x, place in zip(tensors, places, strict=False)

@@ -94,8 +94,10 @@ class Makers:
 
     def __init__(self, work: Work, count: int) -> None:
         self._turn = 0
-        self._processes = [_start(pickle.dumps((work, n, count))) for n in range(count)]
+        self._processes: list[subprocess.Popen[bytes]] = []
         weakref.finalize(self, _kill, self._processes)  # also where Python ends
+        for place in range(count):
+            self._processes.append(_start(pickle.dumps((work, place, count))))
 
     def receive(self, allocate: Callable[[int], Memory]) -> tuple[GlobalStep, list[Layout]]:
         """The next step, and how its batches lie in memory.
@@ -147,10 +149,12 @@ def _kill(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
 def _tell_end(process: "subprocess.Popen[bytes]") -> NoReturn:
     code = process.wait()
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    hint = ", as systems do where memory runs out" if code == -signal.SIGKILL else ""
+    if code == -signal.SIGKILL:
+        how += ", as systems do where memory runs out: give the job more memory, or"
+    else:
+        how += ":"
     raise InputError(
-        f"A process that makes batches (number {process.pid}) {how}{hint}: give the job more memory, or make batches in the "
-        "process that trains (train.workers=0)."
+        f"A process that makes batches (number {process.pid}) {how} make batches in the process that trains (train.workers=0)."
     )
 
 
@@ -171,7 +175,7 @@ def _start(work: bytes) -> "subprocess.Popen[bytes]":
             env=os.environ | dict.fromkeys(ONE_THREAD, "1"),
         )
     assert process.stdout is not None
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):  # of other systems than Linux
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
     return process
 
@@ -194,14 +198,16 @@ def main() -> None:
     starter = os.getppid()
     threading.Thread(target=_follow, args=(starter,), daemon=True).start()
     take_all_of_job()
-    with open(os.dup(1), "wb") as out:  # noqa: PTH123  (a descriptor)
-        os.dup2(2, 1)  # what a library prints is no batch
-        try:
-            _make_all(*pickle.load(sys.stdin.buffer), out)  # noqa: S301  (of the process that started this one)
-        except BrokenPipeError:
-            os._exit(0)
-        except Exception as error:  # noqa: BLE001  (raised where the batch is asked for)
+    out = open(os.dup(1), "wb")  # noqa: PTH123, SIM115  (a descriptor, open until the process ends)
+    os.dup2(2, 1)  # what a library prints is no batch
+    try:
+        _make_all(*pickle.load(sys.stdin.buffer), out)  # noqa: S301  (of the process that started this one)
+    except BrokenPipeError:  # nobody reads any longer
+        os._exit(0)
+    except Exception as error:  # noqa: BLE001  (raised where the batch is asked for)
+        with suppress(BrokenPipeError):
             _send(out, _portable(error))
+        os._exit(1)
 
 
 def _follow(starter: int) -> None:

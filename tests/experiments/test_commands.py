@@ -110,6 +110,19 @@ def test_a_strategy_of_ones_own_is_not_taken_for_the_default(words, name):
     assert setup.strategy_name(config) == config.strategy.name == name
 
 
+def test_bench_host_tells_who_computes(tmp_path, capsys):
+    words = ["--model", "allegro_tiny", "--frames", "2", "--epochs", "2", "--device", "cpu", "train.workers=1"]
+    _dispatch(["bench", "host", *words, "--csv", str(tmp_path / "table.csv")])
+    told = capsys.readouterr().out
+    assert "allegro_tiny, 2 frames a batch on cpu" in told
+    assert "steps replayed and left out, 1 processes for batches" in told
+    (row,) = csv.DictReader((tmp_path / "table.csv").open())
+    assert 0 < float(row["seconds_main"]) < 1
+    assert 0 < int(row["captured"]) < int(row["steps"]) == 6 * 32
+    with pytest.raises(InputError, match="must be at least 1"):
+        _dispatch(["bench", "host", "--frames", "0"])
+
+
 def test_bench_loader_counts_batches(tmp_path, capsys):
     random = np.random.default_rng(0)
     frames = [
