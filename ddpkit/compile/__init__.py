@@ -8,8 +8,9 @@ Loads the compiler on first use. What a batch passes, module by module:
 
 Where there is no code yet, `graph` traces the `objective` (model and criterion) with all its `outputs`, and compiles the trace
 by the `backend` that is chosen: `inductor` (with `kernels`, for CPUs) or `public`. `cache` keeps the code on disk and `digest`
-tells codes apart; `stored` keeps what was checked, so that a later start does not trace: `identity` tells what it depends on. `parity` compares the code with eager code before it is used. `lines` and `script` name the line of the model
-that a message is about.
+tells codes apart. `stored` keeps what has been checked, so that a later start does not trace, and `identity` tells what that
+depends on. `parity` compares the code with eager code before it is used. `lines` and `script` name the line of the model that a
+message is about.
 """
 
 from importlib import import_module

@@ -21,6 +21,9 @@ from filelock import FileLock, Timeout
 from ddpkit.errors import InputError
 from ddpkit.torch_private import LOADED, clear_caches, folder_of_cache
 
+STORED = "ddpkit"
+"""Folder in the cache whose files have checksums of their own: see `ddpkit.compile.stored`."""
+
 _SEAL = ".seal"
 _looked_through: set[str] = set()
 
@@ -106,7 +109,7 @@ def _files(folder: Path) -> list[Path]:
     """What has been compiled, without seals, locks and what is being written."""
     paths = []
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "locks"]
+        folders[:] = [name for name in folders if name not in ("locks", STORED)]
         paths += [
             Path(place) / name
             for name in names

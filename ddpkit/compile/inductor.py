@@ -11,8 +11,8 @@ where `unlike` finds that something is missing or takes other arguments, `ddpkit
 - `TorchDispatchMode`: the line of a model that draws random numbers.
 - `joint_graph_passes`, `min_cut_rematerialization_partition`, `compile_fx_inner`, `TracingContext`: what `torch.compile` does
   after AOTAutograd.
-- `FxGraphCache`, `CompiledFxGraph`, `CompiledFxGraphConstants`, `PyCodeCache`, `BoxedBool`, `counters`: code that is stored without its
-  graph, see `ddpkit.compile.stored`.
+- `FxGraphCache`, `CompiledFxGraph`, `CompiledFxGraphConstants`, `PyCodeCache`, `BoxedBool`, `counters`: code that is stored
+  without its graph, see `ddpkit.compile.stored`.
 - `SchedulerNode`, `StarDep`, `WeakDep`, `OrderedSet`: `_order_kept`, which mends a fault of torch before 2.14.
 - `AsyncCompile`, `CppPythonBindingsCodeCache`, `clear_on_fresh_cache`, `VecISA`: `compiled_together`, which makes
   compilation on CPUs faster, and `start_workers`, likewise on GPUs. Without them it is slower, and nothing is said.

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ddpkit.compile import cache, digest
 from ddpkit.compile.backend import Kernel, backend, interprets
-from ddpkit.compile.identity import UnknownError
 from ddpkit.compile.identity import digest as digest_of
 from ddpkit.compile.layout import Layout
 from ddpkit.compile.state import State
@@ -76,7 +75,7 @@ class Stored(Generic[C]):
     """The code of one function on disk.
 
     Args:
-        describe: returns a digest of what code depends on beside the form of batches; may raise `UnknownError`.
+        describe: returns a digest of what code depends on beside the form of batches, or raises an error where there is none.
         state: of the traced objects.
     """
 
@@ -143,10 +142,12 @@ class Stored(Generic[C]):
         if form not in self._paths:
             self._paths[form] = None
             if not interprets() and (settings := backend().settings()) is not None:
-                with contextlib.suppress(UnknownError):
+                with contextlib.suppress(
+                    Exception
+                ):  # objects that cannot be looked at, like those that cannot be told apart
                     words = repr((form, layout.names if not layout.is_known else (), settings, surroundings()))
                     name = hashlib.sha256(f"{words}\n{self._describe()}".encode()).hexdigest()
-                    self._paths[form] = Path(folder_of_cache()) / "ddpkit" / name[:2] / name
+                    self._paths[form] = Path(folder_of_cache()) / cache.STORED / name[:2] / name
         return self._paths[form]
 
 
@@ -177,23 +178,20 @@ def _releases() -> list[Any]:
     places = dict.fromkeys([*sys.path, sysconfig.get_path("purelib")])
     installed = [name for place in places if os.path.isdir(place) for name in sorted(os.listdir(place))]  # noqa: PTH112, PTH208
     installed = [name for name in installed if name.endswith((".dist-info", ".egg-info"))]
-    devices = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())] if _on_gpu() else []
-    gpus = [(d.name, d.major, d.minor, d.multi_processor_count, d.total_memory) for d in devices]
     processor = torch.backends.cpu.get_cpu_capability(), platform.machine(), platform.processor()
-    return [own.hexdigest(), installed, sys.version, torch.version.git_version, torch.version.cuda, gpus, processor]
-
-
-def _on_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [own.hexdigest(), installed, sys.version, torch.version.git_version, torch.version.cuda, processor]
 
 
 def surroundings() -> list[Any]:
     """Releases, the machine, and what torch has been told: all that generated code depends on beside what is traced."""
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    gpus = [torch.cuda.get_device_properties(n) for n in range(count)]
     kinds = ("cpu", "cuda")
     variables = {k: v for k, v in os.environ.items() if k.startswith(("TORCHINDUCTOR_", "TORCH_COMPILE", "TRITON_"))}
     return [
         torch.__version__,
         *_releases(),
+        [(gpu.name, gpu.major, gpu.minor, gpu.multi_processor_count, gpu.total_memory) for gpu in gpus],
         sorted((k, v) for k, v in variables.items() if not k.endswith(("_CACHE_DIR", "_COMPILE_THREADS"))),
         torch.get_num_threads(),
         torch.get_default_dtype(),

@@ -12,7 +12,7 @@ from ddpkit.compile import parity
 from ddpkit.compile.conditions import Conditions
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
 from ddpkit.compile.stored import Entry, Stored
-from ddpkit.errors import InputError
+from ddpkit.errors import InputError, ParityError
 from ddpkit.ranks.agree import agree, in_turn, most_on_ranks, share
 
 _MOST = 8  # forms of batches; any further ones run eagerly
@@ -141,10 +141,9 @@ class Variants(Generic[C]):
         checked = len(self._tally.differences)
         try:
             self._prepare(examples, layout, sizes, entry, together=together, before_check=before_check)
-        except InputError:
-            raise
-        except Exception:
-            if not is_stored:
+        except Exception as error:
+            is_told_to_all = isinstance(error, ParityError) or getattr(error, "everywhere", False)
+            if not is_stored or isinstance(error, InputError) or not is_told_to_all:
                 raise
             self._stored.forget(layout)
             del self._tally.differences[checked:]
@@ -167,9 +166,14 @@ class Variants(Generic[C]):
             return self._trace(examples, sizes) if entry is None else entry
 
         def lower(traced: T | Entry) -> C:
+            nonlocal entry
             if not isinstance(traced, Entry):
                 return self._lower(traced)
-            return self._stored.load(traced) or self._lower(self._trace(examples, sizes))
+            code = self._stored.load(traced)
+            if code is not None:
+                return code
+            entry = None
+            return self._lower(self._trace(examples, sizes))
 
         code = in_turn(trace, lower) if together else lower(trace())
         if before_check is not None:

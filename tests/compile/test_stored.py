@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -296,3 +297,35 @@ def with_own_disk(folder, is_lost):
         for path in entries(f"{folder}/1"):
             path.unlink()
     return trained("ingraph", True)
+
+
+# --- variants of Triton's kernels, without a GPU --------------------------------------------------------------------------
+
+
+class Timed:
+    """As Inductor's autotuner, as far as variants go."""
+
+    def __init__(self, *configs):
+        self.launchers = [types.SimpleNamespace(config=config) for config in configs]
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        ({"kernel": "XBLOCK: 2"}, ["XBLOCK: 2"]),
+        ({"kernel": "XBLOCK: 9"}, ["XBLOCK: 1", "XBLOCK: 2"]),  # is there no longer: both are timed
+        ({}, ["XBLOCK: 1", "XBLOCK: 2"]),
+    ],
+    ids=["chosen", "gone", "unknown"],
+)
+def test_the_variant_that_was_chosen_is_left(monkeypatch, kept, left):
+    from ddpkit.compile import inductor
+
+    module = types.ModuleType("code")
+    module.key, module.kernel, module.other = "key", Timed("XBLOCK: 1", "XBLOCK: 2"), Timed("XBLOCK: 4")
+    monkeypatch.setattr(inductor.PyCodeCache, "modules", [module])
+    code = types.SimpleNamespace(cache_key="key")
+    assert inductor._chosen(code) == {"other": "XBLOCK: 4"}
+    inductor._choose(code, kept)
+    assert [launcher.config for launcher in module.kernel.launchers] == left
+    assert [launcher.config for launcher in module.other.launchers] == ["XBLOCK: 4"]
