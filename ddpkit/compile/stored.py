@@ -175,9 +175,9 @@ def _releases() -> list[Any]:
     own = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         own.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    places = dict.fromkeys([*sys.path, sysconfig.get_path("purelib")])
-    installed = [name for place in places if os.path.isdir(place) for name in sorted(os.listdir(place))]  # noqa: PTH112, PTH208
-    installed = [name for name in installed if name.endswith((".dist-info", ".egg-info"))]
+    places = list(dict.fromkeys(Path(place) for place in [*sys.path, sysconfig.get_path("purelib")]))
+    places = [place for place in places if place.name in ("site-packages", "dist-packages") and place.is_dir()]
+    installed = [path.name for place in places for path in sorted(place.glob("*-info"))]
     processor = torch.backends.cpu.get_cpu_capability(), platform.machine(), platform.processor()
     return [own.hexdigest(), installed, sys.version, torch.version.git_version, torch.version.cuda, processor]
 

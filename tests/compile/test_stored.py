@@ -171,8 +171,8 @@ def test_another_release_or_setting_is_traced(folder, hits, monkeypatch):
 
 
 def test_another_package_is_traced(folder, hits, monkeypatch, tmp_path):
-    (tmp_path / "new_package-1.0.dist-info").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "site-packages" / "new_package-1.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
     stored._releases.cache_clear()
     try:
         assert not hits(loaded(folder).Model(), batch())
