@@ -265,6 +265,11 @@ def custom_operator(name: str) -> Any:
     return OPDEFS.get(name)
 
 
+def schemas_of(packet: Any) -> list[str]:
+    """What the overloads of an operator take and return, in words."""
+    return [str(getattr(packet, name)._schema) for name in packet.overloads()]
+
+
 _dump: Callable[[str], str] = _private(
     torch, "_C._dispatch_dump", lambda _: "", "operators are told apart by their schema"
 )

@@ -33,6 +33,7 @@ _BUILT_IN = (
     types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
     types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodWrapperType,
 )  # fmt: skip
+_OPERATORS = (type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor))
 _READ = frozenset({"ddpkit", "__main__"})  # wherever they lie: like the user's code
 _RELEASED = frozenset({"torch", "numpy", "triton", "sympy", "functorch", "torchgen", *sys.stdlib_module_names}) - {
     "__main__"
@@ -198,10 +199,10 @@ class _Reader:
 
     def _closed(self, value: Any) -> None:
         """An object of Python's, torch's or an installed package: by what pickle would make it of."""
-        if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):  # noqa: SLF001  (no public name)
+        if isinstance(value, _OPERATORS):
             self.put(str(value))
             return
-        if isinstance(value, functools._lru_cache_wrapper):  # noqa: SLF001  (likewise)
+        if isinstance(value, functools._lru_cache_wrapper):  # noqa: SLF001  (no public name)
             self.look(value.__wrapped__)
             return
         if isinstance(value, ContextVar):

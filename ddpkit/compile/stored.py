@@ -29,7 +29,7 @@ from ddpkit.compile.backend import Kernel, backend, interprets
 from ddpkit.compile.identity import digest as digest_of
 from ddpkit.compile.layout import Layout
 from ddpkit.compile.state import State
-from ddpkit.torch_private import custom_operator, folder_of_cache, registrations
+from ddpkit.torch_private import custom_operator, folder_of_cache, registrations, schemas_of
 
 C = TypeVar("C")
 
@@ -213,8 +213,7 @@ def _operators(kernels: Iterable[Kernel]) -> str:
     for space, name in sorted(called):
         if space in _TORCHS:
             continue
-        packet = getattr(getattr(torch.ops, space), name)
-        told.append([str(getattr(packet, overload)._schema) for overload in packet.overloads()])  # noqa: SLF001
+        told.append(schemas_of(getattr(getattr(torch.ops, space), name)))
         if (definition := custom_operator(f"{space}::{name}")) is not None:
             told.append(digest_of({name: definition}, (), ()))
         for line in registrations(f"{space}::{name}"):
