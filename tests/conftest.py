@@ -69,6 +69,7 @@ SLOW = (
     "train/test_folders.py",
     "experiments/test_run_data.py",
     "experiments/test_evaluate.py",
+    "compile/test_stored.py",
     "compile/test_cache.py",
     "compile/test_kernels.py",
     "sync/test_ranks.py",
