@@ -365,7 +365,9 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
             ),
         ),
         "ranks": Ranks(
-            {f"emulated-{ranks}": emulated_ranks(ranks) for ranks in EMULATED_RANKS}
+            {
+                f"emulated-{ranks}": emulated_ranks(ranks) for ranks in reversed(EMULATED_RANKS)
+            }  # what takes longest begins
             | {"real-4": Numerics(4, _RANKS_NUMERICS, (BASELINE, RERUN, *_ALIKE), seeds=6, primary=())}
         ),
         "node": Numerics(

@@ -19,7 +19,7 @@ from ddpkit.progress import Progress
 
 
 def configs(study, scale, *counts):
-    size = STUDIES[study][scale]
+    size = STUDIES[study][scale] if isinstance(scale, str) else scale
     return {arm.label: read([*size.overrides, *arm.overrides]) for block in size.blocks(*counts) for arm in block}
 
 
@@ -75,7 +75,8 @@ def test_seeds_of_weights_and_data_go_together():
 def test_arms_are_what_the_analysis_calls_them(monkeypatch):
     """The declared claims name arms as the analysis will find them in the configurations."""
     monkeypatch.setenv("DDPKIT_SPICE", "spice")
-    for scale in ("demo", "emulated", "causes"):
+    many = STUDIES["numerics"]["ranks"].parts["emulated-64"]
+    for scale in ("demo", "emulated", "causes", many):
         runs = [
             Run(
                 label,
@@ -87,11 +88,10 @@ def test_arms_are_what_the_analysis_calls_them(monkeypatch):
         ]
         found = blocks.study(runs, plan.Plan(()))
         assert len(found.blocks) == 1
-        assert {claim.arm for claim in STUDIES["numerics"][scale].primary} - {"standard", "compiled"} <= set(
-            found.names
-        )
+        primary = (STUDIES["numerics"][scale] if isinstance(scale, str) else scale).primary
+        assert {claim.arm for claim in primary} - {"standard", "compiled"} <= set(found.names)
         if scale != "causes":
-            assert {claim.arm for claim in STUDIES["numerics"][scale].primary} <= set(found.names)
+            assert {claim.arm for claim in primary} <= set(found.names)
         assert not found.left_out
 
 
