@@ -83,8 +83,9 @@ class Speed:
 
     A block is one launch of each of its arms, which are there at the same time and take turns, an epoch at a time, after a first
     epoch that warms up; all of them must fit into memory, on GPUs but for what only a running epoch needs. `launches` blocks of
-    all arms are the pilot, whose spread tells how many blocks of `pair`, which the declared claims are about, come after it. Arms
-    of the pilot are divided into `groups` where they do not fit at once; `ready` runs get ready at a time.
+    all arms are the pilot, whose spread tells how many blocks of `pair`, which the declared claims are about, come after it.
+    Where arms do not fit at once, the blocks of a launch are `groups` in place of `arms`, each with a standard eager of its own.
+    `ready` runs get ready at a time.
     """
 
     ranks: int
@@ -95,14 +96,13 @@ class Speed:
     primary: tuple[Declared, ...] = SPEED
     ranks_per_node: int = 8
     turns: bool = True
-    groups: int = 1
+    groups: tuple[tuple[Arm, ...], ...] = ()
     ready: int = 1
 
     def blocks(self, launches: int | None = None) -> list[list[Arm]]:
         """The pilot, launch by launch."""
-        size = len(self.arms) // self.groups
-        groups = [self.arms[first : first + size] for first in range(0, len(self.arms), size)]
-        return [_shuffled(group, n) for n in range(1, (launches or self.launches) + 1) for group in groups]
+        numbers = range(1, (launches or self.launches) + 1)
+        return [_shuffled(group, n) for n in numbers for group in self.groups or (self.arms,)]
 
     def pairs(self, count: int, after: int) -> list[list[Arm]]:
         """The pairs of launches after so many of the pilot."""
@@ -227,16 +227,12 @@ def _eager(_: str) -> Sequence[bool]:
     return (False,)
 
 
-def _node(strategy: str) -> Sequence[bool]:
-    """What the paper has, what it leaves out, and its lower bound."""
-    return {"standard": (False, True), "custom": (False, True), "ingraph": (True,)}.get(strategy, (False,))
-
-
-def captured_arms(widths: Sequence[int]) -> tuple[Arm, ...]:
-    """Recorded steps at each embedding width."""
-    return tuple(
-        Arm(f"custom-captured-{width}", (*CAPTURED.overrides, f"model.type_embedding_dim={width}")) for width in widths
-    )
+def _node_groups(width: int) -> tuple[tuple[Arm, ...], ...]:
+    """What the paper has, its lower bound, and what it leaves out; our extensions."""
+    paper = speed_arms(("standard", "custom"), (width,), _both) + speed_arms(("none",), (width,), _eager)
+    more = speed_arms(("overlap",), (width,), _eager) + speed_arms(("ingraph",), (width,), _both)
+    captured = Arm(f"custom-captured-{width}", (*CAPTURED.overrides, f"model.type_embedding_dim={width}"))
+    return paper, (*speed_arms(("standard",), (width,), _eager, "{strategy}_again"), *more, captured)
 
 
 WIDTHS = (32, 128)
@@ -446,27 +442,18 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
                 "data.split=[0.96,0.02,0.02]",  # 12 batches of 320 to train on
                 "precision=float32",
                 "tf32=true",
-                "train.max_epochs=5",
+                "train.max_epochs=4",
                 "train.batch_size=520",
                 "train.validate=false",
                 "train.checkpoint_every=never",
                 "loss.stress=1.0",
                 "device=cuda",
             ),
-            tuple(
-                arm
-                for width in WIDTHS
-                for arm in (
-                    *speed_arms(("standard", "custom", "none", "overlap", "ingraph"), (width,), _node),
-                    *captured_arms((width,)),
-                )
-            ),
+            arms=(),
             launches=3,
-            pair=tuple(
-                Arm(arm.label, (*arm.overrides, "train.max_epochs=3")) for arm in PAIR
-            ),  # nothing is recorded there
+            pair=tuple(Arm(arm.label, (*arm.overrides, "train.max_epochs=3")) for arm in PAIR),
             ranks_per_node=4,
-            groups=2,
+            groups=tuple(group for width in WIDTHS for group in _node_groups(width)),
             ready=4,
         ),
         "paper": Speed(
