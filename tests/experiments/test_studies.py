@@ -246,6 +246,20 @@ def test_a_pilot_is_followed_by_as_many_pairs_as_it_asks_for(study, tmp_path):
     assert not ran
 
 
+def test_what_does_not_fit_at_once_is_launched_in_groups_with_a_reference_each(study, tmp_path):
+    start, ran, _ = study
+    start("launches=2", "pairs=1", name="speed", scale="node")
+    assert [len(group) for group in STUDIES["speed"]["node"].groups] == [5, 4, 5, 4]
+    assert len(ran) == 2 * 18 + 6
+    for first, count in ((0, 5), (5, 4), (9, 5), (14, 4), (18, 5)):
+        group = ran[first : first + count]
+        assert sum(label.startswith(("standard-eager", "standard_again-eager")) for label in group) == 1
+        assert len({label.removesuffix("_2").rsplit("-", 1)[1] for label in group}) == 1  # of one size
+    assert all(label.endswith("_3") for label in ran[-6:])
+    known = plan.read(tmp_path, ())
+    assert (known.pilot, known.pairs, len(known.runs)) == ((1, 2), 1, 42)
+
+
 def test_runs_that_do_not_fit_into_memory_at_once_follow_one_another(study, monkeypatch, capsys):
     start, ran, _ = study
     monkeypatch.setattr(experiment, "_BYTES_OF_A_RANK", 1e15)
