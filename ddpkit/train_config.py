@@ -9,7 +9,7 @@ class PlateauConfig:
 
     Attributes:
         factor: the learning rate is multiplied by it; 1 keeps the rate.
-        patience: validated epochs without improvement before that.
+        patience: validated epochs without improvement, before the rate falls.
         threshold: improvement of the validation loss that counts, absolute.
         min_lr: the rate goes no lower.
     """
@@ -25,7 +25,7 @@ class EarlyStopConfig:
     """Stops when the mean of validation force RMSE (eV/Å) and per-atom energy RMSE (eV) no longer improves.
 
     Attributes:
-        patience: validated epochs without improvement.
+        patience: validated epochs without improvement, before training stops.
         threshold: improvement of that mean that counts, absolute.
     """
 
@@ -39,7 +39,7 @@ class TrainConfig:
 
     Attributes:
         max_epochs: passes over the frames to train on.
-        max_steps: stops earlier than `max_epochs` where set.
+        max_steps: number of optimizer steps after which training stops, where that is before `max_epochs`.
         max_seconds: walltime limit of training and validation, over all resumed parts.
         batch_size: frames in the global batch, over all ranks.
         accumulate: micro-batches that one optimizer step is made of.
@@ -51,7 +51,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; None: once an epoch, or once in `validate_every` of them; a run that ends
             leaves one too. "never" (or 0): none.
         clip_norm: upper bound of the norm of the global gradient; None: no clipping.
-        ema_decay: of the moving average of the weights, which validation uses; 0 turns it off.
+        ema_decay: share of the moving average of the weights that a step keeps; validation uses the average. 0 turns it off.
         validate: validate after each epoch.
         validate_every: validate after each so many epochs, and after the last.
         warmup_steps: over so many steps the learning rate rises from 0; what moves it after them begins then.

@@ -87,18 +87,19 @@ class DataConfig:
     """Where frames come from, and how they are split and ordered.
 
     Attributes:
-        source: `generated` (molecules, GFN2-xTB), `generated_crystals` (89 elements, a pair potential) or `files`.
-        path: of a prepared set (`ddpkit data prepare`), or of any file that ASE reads.
-        frames: how many are made; of a file, at most this many, the first ones.
-        seed: of the split and the order of frames.
+        source: where frames come from: `generated` (molecules, GFN2-xTB), `generated_crystals` (89 elements, a pair potential) or
+            `files`; `data=NAME` sets it.
+        path: a prepared set (`ddpkit data prepare`), or any file that ASE reads.
+        frames: how many frames are made; of a file, at most this many are taken, the first ones.
+        seed: decides the split and the order of frames.
         split: shares to train on, to validate and to test.
         train_frames: train on so many of the part to train on, drawn at random; fewer are some of more.
-        split_by: `frame`, or `group`: the frames of a molecule or material stay together.
+        split_by: what is split: `frame` by `frame`, or by `group`, so that the frames of a molecule or material stay together.
         neutral: drop charged frames.
         shifts: energy shift of each species: `isolated` atoms as the set knows them, or `fitted` by least squares.
         energy_key: name of the energy [eV] in a file that ASE reads, where it is unusual or one of several.
-        forces_key: likewise of the forces [eV/Å].
-        stress_key: likewise of the stress [eV/Å^3], or of a virial [eV], which has `virial` in its name.
+        forces_key: name of the forces [eV/Å], likewise.
+        stress_key: name of the stress [eV/Å^3], likewise, or of a virial [eV], which has `virial` in its name.
         allow_missing: train on a stress that some periodic frames lack: those add nothing to its term.
         cache: folder of what is made once and read by all runs.
     """
@@ -143,15 +144,15 @@ class RunConfig:
     """One run.
 
     Attributes:
-        model: a group: `allegro_tiny|molecule|small|medium|large`, `nequip_tiny|molecule|small|medium|large|xl`, or
-            `model._target_` with an import path.
+        model: `allegro_` or `nequip_` with `tiny`, `molecule`, `small`, `medium` or `large` behind it, or `nequip_xl`; a model of
+            your own is named by `model._target_` with its import path.
         data: a group: `generated`, `generated_crystals` or `files`.
-        strategy: a group: `custom`, `standard`, `overlap`, `ingraph`, `emulated`, `none`, or `strategy._target_` with an import
-            path.
-        optimizer: a group: `adamw`, or `optimizer._target_` with an import path.
-        scheduler: a group: `plateau` (`train.plateau` alone), `cosine`, or `scheduler._target_` with the import path of one of
-            torch's schedulers, which moves the learning rate in place of `train.plateau`. `per` says whether it counts steps or
-            epochs; the word `all` stands for as many of them as the run has, less its warm-up.
+        strategy: how gradients are averaged over ranks: `custom`, `standard`, `overlap`, `ingraph`, `emulated`, `none`, or
+            `strategy._target_` with an import path.
+        optimizer: `adamw`, or `optimizer._target_` with an import path.
+        scheduler: what moves the learning rate: `plateau` (`train.plateau` alone), `cosine`, or `scheduler._target_` with the
+            import path of one of torch's schedulers, in place of `train.plateau`. `per` says whether it counts steps or epochs;
+            the word `all` stands for as many of them as the run has, less its warm-up.
         seed: initialises the weights.
         compile: compile the step, with its double backward, before training.
         compiler: `inductor`; `public`: by torch.compile (docs/torch.md); or `interpreted`: run the traced graph uncompiled, to
@@ -161,10 +162,10 @@ class RunConfig:
             what fills batches up. On a CPU, recordings are kept operation by operation, which shows that a step can be
             recorded and wins nothing.
         check_kernels: compare the model's kernels with its reference in plain PyTorch before training.
-        precision: `mixed`, `float32` or `float64`.
+        precision: what the model computes in; `mixed` has geometry and sums of energies in float64, and the layers in float32.
         tf32: let float32 matrix products use TF32 on NVIDIA GPUs.
-        device: `auto`, `cpu` or `cuda`.
-        comm: `torch` (NCCL or gloo), or `mpi` (mpi4py; strategies custom and overlap).
+        device: where to compute; `auto` takes the GPU where there is one.
+        comm: what carries the all-reduce: `torch` (NCCL or gloo), or `mpi` (mpi4py; strategies custom and overlap).
         deterministic: steps that are repeatable bit for bit.
         nccl_algo: `Ring`, `Tree` ...: forces NCCL's algorithm, and with it the order of its sums.
         run_dir: the run folder; by default `runs/<date>-<time>-<model>-<strategy>`.

@@ -403,7 +403,7 @@ def _callback(callback: Section, train: dict[str, Any]) -> dict[str, Any]:
     if target.endswith(".EarlyStopping"):
         train["early_stop"] = {"patience": callback.take("patience", 3)}
         if delta := callback.number("min_delta", 0.0):
-            why = f"{NONE}, whose train.early_stop.threshold is a relative improvement"
+            why = f"{NONE}, whose train.early_stop.threshold is an improvement of another quantity"
             callback.tell("min_delta", why, value=delta)
         else:
             train["early_stop"]["threshold"] = 0.0

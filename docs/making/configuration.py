@@ -63,7 +63,7 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
 
 def _values(key: str, hint: Any) -> str:
     if key in GROUPS:
-        return "a group"
+        return "a name"
     if key in ALLOWED:
         return ", ".join(written(value) for value in ALLOWED[key])
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

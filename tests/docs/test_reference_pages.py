@@ -71,6 +71,11 @@ def test_defaults_are_those_of_a_run():
 
 
 def test_values_are_those_that_are_taken():
+    assert described()["train.timeout"][1:] == [
+        "600.0",
+        "seconds that a rank waits for the others before it ends the run.",
+    ]
+    assert described()["strategy.check_every"][1].startswith("compare checksums")
     assert described()["precision"][0] == "mixed, float32, float64"
     assert described()["train.timeout"][0] == "a number (greater than 0 and at most 1e8 (three years))"
     assert described()["train.max_steps"][0] == "a whole number (at least 1), null"
