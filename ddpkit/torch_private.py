@@ -29,7 +29,7 @@ from ddpkit.errors import InputError
 __all__ = ["DispatchMode", "pytree"]
 
 TESTED = (2, 11), (2, 14)
-"""The first and the last release whose private names have been tried: see docs/torch.md."""
+"""The first and the last release whose private names have been tried: see docs/explanation/torch.md."""
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def _private(home: Any, path: str, public: T, loses: str) -> Any:
         for name in path.split("."):
             home = getattr(home, name)
     except AttributeError:
-        warnings.warn(f"torch {torch.__version__} has no {path} ({loses}): see docs/torch.md.", stacklevel=3)
+        warnings.warn(f"torch {torch.__version__} has no {path} ({loses}): see docs/explanation/torch.md.", stacklevel=3)
         return public
     return home
 

@@ -155,8 +155,8 @@ class RunConfig:
             the word `all` stands for as many of them as the run has, less its warm-up.
         seed: initialises the weights.
         compile: compile the step, with its double backward, before training.
-        compiler: `inductor`; `public`: by torch.compile (docs/torch.md); or `interpreted`: run the traced graph uncompiled, to
-            separate the effect of tracing from that of compiling.
+        compiler: `inductor`; `public`: by torch.compile (docs/explanation/torch.md); or `interpreted`: run the traced graph
+            uncompiled, to separate the effect of tracing from that of compiling.
         cuda_graphs: replay recorded steps, for which batches are filled up to a few sizes: `true`, `false`, or `auto`: with a GPU
             for each rank, where the step is compiled, the strategy is `custom`, `ingraph` or `none`, and the model leaves out
             what fills batches up. On a CPU, recordings are kept operation by operation, which shows that a step can be

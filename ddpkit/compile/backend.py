@@ -218,7 +218,7 @@ def _inductor() -> Backend | None:
         why = f"torch {torch.__version__} lacks what this needs of its compiler ({differences[0]})"
     if not dist.is_initialized() or dist.get_rank() == 0:
         warnings.warn(
-            f"{why}: graphs are traced by make_fx and compiled by torch.compile, which is slower; see docs/torch.md.",
+            f"{why}: graphs are traced by make_fx and compiled by torch.compile, which is slower; see docs/explanation/torch.md.",
             stacklevel=3,
         )
     return None

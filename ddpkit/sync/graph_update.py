@@ -212,7 +212,7 @@ class GraphUpdate:
         note_step(self._optimizer)
 
 
-# torch.optim's functional forms would fix weight decay and momentum in the graph (docs/torch.md).
+# torch.optim's functional forms would fix weight decay and momentum in the graph (docs/explanation/torch.md).
 def _adam(
     settings: Mapping[str, Any],
     lr: Tensor,

@@ -128,8 +128,8 @@ def test_the_range_begins_where_the_package_does():
 
 def test_the_documents_name_the_range():
     first, last = (".".join(map(str, version)) for version in torch_private.TESTED)
-    assert f"torch {first} to {last} |" in (ROOT / "docs/torch.md").read_text()
-    assert f"tried up to {last} (docs/torch.md)" in (ROOT / "pyproject.toml").read_text()
+    assert f"torch {first} to {last} |" in (ROOT / "docs/explanation/torch.md").read_text()
+    assert f"tried up to {last} (docs/explanation/torch.md)" in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(("version", "tested"), [
