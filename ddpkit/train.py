@@ -476,7 +476,7 @@ class Trainer:
                 output = model(batch)
                 errors.add(output, batch)
                 result = self.criterion(output, batch)
-                loss += float(result["loss"] if isinstance(result, dict) else result)
+                loss += float((result["loss"] if isinstance(result, dict) else result).detach())
         self.model.train()
         everyone = self._gather.numbers([loss, *errors.sums])
         if sentence := name_bad("error of validation", everyone.sum(axis=1, keepdims=True), self.progress.step):

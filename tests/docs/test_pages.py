@@ -1,10 +1,10 @@
 """Every block of code of every page: Python is run, commands are parsed by the programs that they name, cheap ones are run."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +146,7 @@ def page_folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_blocks_of_a_page(page, page_folder, monkeypatch):
     names = {"__name__": "__main__", "ddpkit": ddpkit} | material(page, monkeypatch)
@@ -157,8 +158,7 @@ def test_blocks_of_a_page(page, page_folder, monkeypatch):
         try:
             if block.language == "python":
                 monkeypatch.setattr(sys, "argv", [block.title, "1"])
-                with using("interpreted"), warnings.catch_warnings():
-                    warnings.filterwarnings("error", "Converting a tensor with requires_grad")
+                with using("interpreted"):
                     exec(compile(block.text, block.title or str(block), "exec"), names)  # noqa: S102  (our own pages)
                 leave_group()
             elif block.language == "yaml":
@@ -202,7 +202,7 @@ def test_commands_within_the_text():
     for page in PAGES:
         text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
         for code in re.findall(r"`((?:mpirun [^`]*)?ddpkit(?:-run|-analyze)? [^`]*[= ][^`]+)`", text):
-            if not re.search(r"\b[A-Z]{2,}\b|\||\.\.\.|…", code):
+            if re.search(r"=|--|[/.]\w", code) and not re.search(r"\b[A-Z]{2,}\b|\||\.\.\.|…", code):
                 seen += 1
                 for words in Shell().commands(code):
                     check(words, ROOT)
@@ -224,3 +224,25 @@ def test_every_key_that_the_text_names_is_one():
         text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
         for key in re.findall(r"`((?:train|data|loss)\.[a-z_.]+)(?:=[^`]*)?`", text):
             assert any(one == key or one.startswith(f"{key}.") for one in keys), f"{page}: {key}"
+
+
+def templates():
+    """The sentences of the code, `…` where values are put in."""
+    for room in ("ddpkit", "models", "experiments"):
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value.replace("%s", "…")
+
+
+def test_messages_that_a_page_explains_are_those_of_the_code():
+    sentences = list(templates())
+    text = (ROOT / "docs/how-to/when-it-hangs-or-slows.md").read_text()
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    messages = [code for cell in cells for code in re.findall(r"`([^`]*…[^`]*|[^`]{20,})`", cell)]
+    assert len(messages) > 25
+    for message in messages:
+        parts = [part.strip() for part in message.split("…") if part.strip()]
+        assert any(all(part in sentence for part in parts) for sentence in sentences), message
