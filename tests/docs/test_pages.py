@@ -14,9 +14,9 @@ import yaml
 from ase.build import molecule
 from ase.calculators.emt import EMT
 from ase.io import write
-from commands import Shell, check
+from fences import LANGUAGES, ROOT, blocks, pages
 from hydra.utils import get_object
-from pages import LANGUAGES, ROOT, blocks, pages
+from shell import Shell, check
 
 import ddpkit
 from ddpkit.compile.backend import using

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, pages
+from fences import ROOT, pages
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):

@@ -12,7 +12,7 @@ import string
 import tomllib
 from unittest import mock
 
-from pages import ROOT
+from fences import ROOT
 
 from ddpkit.experiments import experiment, inference
 from ddpkit.experiments.cli import VERBS, _Parser, _verb
