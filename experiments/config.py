@@ -230,6 +230,11 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
             OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_sentence(error, overrides)) from error
+    except AssertionError as error:  # Hydra's own, where a choice that others are named after is null
+        raise InputError(
+            "The configuration cannot be composed: model is null, and other settings follow it; choose one of the models, or "
+            "give model._target_ an import path."
+        ) from error
     _name_strategy(config)
     return config
 
