@@ -52,7 +52,9 @@ def _private(home: Any, path: str, public: T, loses: str) -> Any:
         for name in path.split("."):
             home = getattr(home, name)
     except AttributeError:
-        warnings.warn(f"torch {torch.__version__} has no {path} ({loses}): see docs/explanation/torch.md.", stacklevel=3)
+        warnings.warn(
+            f"torch {torch.__version__} has no {path} ({loses}): see docs/explanation/torch.md.", stacklevel=3
+        )
         return public
     return home
 
