@@ -121,6 +121,8 @@ def test_bench_host_tells_who_computes(tmp_path, capsys):
     assert 0 < int(row["captured"]) < int(row["steps"]) == 6 * 32
     with pytest.raises(InputError, match="must be at least 1"):
         _dispatch(["bench", "host", "--frames", "0"])
+
+
 def test_a_file_of_settings_that_takes_the_model_away(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("defaults:\n  - override /model: null\nmodel: {_target_: mine.Own}\n")
