@@ -116,8 +116,8 @@ def table(values: pd.DataFrame) -> Table:
     header = ["arm", *(f"{ranks}{' emulated' * emulated}" for ranks, emulated in sizes)]
     by = " and ".join(sorted(set(values["by"])))
     explained = (
-        "Geometric mean over seeds, from which to which, and from three seeds on its 95 % interval (Student's t of logarithms); "
-        "0: identical to the baseline."
+        "Geometric mean over seeds, in square brackets its 95 % interval (Student's t of logarithms); where there is none, from "
+        "which to which in round ones; 0: identical to the baseline."
     )
     grows = [
         f"{arm}: the distance of emulated ranks goes as ranks^{told.value:.2f} [{told.low:.2f}, {told.high:.2f}], "
@@ -134,11 +134,12 @@ def _cell(apart: np.ndarray) -> str:
     if not apart.any():
         return "0"
     seen = apart[apart > 0]
+    told = _mean(apart)
+    if np.isfinite(told.low):
+        return f"{number(told.value)} [{number(told.low)}, {number(told.high)}]"
     zeros = f", {len(apart) - len(seen)} × 0" if len(seen) < len(apart) else ""
     spread = f" ({number(seen.min())} to {number(seen.max())}{zeros})" if len(apart) > 1 else ""
-    told = _mean(apart)
-    interval = f" [{number(told.low)}, {number(told.high)}]" if np.isfinite(told.low) else ""
-    return f"{number(told.value)}{spread}{interval}"
+    return f"{number(told.value)}{spread}"
 
 
 def figure(values: pd.DataFrame) -> Figure:
@@ -148,13 +149,14 @@ def figure(values: pd.DataFrame) -> Figure:
     with mpl.rc_context(dict(STYLE)):
         drawing = Figure(figsize=(6.4, 3.8), layout="constrained")
         axis: Any = drawing.subplots()
-        identical = []
+        identical: list[str] = []
         arms = list(dict.fromkeys(values["arm"]))
         for place, arm in enumerate(arms):
             colour = CYCLE[place % len(CYCLE)]
             for emulated, line in ((False, "-"), (True, "--")):
                 own = values[(values["arm"] == arm) & (values["emulated"] == emulated)]
-                identical += [f"{arm} at {ranks}" for ranks in sorted(set(own.loc[own["relative"] == 0, "ranks"]))]
+                if equal := sorted(set(own.loc[own["relative"] == 0, "ranks"])):
+                    identical.append(f"{arm} at {', '.join(map(str, equal))}{' emulated' * emulated}")
                 own = own[own["relative"] > 0]
                 if own.empty:
                     continue
@@ -162,9 +164,12 @@ def figure(values: pd.DataFrame) -> Figure:
                 label = f"{arm}, emulated" if emulated and "emulated" not in arm else arm
                 reach = np.abs(told[["low", "high"]].to_numpy(float).T - told["mean"].to_numpy(float))
                 look = {"color": colour, "lw": 1.4, "ls": line, "label": label}
-                axis.errorbar(told["ranks"], told["mean"], np.nan_to_num(reach), capsize=3, elinewidth=1.0, **look)
+                beside = 1.0 if emulated else 1.06
+                axis.errorbar(
+                    beside * told["ranks"], told["mean"], np.nan_to_num(reach), capsize=3, elinewidth=1.0, **look
+                )
                 axis.plot(
-                    own["ranks"],
+                    beside * own["ranks"],
                     own["relative"],
                     "o",
                     color=colour,
@@ -185,6 +190,6 @@ def figure(values: pd.DataFrame) -> Figure:
         axis.grid(alpha=0.25, lw=0.5)
         if identical:
             axis.set_title(
-                "identical to the baseline: " + ", ".join(identical), fontsize=8, color=GREY, loc="left", wrap=True
+                "identical to the baseline: " + "; ".join(identical), fontsize=8, color=GREY, loc="left", wrap=True
             )
     return drawing

@@ -152,9 +152,13 @@ class Tables:
             return
         written = pd.read_csv(path, float_precision="round_trip")
         wrong = [c for c in written.columns if c not in table or not _agree(written[c], table[c])]
-        if len(written) != len(table) or wrong:
-            what = f"its columns {', '.join(wrong)}" if wrong else "the number of its rows"
-            raise InputError(f"{path} is not what the runs beside it give now, in {what}: make it again.")
+        if len(written) != len(table):
+            what = "the number of its rows"
+        elif wrong:
+            what = f"its columns {', '.join(wrong)}"
+        else:
+            return
+        raise InputError(f"{path} is not what the runs beside it give now, in {what}: make it again.")
 
 
 def _made(folder: Path, options: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
