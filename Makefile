@@ -35,7 +35,7 @@ demo: $(READY)
 
 # The documentation as a site in site/; what is wrong with a link or the navigation ends it. `make test` does the same.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html"
 
 # What takes seconds runs first. Each worker takes file after file, so that what a file starts or compiles is shared by its tests.
