@@ -241,13 +241,13 @@ def _meet(trainer: Any, what: str) -> None:
 
 def _environment() -> ClusterEnvironment | None:
     """Where Lightning would not find by itself what the launcher has started: it takes the variables of a SLURM allocation
-    for those of a step, also under mpirun and in a batch script.
+    for those of a step, also under mpirun and in a batch script, and asks MPI where it finds mpi4py, which may have no library.
     """  # fmt: skip
     # what Lightning tells the processes that it starts itself
     is_lightnings = {"NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() and "RANK" not in os.environ
     here = None if is_lightnings else place()
     if here is None or here.launcher == "alone":
-        return LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
+        return LightningEnvironment()
     return None if here.launcher in ("torchrun", "srun") else _Launched(here)
 
 

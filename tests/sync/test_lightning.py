@@ -308,3 +308,17 @@ def test_nequip_train_ends_where_its_own_strategy_does(tmp_path, compiled):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-10, atol=1e-12)
+
+
+def test_no_mpi_library_is_needed(monkeypatch):
+    """Lightning asks mpi4py, which comes with ddpkit and raises where there is no library."""
+    import lightning
+    from lightning.fabric.plugins.environments import MPIEnvironment
+
+    from ddpkit.lightning import SyncStrategy
+
+    def without_library():
+        raise RuntimeError("cannot load MPI library")
+
+    monkeypatch.setattr(MPIEnvironment, "detect", staticmethod(without_library))
+    lightning.Trainer(accelerator="cpu", devices=1, strategy=SyncStrategy(), logger=False, enable_checkpointing=False)
