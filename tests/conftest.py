@@ -52,6 +52,7 @@ SLOW = (
     "train/test_leaving.py",
     "sync/test_emulated.py",
     "experiments/test_bad_input.py",
+    "docs/test_pages.py",
     "data/test_builtin.py",
     "compile/test_embedding.py",
     "models/test_reference.py",
@@ -96,6 +97,7 @@ SLOW = (
     "models/test_padded.py",
     "train/test_committed_runs.py",
     "experiments/test_commands.py",
+    "docs/test_site.py",
 )
 HERE = Path(__file__).parent
 TRY_INSTRUCTIONS = """
