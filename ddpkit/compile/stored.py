@@ -95,6 +95,7 @@ class Stored(Generic[C]):
     def load(self, entry: Entry) -> C | None:
         """The code of an entry; None if it cannot be used."""
         try:
+            cache.make_ready()  # a damaged library would end the process
             with cache.sealing():
                 kernels = [backend().unpack(content) for content in entry.kernels]
             with warnings.catch_warnings():
@@ -141,14 +142,17 @@ class Stored(Generic[C]):
         form = layout.form()
         if form not in self._paths:
             self._paths[form] = None
-            if not interprets() and (settings := backend().settings()) is not None:
-                with contextlib.suppress(
-                    Exception
-                ):  # objects that cannot be looked at, like those that cannot be told apart
-                    words = repr((form, layout.names if not layout.is_known else (), settings, surroundings()))
-                    name = hashlib.sha256(f"{words}\n{self._describe()}".encode()).hexdigest()
-                    self._paths[form] = Path(folder_of_cache()) / cache.STORED / name[:2] / name
+            # Objects that cannot be looked at are like those that cannot be told apart.
+            with contextlib.suppress(Exception):
+                self._paths[form] = self._made_path(layout)
         return self._paths[form]
+
+    def _made_path(self, layout: Layout) -> Path | None:
+        if interprets() or (settings := backend().settings()) is None:
+            return None
+        words = repr((layout.form(), layout.names if not layout.is_known else (), settings, surroundings()))
+        name = hashlib.sha256(f"{words}\n{self._describe()}".encode()).hexdigest()
+        return Path(folder_of_cache()) / cache.STORED / name[:2] / name
 
 
 def described(state: State, tensors: Iterable[Tensor], roots: Mapping[str, Any], beside: Iterable[Any]) -> str:

@@ -171,6 +171,7 @@ class Variants(Generic[C]):
                 return self._lower(traced)
             code = self._stored.load(traced)
             if code is not None:
+                code.is_checked, code.fixed_at, code.conditions.ones = False, None, set()
                 return code
             entry = None
             return self._lower(self._trace(examples, sizes))

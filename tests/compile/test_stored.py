@@ -290,6 +290,17 @@ def test_a_rank_without_the_entry_gets_the_same(tmp_path):
     assert [result[2] for result in (*cold, *half)] == [1, 1, 0, 1]
 
 
+def test_damaged_libraries_are_compiled_anew_without_a_trace(tmp_path):
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    (cold,) = run_ranks(trained, 1, "none", True, timeout=300, environment=environment)
+    libraries = [path for path in tmp_path.rglob("*.so") if not path.name.startswith(".")]
+    assert libraries
+    for path in libraries:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (warm,) = run_ranks(trained, 1, "none", True, timeout=300, environment=environment)
+    assert warm == (*cold[:2], 0)
+
+
 def with_own_disk(folder, is_lost):
     rank = torch.distributed.get_rank()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{rank}"
