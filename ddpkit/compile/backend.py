@@ -140,7 +140,7 @@ class Backend(ABC):
 
     def pack(self, kernel: Kernel) -> bytes | None:
         """Code that has run, in a form that another process can `unpack`; None if that cannot be done."""
-        del kernel
+        raise NotImplementedError
 
     def unpack(self, content: bytes) -> Kernel:
         """The code that was packed. What it was generated for is not looked at."""

@@ -162,10 +162,10 @@ class Variants(Generic[C]):
     ) -> None:
         """Does so, with code from the disk where there is an entry; an error there is one on all ranks, if all do it together."""
 
-        def trace() -> T | Entry:
+        def trace() -> Any:
             return self._trace(examples, sizes) if entry is None else entry
 
-        def lower(traced: T | Entry) -> C:
+        def lower(traced: Any) -> C:
             nonlocal entry
             if not isinstance(traced, Entry):
                 return self._lower(traced)
