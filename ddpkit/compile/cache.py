@@ -25,6 +25,8 @@ STORED = "ddpkit"
 """Folder in the cache whose files have checksums of their own: see `ddpkit.compile.stored`."""
 
 _SEAL = ".seal"
+_NOTE = ".looked-through"
+_COARSE = 2_000_000_000  # nanoseconds: clocks of file systems are coarse
 _looked_through: set[str] = set()
 
 
@@ -49,9 +51,17 @@ def make_ready() -> None:
 def mend() -> bool:
     """Removes damaged files, with one line of warning; returns whether there were any."""
     folder = _folder()
-    damaged = [path for path in _files(folder) if _is_damaged(path)]
+    note, boot = folder / _NOTE, _boot()
+    begun = note.with_name(f"{note.name}.{os.getpid()}")
+    begun.write_text(boot)
+    known = 0
+    with contextlib.suppress(OSError):
+        if boot and note.read_text() == boot:
+            known = note.stat().st_mtime_ns - _COARSE
+    damaged = [path for path in _files(folder) if _is_damaged(path, known)]
     for path in damaged:
         _remove(path)
+    begun.replace(note)  # of the time at which the look began
     if damaged:
         warnings.warn(
             f"{len(damaged)} damaged files were removed from the compiler's cache in {folder} ({damaged[0].name} ...): what they "
@@ -127,10 +137,26 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_damaged(path: Path) -> bool:
+def _boot() -> str:
+    """Differs for each start of the machine: what was whole stays so until then, unless its file says that it was changed."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _is_damaged(path: Path, known: int = 0) -> bool:
+    """Whether a file is not what was sealed, or was cut short.
+
+    Args:
+        path: of the file.
+        known: nanoseconds; sealed files that were last changed before are known to be whole.
+    """
     try:
         seal = _seal_of(path)
         if seal.exists():
+            if max(path.stat().st_ctime_ns, seal.stat().st_ctime_ns) < known:
+                return False
             return seal.read_text() != _checksum(path)
         is_torn = path.stat().st_size == 0 or (path.suffix == ".so" and not _is_whole_library(path))
         return is_torn and not _is_being_compiled(path)

@@ -324,6 +324,7 @@ class Inductor(Backend):
         packed, chosen = pickle.loads(content)  # noqa: S301  (see `ddpkit.compile.stored`)
         graph = pickle.loads(packed)  # noqa: S301  (likewise)
         constants = CompiledFxGraphConstants()
+        try_without_torch()
         # Triton's kernels are there: processes to compile them would be started for nothing.
         alone = inductor_config.patch(compile_threads=1) if "cuda" in graph.device_types else contextlib.nullcontext()
         with compiled_together(), alone:
@@ -486,16 +487,21 @@ def look_at_the_processor() -> None:
     """Finds out in the background which vector instructions there are: Inductor compiles a program for each and tries it."""
     if not SHARES_FILES:
         return
-    if release() < (2, 13) and VecISA._avx_py_load.lstrip().startswith("import torch"):
-        folder = Path(torch.__file__).parent / "lib"
-        libraries = [str(folder / name) for name in ("libc10.so", "libtorch_cpu.so")]
-        VecISA._avx_py_load = _TRY_LIBRARY.format(libraries=libraries)
+    try_without_torch()
 
     def look() -> None:
         with all_of_job():
             valid_vec_isa_list()
 
     threading.Thread(target=look, name="look at the processor", daemon=True).start()
+
+
+def try_without_torch() -> None:
+    """Has those programs tried by processes that load torch's libraries alone."""
+    if SHARES_FILES and release() < (2, 13) and VecISA._avx_py_load.lstrip().startswith("import torch"):
+        folder = Path(torch.__file__).parent / "lib"
+        libraries = [str(folder / name) for name in ("libc10.so", "libtorch_cpu.so")]
+        VecISA._avx_py_load = _TRY_LIBRARY.format(libraries=libraries)
 
 
 @functools.cache

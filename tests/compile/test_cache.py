@@ -4,6 +4,8 @@ import os
 import re
 import tempfile
 import textwrap
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,36 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(cache.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=re.escape(f"in {tmp_path} cannot be written (Permission denied): set ")):
         cache.make_ready()
+
+
+def test_what_was_looked_through_since_the_machine_started_is_not_read_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    read = []
+    original = cache._checksum
+    monkeypatch.setattr(cache, "_checksum", lambda path: read.append(path.name) or original(path))
+    monkeypatch.setattr(cache, "_COARSE", 0)
+    (tmp_path / "ab").mkdir()
+    one, two = tmp_path / "ab" / "one.py", tmp_path / "ab" / "two.py"
+    with cache.sealing():
+        for path in (one, two):
+            path.write_text("1")
+    time.sleep(0.05)  # a tick of the file system's clock
+
+    def looks():
+        read.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            is_mended = cache.mend()
+        return is_mended, sorted(read)
+
+    assert looks() == (False, ["one.py", "two.py"])
+    assert looks() == (False, [])
+    before = two.stat()
+    two.write_text("2")
+    os.utime(two, ns=(before.st_atime_ns, before.st_mtime_ns))  # another content, of the same size and time
+    assert looks() == (True, ["two.py"])
+    assert not two.exists()
+    monkeypatch.setattr(cache, "_boot", lambda: "another start")
+    assert looks() == (False, ["one.py"])
+    monkeypatch.setattr(cache, "_boot", lambda: "")  # a system that does not tell
+    assert looks() == looks() == (False, ["one.py"])
