@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ddpkit.capture.recording import Pretended
 from ddpkit.data import write_prepared
+from ddpkit.data.makers import suggested
 from ddpkit.errors import InputError
 from ddpkit.experiments import run_data, setup
 from ddpkit.experiments.bench_step import frames as made_up
@@ -123,7 +124,9 @@ def _measure(args: argparse.Namespace, here: group.Environment, folder: Path) ->
         "model": args.model,
         "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "cpu",
         "frames": args.frames,
-        "workers": trainer.train_loader.workers,
+        "workers": suggested(here.device.type, here.local_size)
+        if config.train.workers is None
+        else config.train.workers,
         "steps": trainer.progress.step,
         "captured": trainer.progress.captured_steps,
         "seconds": passed,

@@ -91,7 +91,7 @@ def _parts(path: Path, size: int, r_max: float) -> dict[str, Any]:
     step = next(plan.epoch(0))
     numbers = step.indices.tolist()
     chosen, assembler = [frames.frame(n) for n in numbers], Assembler(frames, frames.species, r_max)
-    memory = np.empty(assembler.make(step, numbers, partial(np.empty, dtype=np.uint8)).size, dtype=np.uint8)
+    memory = np.empty(assembler.make(step, numbers, lambda size: np.empty(size, dtype=np.uint8)).size, dtype=np.uint8)
     layout, tensor = assembler.make(step, numbers, lambda _: memory), torch.from_numpy(memory)
     calls: dict[str, Callable[[], Any]] = {
         "find_lists": lambda: [neighbour_list(frame, r_max) for frame in chosen],

@@ -201,7 +201,8 @@ def main() -> None:
     out = open(os.dup(1), "wb")  # noqa: PTH123, SIM115  (a descriptor, open until the process ends)
     os.dup2(2, 1)  # what a library prints is no batch
     try:
-        _make_all(*pickle.load(sys.stdin.buffer), out)  # noqa: S301  (of the process that started this one)
+        work, place, count = pickle.load(sys.stdin.buffer)  # noqa: S301  (of the process that started this one)
+        _make_all(work, place, count, out)
     except BrokenPipeError:  # nobody reads any longer
         os._exit(0)
     except Exception as error:  # noqa: BLE001  (raised where the batch is asked for)
