@@ -236,7 +236,7 @@ class _Cells(NamedTuple):
             nothing, none = np.zeros(len(numbers), dtype=bool), np.zeros((len(numbers), 3, 3))
             return cls(nothing, nothing, none, none)
         pbc, cells, stress = (frames.array(name)[numbers] for name in ("pbc", "cell", "stress"))
-        periodic: NDArray[np.bool_] = pbc.any(axis=1)
+        periodic: NDArray[np.bool_] = pbc.max(axis=1)
         return cls(periodic, periodic & ~np.isnan(stress).any(axis=(1, 2)), cells, stress)
 
     def write(self, parts: Mapping[str, NDArray[Any]]) -> None:
