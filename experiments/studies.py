@@ -121,22 +121,24 @@ def _seeded(arm: Arm, seed: int) -> Arm:
     return Arm(arm.label, tuple(fresh.get(word, word) for word in arm.overrides))
 
 
-BASELINE = Arm("baseline", ("strategy=custom", "compile=false"))
+_COMPILED = ("compile=true", "cuda_graphs=false")
+_EAGER = ("compile=false", "cuda_graphs=false")
+BASELINE = Arm("baseline", ("strategy=custom", *_EAGER))
 RERUN = Arm("rerun", BASELINE.overrides)
 NEW_SEED = Arm("new_seed", (*BASELINE.overrides, "seed=new"))
 PAPER_NUMERICS = (
     BASELINE,
-    Arm("standard", ("strategy=standard", "compile=false")),
-    Arm("compiled", ("strategy=custom", "compile=true")),
+    Arm("standard", ("strategy=standard", *_EAGER)),
+    Arm("compiled", ("strategy=custom", *_COMPILED)),
     RERUN,
     NEW_SEED,
 )
 _ALIKE = tuple(arm for arm in PAPER_NUMERICS if arm.label in ("standard", "compiled"))
 OUR_NUMERICS = (
-    Arm("interpreted", ("strategy=custom", "compile=true", "compiler=interpreted")),
-    Arm("standard_compiled", ("strategy=standard", "compile=true")),
-    Arm("ingraph", ("strategy=ingraph", "compile=true")),
-    Arm("overlap", ("strategy=overlap", "compile=false")),
+    Arm("interpreted", ("strategy=custom", *_COMPILED, "compiler=interpreted")),
+    Arm("standard_compiled", ("strategy=standard", *_COMPILED)),
+    Arm("ingraph", ("strategy=ingraph", *_COMPILED)),
+    Arm("overlap", ("strategy=overlap", *_EAGER)),
 )
 CAPTURED = Arm("captured", ("strategy=custom", "compile=true", "cuda_graphs=true"))
 # Each differs from the baseline, or from one other arm, in one thing.
@@ -149,11 +151,11 @@ CAUSES = (
     Arm("deterministic_rerun", (*BASELINE.overrides, "deterministic=true")),
     Arm("ring", (*BASELINE.overrides, "nccl_algo=Ring")),
     Arm("tree", (*BASELINE.overrides, "nccl_algo=Tree")),
-    Arm("overlap", ("strategy=overlap", "compile=false")),
-    Arm("small_buckets", ("strategy=overlap", "+strategy.bucket_mb=0.1", "compile=false")),
-    Arm("interpreted", ("strategy=custom", "compile=true", "compiler=interpreted")),
-    Arm("compiled", ("strategy=custom", "compile=true")),
-    Arm("other_code", ("strategy=custom", "compile=true", "compiler=public")),
+    Arm("overlap", ("strategy=overlap", *_EAGER)),
+    Arm("small_buckets", ("strategy=overlap", "+strategy.bucket_mb=0.1", *_EAGER)),
+    Arm("interpreted", ("strategy=custom", *_COMPILED, "compiler=interpreted")),
+    Arm("compiled", ("strategy=custom", *_COMPILED)),
+    Arm("other_code", ("strategy=custom", *_COMPILED, "compiler=public")),
     Arm("tf32", (*BASELINE.overrides, "tf32=true")),
 )
 
@@ -184,7 +186,7 @@ def emulated_ranks(ranks: int) -> Numerics:
         emulated("baseline", count),
         emulated("rerun", count),
         emulated("standard", count, buckets),
-        emulated("compiled", count, "compile=true"),
+        emulated("compiled", count, *_COMPILED),
     ]
     primary: tuple[Declared, ...] = ()
     if ranks == max(EMULATED_RANKS):
@@ -207,7 +209,7 @@ def speed_arms(
     return tuple(
         Arm(
             f"{name.format(strategy=strategy)}-{'compile' if compile_ else 'eager'}-{width}",
-            (f"strategy={strategy}", f"compile={str(compile_).lower()}", f"model.type_embedding_dim={width}"),
+            (f"strategy={strategy}", *(_COMPILED if compile_ else _EAGER), f"model.type_embedding_dim={width}"),
         )
         for width in widths
         for strategy in strategies
@@ -298,11 +300,10 @@ CHOICES = (
     Arm("batch-10", ("train.batch_size=10",)),
     Arm("tf32", ("precision=float32", "tf32=true")),
 )
-_EAGER = ("compile=false", "cuda_graphs=false")
 STRATEGIES = (
     Arm("baseline", ("strategy=standard", *_EAGER)),
     Arm("custom", ("strategy=custom", *_EAGER)),
-    Arm("compiled", ("strategy=custom", "compile=true", "cuda_graphs=false")),
+    Arm("compiled", ("strategy=custom", *_COMPILED)),
     CAPTURED,
 )
 _DEMO_ACCURACY = (
@@ -386,8 +387,8 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
                 RERUN,
                 *_ALIKE,
                 # by default all gradients of this model fit into one bucket
-                Arm("overlap", ("strategy=overlap", f"+strategy.bucket_mb={_BUCKETS}", "compile=false")),
-                Arm("ingraph", ("strategy=ingraph", "compile=true")),
+                Arm("overlap", ("strategy=overlap", f"+strategy.bucket_mb={_BUCKETS}", *_EAGER)),
+                Arm("ingraph", ("strategy=ingraph", *_COMPILED)),
                 CAPTURED,
             ),
             seeds=6,
