@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ddpkit import checkpoint
 from ddpkit.average import moving_average
 from ddpkit.capture.padding import compare_padding, require_padding, taken_for_real
+from ddpkit.compile.objective import Criterion
 from ddpkit.compile.parity import Difference
 from ddpkit.data import Capacities, Capacity, Loader, Sampler, Sweep, choose_capacities, statistics
 from ddpkit.data.makers import suggested
@@ -385,7 +386,7 @@ def records(config: DictConfig, here: Environment) -> bool:
 
 
 def leaves_padding_out(
-    config: DictConfig, here: Environment, data: Data, model: nn.Module, criterion: nn.Module, species: Sequence[str]
+    config: DictConfig, here: Environment, data: Data, model: nn.Module, criterion: Criterion, species: Sequence[str]
 ) -> bool:
     """Whether model and criterion leave out what fills batches up, on every rank; where `cuda_graphs=auto` asks, they may not.
 
