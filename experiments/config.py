@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -329,8 +330,14 @@ def flat(config: DictConfig) -> dict[str, Any]:
 
 
 @functools.cache
-def _leaves(*overrides: str) -> dict[str, Any]:
-    """Every leaf with these overrides alone; kept, since Hydra takes a tenth of a second to compose."""
+def _leaves(variables: frozenset[tuple[str, str]], *overrides: str) -> dict[str, Any]:
+    """Every leaf with these overrides alone; kept, since Hydra takes a tenth of a second to compose.
+
+    Args:
+        variables: of the environment, which defaults are taken from.
+        overrides: of the command line.
+    """
+    del variables
     return flat(_compose(overrides))
 
 
@@ -340,7 +347,8 @@ def keys_of(override: str, config: DictConfig) -> list[str]:
     leaves = flat(config)
     keys = {key for key in leaves if key == name or key.startswith(f"{name}.")}
     with suppress(InputError):
-        defaults, alone = _leaves(), _leaves(override)
+        variables = frozenset(os.environ.items())
+        defaults, alone = _leaves(variables), _leaves(variables, override)
         keys |= {key for key in defaults.keys() | alone.keys() if defaults.get(key) != alone.get(key)}
     return sorted(keys)
 

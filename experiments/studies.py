@@ -162,7 +162,7 @@ CAUSES = (
 
 def emulated(label: str, *overrides: str) -> Arm:
     """An arm of emulated ranks."""
-    return Arm(label, ("strategy=emulated", *overrides))
+    return Arm(label, ("strategy=emulated", "cuda_graphs=false", *overrides))
 
 
 EMULATED = (
@@ -186,7 +186,7 @@ def emulated_ranks(ranks: int) -> Numerics:
         emulated("baseline", count),
         emulated("rerun", count),
         emulated("standard", count, buckets),
-        emulated("compiled", count, *_COMPILED),
+        emulated("compiled", count, "compile=true"),
     ]
     primary: tuple[Declared, ...] = ()
     if ranks == max(EMULATED_RANKS):

@@ -12,7 +12,7 @@ from ddpkit.data import Frame, write_prepared
 from ddpkit.errors import InputError
 from ddpkit.experiments import setup
 from ddpkit.experiments.cli import VERBS, _dispatch, _leave
-from ddpkit.experiments.config import read
+from ddpkit.experiments.config import keys_of, read
 
 GROUPS = sorted({verb.split()[0] for verb in VERBS if " " in verb})
 
@@ -159,3 +159,10 @@ def test_bench_loader_counts_batches(tmp_path, capsys):
     assert all(float(row[name]) > 0 for row in rows for name in row if name not in ("workers", "seconds_workers"))
     with pytest.raises(InputError, match="20 frames, fewer than a batch of 21"):
         _dispatch(["bench", "loader", str(path), "--frames", "21"])
+
+
+def test_what_an_override_sets_does_not_hang_on_what_was_asked_before(monkeypatch):
+    monkeypatch.setenv("DDPKIT_CACHE", "one")
+    assert keys_of("seed=2", read(["seed=2"])) == ["seed"]
+    monkeypatch.setenv("DDPKIT_CACHE", "another")
+    assert keys_of("seed=3", read(["seed=3"])) == ["seed"]

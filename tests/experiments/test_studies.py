@@ -358,7 +358,7 @@ def test_a_node_has_one_new_seed_and_as_many_more_reruns_as_are_asked_for():
     *seeds, rest = STUDIES["numerics"]["node"].blocks()
     assert [len(block) for block in seeds] == [7] * 6
     assert [arm.label for arm in rest] == ["new_seed", "spread", "spread_2", "spread_3", "spread_4", "spread_5"]
-    assert rest[0].overrides[-2:] == ("compile=false", "seed=2")
+    assert rest[0].overrides[-3:] == ("compile=false", "cuda_graphs=false", "seed=2")
     assert STUDIES["numerics"]["node"].blocks(1, 0)[1:] == [rest[:1]]
 
 

@@ -57,7 +57,7 @@ def test_batches_without_code_are_counted():
             return True
 
     tally = Tally([])
-    variants = Variants(None, None, None, tally)
+    variants = Variants(None, None, None, tally, stored=None)
     variants.cause = lambda *_: ""
     batch = torch.ones(2)
     variants.codes = [Code(Never(), None)] * 8
