@@ -19,6 +19,7 @@ from ddpkit.errors import InputError
 from ddpkit.testing.nursery import LIBRARY, Child, nursery
 
 GRACE = 6.0  # seconds that the other ranks get to tell what they know once one has failed
+SHOWN = 300  # characters of the begin and of the end of what a rank printed, where it is told in one line
 LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "TORCHELASTIC_")
 RANK_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -26,7 +27,15 @@ RANK_VARIABLES = (
 
 
 class RankFailure(AssertionError):  # noqa: N818  (pytest shows assertion errors without their frames)
-    """A rank ended with an error or did not end. The message holds each rank's traceback or last output."""
+    """A rank ended with an error or did not end. The message holds each rank's traceback or last output.
+
+    Attributes:
+        why: in one line, which processes ended without a result, how, and what they printed.
+    """
+
+    def __init__(self, report: str, why: str = "") -> None:
+        super().__init__(report)
+        self.why = why
 
 
 def run_ranks(
@@ -188,8 +197,10 @@ def forked(
 def _run_processes(size: int, variables: dict[str, str], folder: Path, timeout: float, modules: Sequence[str]) -> None:
     with forked(size, variables, folder, modules) as processes:
         wait(processes, timeout)
+        codes = [process.poll() for process in processes]
     if any(process.returncode != 0 for process in processes):
-        raise RankFailure(_report(folder, size, timeout))
+        names = [f"rank {rank}" for rank in range(size)]
+        raise RankFailure(_report(folder, size, timeout), _why(names, codes, folder))
 
 
 def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
@@ -207,10 +218,11 @@ def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder
         )
         try:
             wait([process], timeout)
+            code = process.poll()
         finally:
             end([process])
     if process.returncode != 0:
-        raise RankFailure(_report(folder, size, timeout))
+        raise RankFailure(_report(folder, size, timeout), _why(["mpirun"], [code], folder))
 
 
 def wait(processes: "Sequence[subprocess.Popen[bytes] | Child]", timeout: float) -> None:
@@ -246,6 +258,24 @@ def _result(folder: Path, rank: int) -> Any:
     if kind == "raised":
         raise RankFailure(f"Rank {rank}:\n{value}")
     return value
+
+
+def _why(names: Sequence[str], codes: Sequence[int | None], folder: Path) -> str:
+    """How the processes ended that left no result; of those that did not end, only where all others ended well."""
+    is_over = any(codes)
+    parts = []
+    for number, (name, code) in enumerate(zip(names, codes, strict=True)):
+        if code == 0 or (code is None and is_over):
+            continue
+        if code is None:
+            how = "did not end in time"
+        else:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        printed = " ".join((folder / f"output{number}").read_text(errors="replace").split())
+        if len(printed) > 2 * SHOWN:
+            printed = f"{printed[:SHOWN]} ... {printed[-SHOWN:]}"
+        parts.append(f"{name} {how}" + (f": {printed}" if printed else ""))
+    return "; ".join(parts)
 
 
 def _report(folder: Path, size: int, timeout: float) -> str:

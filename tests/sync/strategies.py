@@ -1,5 +1,8 @@
 """Strategies of a user's own, some of them wrong."""
 
+import os
+import time
+
 import ddpkit
 from ddpkit.sync.overlap import OverlapSync
 
@@ -10,6 +13,33 @@ class Plain(ddpkit.GradientSync):
     def reduce(self):
         for parameter in self.parameters.values():
             self.all_reduce(parameter.grad)
+
+
+class Aborts(ddpkit.FlatSync):
+    """Ends its process where a gradient is lacking, as a library below Python may."""
+
+    def reduce(self):
+        if any(parameter.grad is None for parameter in self.parameters.values()):
+            print("the library ends here", flush=True)
+            os.abort()
+        super().reduce()
+
+
+class Sleeps(ddpkit.GradientSync):
+    """Never comes back."""
+
+    def reduce(self):
+        time.sleep(600)
+
+
+class Unloadable:
+    """Cannot be handed to a rank."""
+
+    def __call__(self, *modules, **options):
+        raise NotImplementedError
+
+    def __reduce__(self):
+        return exec, ("raise ValueError('cannot be rebuilt')",)
 
 
 class Forgetful(ddpkit.GradientSync):

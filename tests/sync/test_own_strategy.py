@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import DropsOthers, Forgetful, ModelAlone, Plain, Summing
+from strategies import Aborts, DropsOthers, Forgetful, ModelAlone, Plain, Sleeps, Summing, Unloadable
 
 import ddpkit
 from ddpkit.errors import InputError
-from ddpkit.testing import run_conformance
+from ddpkit.testing import RankFailure, run_conformance
 from ddpkit.testing.__main__ import main
 
 HERE = Path(__file__).parent
@@ -33,6 +33,27 @@ def test_the_suite_fails_a_wrong_strategy(wrong):
     (outcome,) = run_conformance(wrong, 2, cases=["union_batch"])
     assert outcome.state == "failed"
     assert "rank 0" in outcome.why
+
+
+@pytest.mark.parametrize("comm", ["torch", "mpi"])
+def test_a_case_that_kills_its_ranks_fails_by_name_and_the_others_are_kept(comm):
+    expected = {"union_batch": "passed", "partly_used": "failed", "stats": "passed"}
+    outcomes = run_conformance(Aborts, 2, comm, cases=list(expected))
+    assert {o.case: o.state for o in outcomes} == expected, outcomes
+    assert "the library ends here" in outcomes[1].why
+    assert "\n" not in outcomes[1].why
+    assert comm == "mpi" or "rank 0 was ended by SIGABRT" in outcomes[1].why
+
+
+def test_a_case_that_does_not_end_fails_by_name():
+    (outcome,) = run_conformance(Sleeps, 1, cases=["union_batch"], timeout=10.0)
+    assert (outcome.case, outcome.state) == ("union_batch", "failed")
+    assert "rank 0 did not end in time" in outcome.why
+
+
+def test_ranks_that_come_to_no_case_tell_nothing_of_it():
+    with pytest.raises(RankFailure, match="cannot be rebuilt"):
+        run_conformance(Unloadable(), 1, cases=["union_batch"])
 
 
 def test_the_command_takes_an_import_path():

@@ -22,6 +22,7 @@ from ddpkit.sync.conformance import mismatches as mismatches
 from ddpkit.sync.conformance import non_finite as non_finite
 from ddpkit.sync.conformance import unused as unused
 from ddpkit.sync.conformance.run import CANNOT as CANNOT
+from ddpkit.sync.conformance.run import noted as noted
 from ddpkit.sync.conformance.run import refuse as refuse
 from ddpkit.sync.conformance.run import run_cases as run_cases
 from ddpkit.sync.conformance.setting import CASES as CASES

@@ -1,6 +1,7 @@
 """Runs cases of the conformance suite on this rank."""
 
 import itertools
+import json
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
@@ -28,6 +29,8 @@ CANNOT = {
         "no_gradient": "synchronize() is a no-op: DistributedDataParallel communicates in backward()",
     },
 }
+Report = tuple[str, str, str]
+"""A case, its state and why; see `ddpkit.testing.Outcome`."""
 NEEDS = {"standard": {"unused": UNUSED, "partly_used": UNUSED, "changing_use": UNUSED}}
 
 
@@ -56,7 +59,8 @@ def run_cases(
     comm: str,
     options: dict[str, Any],
     tolerance: float = 0.0,
-) -> list[tuple[str, str, str]]:
+    notes: str | None = None,
+) -> list[Report]:
     """Runs cases on this rank, up to the first that fails on any rank.
 
     Args:
@@ -65,15 +69,17 @@ def run_cases(
         comm: `"torch"` or `"mpi"`.
         options: the strategy's own.
         tolerance: see `Setting`.
+        notes: a file in which rank 0 writes down each outcome at once, for the case that kills the ranks; see `noted`.
 
     Returns:
         `(case, state, why)` of each, the same on all ranks.
     """
-    here, reports = environment(), []
+    here = environment()
+    reports = Notes(notes if here.rank == 0 else None)
     known = strategy if isinstance(strategy, str) else ""
     for name in names:
         if name in CANNOT.get(known, {}):
-            reports.append((name, "cannot", CANNOT[known][name]))
+            reports.add(name, "cannot", CANNOT[known][name])
             continue
         needed = NEEDS.get(known, {}).get(name, {})
         setting = Setting(strategy, comm, options | needed, here.rank, here.world_size, tolerance)
@@ -90,9 +96,39 @@ def run_cases(
             made.close()
         everyone = _exchange(name, failure, here.rank, here.world_size)
         if any(everyone):
-            return [*reports, (name, "failed", "; ".join(filter(None, everyone)))]
-        reports.append((name, "passed", ", ".join(f"{k}={v}" for k, v in needed.items())))
-    return reports
+            reports.add(name, "failed", "; ".join(filter(None, everyone)))
+            break
+        reports.add(name, "passed", ", ".join(f"{k}={v}" for k, v in needed.items()))
+    return reports.all
+
+
+class Notes:
+    """Outcomes in the order of their cases, kept in a file as well.
+
+    Args:
+        path: of the file, a line of JSON for each outcome; None for none.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.all: list[Report] = []
+        self._path = None if path is None else Path(path)
+        if self._path is not None:
+            self._path.touch()
+
+    def add(self, case: str, state: str, why: str) -> None:
+        """Adds one."""
+        self.all.append((case, state, why))
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.all[-1]) + "\n")
+
+
+def noted(path: Path) -> list[Report] | None:
+    """The outcomes that `Notes` wrote down; None where ranks did not come to their first case."""
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [(case, state, why) for case, state, why in map(json.loads, lines)]
 
 
 _exchanges = itertools.count()
