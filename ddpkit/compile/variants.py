@@ -287,8 +287,8 @@ def sizes_fixed(line: str) -> str:
         line: as `Conditions.broken_at` gives it.
     """
     return (
-        f"the model fixes or compares a size ({line}): use sizes as x.shape and x.numel() give them, without len(), int(), float(), "
-        "range(), lists of that length or comparisons"
+        f"the model fixes or compares a size ({line}): use sizes as x.shape and x.numel() give them, without len(), int(), "
+        "float(), range(), lists of that length or comparisons"
     )
 
 
