@@ -89,7 +89,9 @@ def _runs(file: Section) -> None:
     others = [run for run in (runs if isinstance(runs, list) else [runs]) if run != "train"]
     if others:
         file.tell(
-            "run", "is not done by ddpkit-run, which trains: evaluate by `ddpkit eval RUN_FOLDER DATA`", value=others
+            "run",
+            "is not done by ddpkit-run, which trains: evaluate by `ddpkit eval RUN_FOLDER`, on the frames to test on",
+            value=others,
         )
 
 

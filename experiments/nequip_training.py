@@ -97,10 +97,12 @@ def _files(data: Section) -> dict[str, Any]:
                 f"{NONE}, which reads one set: put the files into one by `ddpkit data prepare ase`",
                 value=file,
             )
-    for name in ("val", "test"):
-        if files := data.take(f"{name}_file_path"):
-            why = f"{NONE}, which splits the frames of one set (data.split) into those to train on, to validate and to test"
-            data.tell(f"{name}_file_path", why, value=files)
+    if files := data.take("val_file_path"):
+        why = f"{NONE}, which splits the frames of one set (data.split) into those to train on, to validate and to test"
+        data.tell("val_file_path", why, value=files)
+    if files := data.take("test_file_path"):
+        why = "is not read by ddpkit-run, which trains: evaluate by `ddpkit eval RUN_FOLDER FILE`"
+        data.tell("test_file_path", why, value=files)
     if settings.get("path") is None:
         raise InputError("data has neither split_dataset nor train_file_path: name the file of frames to train on.")
     return settings

@@ -249,6 +249,7 @@ def test_the_settings_of_the_tutorials_layout():
     for key in ("batch_size", "num_workers", "logger[0].project", "min_delta", "dirpath", "val_metrics", "run=[test]"):
         assert f"{key}" in told
     assert "chemical_symbols" not in told
+    assert "by `ddpkit eval RUN_FOLDER`, " in told  # frames that were trained on would be among all of DATA
 
 
 def test_the_settings_of_a_run_on_several_ranks():
@@ -269,6 +270,7 @@ def test_the_settings_of_a_run_on_several_ranks():
 def test_what_stands_for_something_else_is_told(tmp_path):
     values = content("nequip")
     values |= {"spare": 3, "hydra": {"run": {"dir": "x"}}, "ckpt_path": "last.ckpt"}
+    values["data"]["test_file_path"] = "hot.xyz"
     module, trainer = values["training_module"], values["trainer"]
     module["model"]["pair_potential"]["units"] = "real"
     module["model"]["convnet_resnet"] = True
@@ -290,6 +292,7 @@ def test_what_stands_for_something_else_is_told(tmp_path):
         "spare=3 is used nowhere",
         "hydra (run) has no",
         "ckpt_path=last.ckpt has no",
+        "data.test_file_path=hot.xyz is not read by ddpkit-run, which trains: evaluate by `ddpkit eval RUN_FOLDER FILE`",
         "training_module.model.model.pair_potential.units=real has no counterpart in ddpkit, which computes in eV",
         "training_module.model.model.convnet_resnet=true has no counterpart in ddpkit: the converted model is another",
         "training_module.model.modifiers[1].modifier=enable_CuEquivarianceContracter has no",
