@@ -147,7 +147,7 @@ class FlatSync(GradientSync):
         self._missing: list[int] = []  # places in `_order` of those without a gradient on this rank
         self._absent: list[int] = []  # on every rank, as last known
         self._replaced: list[str] = []
-        self._bad = torch.zeros((), device=last.device)
+        self._bad = torch.zeros((), dtype=torch.float32, device=last.device)
         self._norms: dict[int, Tensor] = {}  # of each bucket
         self._guard.arm(self._bad)
 

@@ -101,8 +101,11 @@ class GraphUpdate:
         state = self._optimizer.state[p] if keys else {}
         for key in keys:
             if state.get(key) is None:
-                is_count = key == "step"
-                state[key] = torch.zeros((), device=p.device) if is_count else torch.zeros_like(p, requires_grad=False)
+                state[key] = (
+                    torch.zeros((), dtype=torch.float32, device=p.device)
+                    if key == "step"
+                    else torch.zeros_like(p, requires_grad=False)
+                )
         return [state[key] for key in keys]
 
     def _read_numbers(self) -> None:

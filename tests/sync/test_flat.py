@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import ddpkit
+from ddpkit.compile.backend import using
 from ddpkit.errors import InputError, NonFiniteGradientError, RankDisagreementError
 from ddpkit.testing import run_ranks
 
@@ -450,3 +451,30 @@ def test_updates_that_are_not_applied_are_counted_under_every_strategy():
     assert (first.pop("none"), second.pop("none")) == ((0, [True] * 3), (1, [True, False, True]))
     assert first.pop("like a GPU") == second.pop("like a GPU") == (1, [True, False])
     assert set(map(str, [*first.values(), *second.values()])) == {str((1, [True, False, True]))}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("custom", {}),
+        ("overlap", {}),
+        ("standard", {}),
+        ("none", {}),
+        ("custom", {"compile": True}),
+        ("ingraph", {"compile": True, "optimizer_in_graph": True}),
+    ],
+)
+def test_float32_trains_where_float64_is_the_default_of_the_process(strategy, options):
+    """As nequip makes it before it builds or loads a model."""
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    batch = torch.randn(4, 5)
+    torch.set_default_dtype(torch.float64)
+    with using("interpreted"):
+        step = ddpkit.make_step(model, lambda y, _: y.square().mean(), optimizer, strategy=strategy, **options)
+        for _ in range(3):
+            step(batch)
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+    step.sync.close()
