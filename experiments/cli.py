@@ -24,7 +24,7 @@ VERBS = {
     "run": ("ddpkit.experiments.run", "train, under mpirun, torchrun, srun or alone", True),
     "experiment": (
         "ddpkit.experiments.experiment",
-        "run every configuration of a study: numerics, speed or inference",
+        "run every configuration of a study: numerics, speed, accuracy or inference",
         True,
     ),
     "check": ("ddpkit.experiments.check", "compare a compiled step with the eager one", True),

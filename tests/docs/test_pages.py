@@ -89,7 +89,9 @@ def material(page, monkeypatch):
         prepared()
     elif page == "docs/how-to/convert-nequip.md":
         write("frames.xyz", list(frames(name="H2O")), format="extxyz")
-        save_nequip(NequIP(["H", "O"], r_max=4.0, num_layers=1, l_max=1, num_features=4, avg_num_neighbors=2.0), "last.ckpt")
+        save_nequip(
+            NequIP(["H", "O"], r_max=4.0, num_layers=1, l_max=1, num_features=4, avg_num_neighbors=2.0), "last.ckpt"
+        )
     elif page == "docs/how-to/inference.md":
         return model_to_use(monkeypatch)
     return {}
