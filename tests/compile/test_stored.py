@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -49,6 +50,8 @@ def loaded(folder, source=MODULE, name="of_a_user"):
     """A module of a user's, from a file."""
     path = Path(folder) / f"{name}.py"
     path.write_text(source)
+    # Python would take the compiled form of another text of this length, written within the same second.
+    shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
