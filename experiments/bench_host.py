@@ -6,9 +6,7 @@ around them is as it is), so that what remains is the host's work; `--whole` com
 """
 
 import argparse
-import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,7 +27,7 @@ from ddpkit.experiments.bench_step import frames as made_up
 from ddpkit.experiments.bench_sync import write_csv
 from ddpkit.experiments.config import read
 from ddpkit.ranks import group
-from ddpkit.ranks.processes import used
+from ddpkit.ranks.processes import clocks
 from ddpkit.record import RunFolder
 from ddpkit.train import Trainer
 
@@ -108,7 +106,7 @@ def _measure(args: argparse.Namespace, here: group.Environment, folder: Path) ->
     marks: list[tuple[float, ...]] = []
 
     def mark(_: Trainer) -> int:
-        marks.append((time.perf_counter(), time.thread_time(), time.process_time(), used(os.getpid())[0]))
+        marks.append(clocks())
         return 0
 
     leaves_out = here.device.type == "cpu" and not args.whole

@@ -1,7 +1,6 @@
 """`ddpkit bench loader`: batches that a loader serves from a prepared set, and what each part of making one costs."""
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from ddpkit.errors import InputError
 from ddpkit.experiments.bench_step import frames as made_up
 from ddpkit.experiments.bench_sync import write_csv
 from ddpkit.packing import unpack
-from ddpkit.ranks.processes import used
+from ddpkit.ranks.processes import clocks
 
 PARTS = ("find_lists", "make", "unpack")
 SIDES = ("main", "thread", "workers")
@@ -147,10 +146,9 @@ def _draw(path: Path, size: int, r_max: float, epochs: int, workers: int) -> dic
 
 def _timed(batches: Iterable[Any]) -> tuple[tuple[float, float], tuple[float, ...]]:
     """Batches per second and per processor second, and the processor seconds of each side for one."""
-    before = time.perf_counter(), time.thread_time(), time.process_time(), used(os.getpid())[0]
+    before = clocks()
     count = sum(1 for _ in batches)
-    after = time.perf_counter(), time.thread_time(), time.process_time(), used(os.getpid())[0]
-    passed, main, process, everything = (b - a for a, b in zip(before, after, strict=True))
+    passed, main, process, everything = (b - a for a, b in zip(before, clocks(), strict=True))
     everything = max(everything, process)  # it comes in hundredths of a second
     sides = main, process - main, everything - process
     return (count / passed, count / everything), tuple(side / max(1, count) for side in sides)

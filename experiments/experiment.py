@@ -25,9 +25,8 @@ experiment=small_molecule in each arm (export DDPKIT_MOLECULE=FILE), scale=frame
 built-in set, scale=strategies compares synchronisation eager, compiled and captured on four GPUs at one global batch.
 
 In the study of speed all arms are launched together and take turns, an epoch at a time, so that drift of the machine falls on all
-alike (where so many do not fit into memory at once, they follow one another). within= does not begin a launch that would be cut
-off. After three such launches, the pilot, pairs of
-launches of custom and standard follow: eight, or as many as resolve one per cent.
+alike (where so many do not fit into memory at once, they follow one another). After three such launches, the pilot, pairs of
+launches of custom and standard follow: eight, or as many as resolve one per cent. within= begins no launch that would be cut off.
 """
 
 import json

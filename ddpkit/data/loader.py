@@ -68,9 +68,8 @@ class Loader:
         self.device, self.prefetch, self.epochs, self.workers = torch.device(device), prefetch, epochs, workers
         self._assembler = Assembler(frames, species, r_max)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._ahead: tuple[tuple[int, int], _Ahead] | None = (
-            None  # what nobody has asked for yet: epoch and step, and it
-        )
+        # epoch and step that nobody has asked for yet, and what makes them
+        self._ahead: tuple[tuple[int, int], _Ahead] | None = None
 
     def steps_per_epoch(self) -> int:
         """Number of steps in an epoch."""

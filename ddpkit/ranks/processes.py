@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +42,11 @@ class Meter:
             return False
         self._seconds, self._bytes, self._since = seconds, size, 0.0
         return True
+
+
+def clocks() -> tuple[float, float, float, float]:
+    """Seconds that have passed, and processor seconds of this thread, of this process, and of it and all below it."""
+    return time.perf_counter(), time.thread_time(), time.process_time(), used(os.getpid())[0]
 
 
 def used(process: int, started: Iterable[int] | None = None) -> tuple[float, int]:

@@ -70,13 +70,15 @@ def _buckets(ends: tuple[float, ...], lengths: tuple[float, ...]) -> tuple[Bar, 
     )
 
 
+_EAGER = Bar(COMPUTE, "forward", 0.4, 3), Bar(COMPUTE, "backward", 3.4, 6)
+_HOOKED = Bar(HOST, "launch", 0, 8.2, "launches all; hooks start each bucket")
+
 PICTURES = {
     "standard": Picture(
         "standard: torch's DistributedDataParallel",
         (
-            Bar(HOST, "launch", 0, 8.2, "launches all; hooks start each bucket"),
-            Bar(COMPUTE, "forward", 0.4, 3),
-            Bar(COMPUTE, "backward", 3.4, 6),
+            _HOOKED,
+            *_EAGER,
             *_buckets((5.2, 6.9, 8.3, 9.4), (0.9, 0.9, 0.9, 0.9)),
             Bar(COMPUTE, "update", 10.3, 1.2),
         ),
@@ -86,8 +88,7 @@ PICTURES = {
         "custom: one flat all-reduce after the backward pass",
         (
             Bar(HOST, "launch", 0, 8.9, "launches all of it, ahead of the device"),
-            Bar(COMPUTE, "forward", 0.4, 3),
-            Bar(COMPUTE, "backward", 3.4, 6),
+            *_EAGER,
             Bar(COMPUTE, "copy", 9.4, 1),
             Bar(NETWORK, "all-reduce", 10.4, 3),
             Bar(COMPUTE, "update", 13.4, 1.2),
@@ -97,9 +98,8 @@ PICTURES = {
     "overlap": Picture(
         "overlap: buckets from gradient hooks, without a wrapper",
         (
-            Bar(HOST, "launch", 0, 8.2, "launches all; hooks start each bucket"),
-            Bar(COMPUTE, "forward", 0.4, 3),
-            Bar(COMPUTE, "backward", 3.4, 6),
+            _HOOKED,
+            *_EAGER,
             *_buckets((4.3, 6.7, 9.4), (0.45, 1.5, 1.05)),
             Bar(COMPUTE, "update", 10.45, 1.2),
         ),
@@ -135,8 +135,7 @@ PICTURES = {
         "none: no communication",
         (
             Bar(HOST, "launch", 0, 8.2, "launches all of it, ahead of the device"),
-            Bar(COMPUTE, "forward", 0.4, 3),
-            Bar(COMPUTE, "backward", 3.4, 6),
+            *_EAGER,
             Bar(COMPUTE, "update", 9.4, 1.2),
         ),
     ),
