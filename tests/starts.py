@@ -48,6 +48,7 @@ def _job(folder, function, *arguments):
         "path": sys.path,
         "initialize": False,
         "folder": str(folder),
+        "prints_itself": False,
     }
     (folder / "job").write_bytes(pickle.dumps(job))
     return folder / "job"

@@ -78,5 +78,5 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], processes: int) 
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:
-                future.cancel()
+            # Cancelled one by one, they could all be gone when the pool's thread begins to wait for a result: it hung.
+            pool.shutdown(cancel_futures=True)

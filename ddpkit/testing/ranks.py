@@ -80,6 +80,7 @@ def run_ranks(
             "path": sys.path,
             "initialize": initialize,
             "folder": str(folder),
+            "prints_itself": launcher == "mpirun",
         }
         (folder / "job").write_bytes(pickle.dumps(job))
         command = [
@@ -108,6 +109,8 @@ def work(path: str) -> None:
     job = pickle.loads(Path(path).read_bytes())  # noqa: S301  (written by run_ranks)
     rank = int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
     target = Path(job["folder"]) / f"result{rank}"
+    if job["prints_itself"]:
+        _print_to(Path(job["folder"]) / f"output{rank}")
     failure: BaseException | None = None
     try:
         sys.path[:] = job["path"]
@@ -137,6 +140,13 @@ def work(path: str) -> None:
         from ddpkit.ranks.group import shutdown
 
         shutdown()
+
+
+def _print_to(path: Path) -> None:
+    """Sends what this process prints to a file: mpirun may lose the last words of a rank that is ended by a signal."""
+    with path.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
 
 
 def _import(module: str, file: str | None) -> Any:
@@ -200,7 +210,8 @@ def _run_processes(size: int, variables: dict[str, str], folder: Path, timeout: 
         codes = [process.poll() for process in processes]
     if any(process.returncode != 0 for process in processes):
         names = [f"rank {rank}" for rank in range(size)]
-        raise RankFailure(_report(folder, size, timeout), _why(names, codes, folder))
+        printed = [_printed(folder / f"output{rank}") for rank in range(size)]
+        raise RankFailure(_report(folder, size, timeout), _why(names, codes, printed))
 
 
 def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder: Path, timeout: float) -> None:
@@ -208,7 +219,7 @@ def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder
 
     head, needed = mpirun(size)
     variables |= {name: value for name, value in needed.items() if name.startswith(MPIRUN_SETTINGS)}
-    with (folder / "output0").open("wb") as output:
+    with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
             [*head, *command],
             env=variables,
@@ -222,7 +233,8 @@ def _run_mpirun(command: list[str], size: int, variables: dict[str, str], folder
         finally:
             end([process])
     if process.returncode != 0:
-        raise RankFailure(_report(folder, size, timeout), _why(["mpirun"], [code], folder))
+        printed = _printed(*(folder / f"output{rank}" for rank in range(size)), folder / "output")
+        raise RankFailure(_report(folder, size, timeout), _why(["mpirun"], [code], [printed]))
 
 
 def wait(processes: "Sequence[subprocess.Popen[bytes] | Child]", timeout: float) -> None:
@@ -260,21 +272,24 @@ def _result(folder: Path, rank: int) -> Any:
     return value
 
 
-def _why(names: Sequence[str], codes: Sequence[int | None], folder: Path) -> str:
+def _printed(*files: Path) -> str:
+    """What was printed to these files, in one line."""
+    return " ".join(word for file in files if file.exists() for word in file.read_text(errors="replace").split())
+
+
+def _why(names: Sequence[str], codes: Sequence[int | None], printed: Sequence[str]) -> str:
     """How the processes ended that left no result; of those that did not end, only where all others ended well."""
     is_over = any(codes)
     parts = []
-    for number, (name, code) in enumerate(zip(names, codes, strict=True)):
+    for name, code, words in zip(names, codes, printed, strict=True):
         if code == 0 or (code is None and is_over):
             continue
         if code is None:
             how = "did not end in time"
         else:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        printed = " ".join((folder / f"output{number}").read_text(errors="replace").split())
-        if len(printed) > 2 * SHOWN:
-            printed = f"{printed[:SHOWN]} ... {printed[-SHOWN:]}"
-        parts.append(f"{name} {how}" + (f": {printed}" if printed else ""))
+        told = words if len(words) <= 2 * SHOWN else f"{words[:SHOWN]} ... {words[-SHOWN:]}"
+        parts.append(f"{name} {how}" + (f": {told}" if told else ""))
     return "; ".join(parts)
 
 
@@ -290,4 +305,7 @@ def _report(folder: Path, size: int, timeout: float) -> str:
             told = f"no result within {timeout:.0f} s, or ended without one"
         tail = output.read_text(errors="replace")[-3000:] if output.exists() else ""
         parts.append(f"--- rank {rank}: {told}" + (f"\noutput:\n{tail}" if tail.strip() else ""))
+    launcher = folder / "output"
+    if launcher.exists() and (tail := launcher.read_text(errors="replace")[-3000:]).strip():
+        parts.append(f"--- mpirun:\n{tail}")
     return "\n" + "\n".join(parts)

@@ -40,6 +40,25 @@ def test_errors_are_passed_on():
         list(ordered_map(square_slowly, range(10, 20), 1))
 
 
+def test_an_error_ends_the_processes_every_time(tmp_path):
+    program = """
+        import sys
+        from ddpkit.data.parallel import ordered_map
+
+        if __name__ == "__main__":
+            for _ in range(60):
+                try:
+                    list(ordered_map(int, ["1", "2", "3", "x", "4", "5", "6"], 1))
+                except ValueError:
+                    print("ended", flush=True)
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(program))
+    command = [sys.executable, str(tmp_path / "program.py")]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("ended") == 60
+
+
 def test_without_processes_the_work_is_done_here(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert list(ordered_map(square_slowly, [1], 0)) == [(1, "7")]
