@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpkit.errors import InputError
 from ddpkit.models.convolution import BlockConvolution, Convolution
+from ddpkit.models.cuda_convolution import CudaConvolution
 from ddpkit.models.graph import Graph, at_neighbour, sum_to_centre
 from ddpkit.models.irreps import Features, Irreps
 from ddpkit.models.potential import Edges
@@ -154,6 +155,7 @@ def order_by_neighbour(graph: Graph) -> tuple[Tensor, Tensor]:
 
 KERNELS: dict[str, type[Convolution]] = {
     "ddpkit": BlockConvolution,
+    "cuda": CudaConvolution,
     "e3nn": E3nnConvolution,
     "openequivariance": OpenEquivarianceConvolution,
 }

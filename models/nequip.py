@@ -35,8 +35,9 @@ class NequIP(Potential):
         readout_width: their width; the number of scalar features where None.
         readout_nonlinearity: their nonlinearity; None for a linear readout.
         self_connection: weighted by the species' embedding, from the second layer on.
-        kernels: what computes the convolution: "ddpkit", "e3nn" (slow), or "openequivariance" on NVIDIA GPUs (on a CPU, where
-            such a model may be loaded, "ddpkit" computes). See `ddpkit.models.kernels.KERNELS`.
+        kernels: what computes the convolution: "ddpkit", "e3nn" (slow), or on NVIDIA GPUs "cuda" (up to l_max 4) or
+            "openequivariance" (on a CPU, where such models may be loaded, "ddpkit" computes). See
+            `ddpkit.models.kernels.KERNELS`.
         shared: `avg_num_neighbors` and the other fields of `PotentialConfig`.
 
     Attributes:
