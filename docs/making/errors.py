@@ -18,7 +18,7 @@ AREAS = {
     "Synchronisation and strategies": ("ddpkit/sync/",),
     "Steps, compilation and recordings": (
         "ddpkit/compile/", "ddpkit/capture/", "ddpkit/step.py", "ddpkit/trained.py", "ddpkit/update.py", "ddpkit/kernels.py",
-        "ddpkit/padding.py", "ddpkit/packing.py", "ddpkit/torch_private.py",
+        "ddpkit/nvrtc.py", "ddpkit/padding.py", "ddpkit/packing.py", "ddpkit/torch_private.py",
     ),
     "Run folders, checkpoints and training": (
         "ddpkit/record.py", "ddpkit/lock.py", "ddpkit/checkpoint.py", "ddpkit/train.py", "ddpkit/ledger.py", "ddpkit/schedule.py",
