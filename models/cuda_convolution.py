@@ -95,12 +95,10 @@ class _Convolve(torch.autograd.Function):
     """df/dg of `ddpkit.models.cuda_source`, with weights `hidden @ matrix`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, key: str, places: Places, leaf: bool, x: Tensor, hidden: Tensor, matrix: Tensor, y: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, key: str, places: Places, leaf: bool, *factors: Tensor) -> Tensor:  # type: ignore[override]
         ctx.key, ctx.places, ctx.leaf = key, places, leaf
-        ctx.save_for_backward(x, hidden, matrix, y)
-        out: Tensor = convolve(key, x, hidden, matrix, y, *places)
+        ctx.save_for_backward(*factors)
+        out: Tensor = convolve(key, list(factors), list(places))
         return out
 
     @staticmethod
@@ -117,21 +115,12 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        key: str,
-        places: Places,
-        by_matrix: bool,
-        by_y: bool,
-        g: Tensor,
-        x: Tensor,
-        hidden: Tensor,
-        matrix: Tensor,
-        y: Tensor,
+        ctx: Any, key: str, places: Places, by_matrix: bool, by_y: bool, g: Tensor, *factors: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.key, ctx.places = key, places
-        ctx.save_for_backward(g, x, hidden, matrix, y)
+        ctx.save_for_backward(g, *factors)
         ctx.set_materialize_grads(False)
-        dx, dhidden, dmatrix, dy = gradient(key, g.contiguous(), x, hidden, matrix, y, *places, by_matrix, by_y)
+        dx, dhidden, dmatrix, dy = gradient(key, g.contiguous(), list(factors), list(places), by_matrix, by_y)
         return dx, dhidden, dmatrix if by_matrix else None, dy if by_y else None
 
     @staticmethod
@@ -139,147 +128,104 @@ class _Gradient(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, by_x: Tensor | None, by_hidden: Tensor | None, by_matrix: Tensor | None, by_y: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        g, x, hidden, matrix, y = ctx.saved_tensors
+        g, *factors = ctx.saved_tensors
         if by_matrix is not None:
             raise NotImplementedError("kernels=cuda has no derivatives of gradients by the weights: use kernels=ddpkit")
-        tangents = [
-            torch.zeros_like(v) if by is None else by.contiguous()
-            for v, by in ((x, by_x), (hidden, by_hidden), (y, by_y))
-        ]
+        x, hidden, _, y = factors
+        given = (x, by_x), (hidden, by_hidden), (y, by_y)
+        tangents = [torch.zeros_like(v) if by is None else by.contiguous() for v, by in given]
         wants_y = ctx.needs_input_grad[8]
-        dg, dx, dhidden, dmatrix, dy = second(
-            ctx.key, g.contiguous(), x, hidden, matrix, y, *tangents, *ctx.places, wants_y
-        )
-        return None, None, None, None, dg, dx, dhidden, dmatrix, dy if wants_y else None
+        *rest, dy = second(ctx.key, g.contiguous(), factors, tangents, list(ctx.places), wants_y)
+        return None, None, None, None, *rest, dy if wants_y else None
 
 
 @torch.library.custom_op("ddpkit::convolve", mutates_args=())
-def convolve(
-    key: str, x: Tensor, hidden: Tensor, matrix: Tensor, y: Tensor, neighbour: Tensor, start: Tensor, incoming: Tensor
-) -> Tensor:
-    """`[atoms, features]` -> `[atoms, outputs]`."""
-    del incoming
-    product = _products[key]
-    out = x.new_zeros((len(start) - 1, product.outputs))
-    for begin, end in _parts(len(neighbour), product.weights):
-        weights = hidden[begin:end] @ matrix
-        _launch("convolve", key, x, weights, y, neighbour, start, begin, end, out)
+def convolve(key: str, factors: list[Tensor], places: list[Tensor]) -> Tensor:
+    """`[atoms, features]` -> `[atoms, outputs]`.
+
+    Args:
+        key: of a `CudaConvolution`.
+        factors: features `[atoms, features]`, hidden `[edges, width]`, matrix `[width, weights]`, harmonics `[edges, ...]`.
+        places: as in `Places`.
+    """
+    x, hidden, matrix, y = factors
+    product, edges = _products[key], len(y)
+    out = x.new_zeros((len(places[1]) - 1, product.outputs))
+    for part in _parts(edges, product.weights):
+        _launch("convolve", key, x, hidden[part] @ matrix, y, places, part, out)
     return out
 
 
 @torch.library.custom_op("ddpkit::convolve_gradient", mutates_args=())
 def gradient(
-    key: str,
-    g: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    matrix: Tensor,
-    y: Tensor,
-    neighbour: Tensor,
-    start: Tensor,
-    incoming: Tensor,
-    by_matrix: bool,
-    by_y: bool,
+    key: str, g: Tensor, factors: list[Tensor], places: list[Tensor], by_matrix: bool, by_y: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The derivatives by x, hidden, matrix and y, times g; of the last two those that are asked for."""
-    product, edges = _products[key], len(neighbour)
+    """The derivatives of `convolve` by its factors, times g; of the last two those that are asked for."""
+    x, hidden, matrix, y = factors
+    product, edges = _products[key], len(y)
     of_edges = x.new_empty((edges, product.features))
     dhidden, dmatrix = torch.empty_like(hidden), matrix.new_zeros(matrix.shape if by_matrix else 0)
-    parts_of_y = y.new_empty((_warps(product) if by_y else 0, *y.shape))
-    for begin, end in _parts(edges, product.weights):
-        rows = hidden[begin:end]
-        weights = rows @ matrix
+    of_warps = y.new_empty((_warps(product) if by_y else 0, *y.shape))
+    for part in _parts(edges, product.weights):
+        weights = hidden[part] @ matrix
         by_weights = torch.empty_like(weights)
-        outputs = (g, of_edges, by_weights, *([parts_of_y] if by_y else []))
-        name = "gradient_y" if by_y else "gradient"
-        _launch(name, key, x, weights, y, neighbour, start, begin, end, *outputs)
-        torch.mm(by_weights, matrix.T, out=dhidden[begin:end])
+        name, more = ("gradient_y", [of_warps]) if by_y else ("gradient", [])
+        _launch(name, key, x, weights, y, places, part, g, of_edges, by_weights, *more)
+        torch.mm(by_weights, matrix.T, out=dhidden[part])
         if by_matrix:
-            dmatrix.addmm_(rows.T, by_weights)
-    return _collected(key, of_edges, incoming), dhidden, dmatrix, parts_of_y.sum(0) if by_y else y.new_empty(0)
+            dmatrix.addmm_(hidden[part].T, by_weights)
+    dx = _collected(key, of_edges, places[2])
+    return dx, dhidden, dmatrix, of_warps.sum(0) if by_y else y.new_empty(0)
 
 
 @torch.library.custom_op("ddpkit::convolve_second", mutates_args=())
 def second(
-    key: str,
-    g: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    matrix: Tensor,
-    y: Tensor,
-    xt: Tensor,
-    hidden_t: Tensor,
-    yt: Tensor,
-    neighbour: Tensor,
-    start: Tensor,
-    incoming: Tensor,
-    by_y: bool,
+    key: str, g: Tensor, factors: list[Tensor], tangents: list[Tensor], places: list[Tensor], by_y: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The derivatives by g, x, hidden, matrix and y of what `gradient` returns for x, hidden and y, times xt, hidden_t and yt."""
-    product, edges = _products[key], len(neighbour)
+    """The derivatives by g and the factors of what `gradient` returns for features, hidden and harmonics, times tangents."""
+    x, hidden, matrix, y = factors
+    xt, hidden_t, yt = tangents
+    product, edges = _products[key], len(y)
     dg = torch.zeros_like(g)
     of_edges = x.new_empty((edges, product.features))
     dhidden, dmatrix = torch.empty_like(hidden), torch.zeros_like(matrix)
-    parts_of_y = y.new_empty((_warps(product) if by_y else 0, *y.shape))
-    for begin, end in _parts(edges, 2 * product.weights):
-        rows, rows_t = hidden[begin:end], hidden_t[begin:end]
-        weights, weights_t = rows @ matrix, rows_t @ matrix
+    of_warps = y.new_empty((_warps(product) if by_y else 0, *y.shape))
+    for part in _parts(edges, 2 * product.weights):
+        weights, weights_t = hidden[part] @ matrix, hidden_t[part] @ matrix
         by_weights, by_weights_t = torch.empty_like(weights), torch.empty_like(weights)
-        outputs = (g, xt, weights_t, yt, dg, of_edges, by_weights, by_weights_t, *([parts_of_y] if by_y else []))
-        name = "second_y" if by_y else "second"
-        _launch(name, key, x, weights, y, neighbour, start, begin, end, *outputs)
-        torch.mm(by_weights, matrix.T, out=dhidden[begin:end])
-        dmatrix.addmm_(rows.T, by_weights).addmm_(rows_t.T, by_weights_t)
-    dy = parts_of_y.sum(0) if by_y else y.new_empty(0)
-    return dg, _collected(key, of_edges, incoming), dhidden, dmatrix, dy
+        name, more = ("second_y", [of_warps]) if by_y else ("second", [])
+        outputs = (dg, of_edges, by_weights, by_weights_t, *more)
+        _launch(name, key, x, weights, y, places, part, g, xt, weights_t, yt, *outputs)
+        torch.mm(by_weights, matrix.T, out=dhidden[part])
+        dmatrix.addmm_(hidden[part].T, by_weights).addmm_(hidden_t[part].T, by_weights_t)
+    dx = _collected(key, of_edges, places[2])
+    return dg, dx, dhidden, dmatrix, of_warps.sum(0) if by_y else y.new_empty(0)
 
 
 @convolve.register_fake
-def _(
-    key: str, x: Tensor, hidden: Tensor, matrix: Tensor, y: Tensor, neighbour: Tensor, start: Tensor, incoming: Tensor
-) -> Tensor:
-    del hidden, matrix, y, neighbour, start
-    return x.new_empty((incoming.shape[0], _products[key].outputs))
+def _(key: str, factors: list[Tensor], places: list[Tensor]) -> Tensor:
+    return factors[0].new_empty((places[2].shape[0], _products[key].outputs))
 
 
 @gradient.register_fake
 def _(
-    key: str,
-    g: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    matrix: Tensor,
-    y: Tensor,
-    neighbour: Tensor,
-    start: Tensor,
-    incoming: Tensor,
-    by_matrix: bool,
-    by_y: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del key, g, neighbour, start, incoming
-    dmatrix = torch.empty_like(matrix) if by_matrix else matrix.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(hidden), dmatrix, torch.empty_like(y) if by_y else y.new_empty(0)
+    key: str, g: Tensor, factors: list[Tensor], places: list[Tensor], by_matrix: bool, by_y: bool
+) -> tuple[Tensor, ...]:
+    del key, g, places
+    return _like(factors, by_matrix=by_matrix, by_y=by_y)
 
 
 @second.register_fake
 def _(
-    key: str,
-    g: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    matrix: Tensor,
-    y: Tensor,
-    xt: Tensor,
-    hidden_t: Tensor,
-    yt: Tensor,
-    neighbour: Tensor,
-    start: Tensor,
-    incoming: Tensor,
-    by_y: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    del key, xt, hidden_t, yt, neighbour, start, incoming
-    dy = torch.empty_like(y) if by_y else y.new_empty(0)
-    return torch.empty_like(g), torch.empty_like(x), torch.empty_like(hidden), torch.empty_like(matrix), dy
+    key: str, g: Tensor, factors: list[Tensor], tangents: list[Tensor], places: list[Tensor], by_y: bool
+) -> tuple[Tensor, ...]:
+    del key, tangents, places
+    return torch.empty_like(g), *_like(factors, by_matrix=True, by_y=by_y)
+
+
+def _like(factors: list[Tensor], *, by_matrix: bool, by_y: bool) -> tuple[Tensor, ...]:
+    wanted = zip(factors, (True, True, by_matrix, by_y), strict=True)
+    return tuple(torch.empty_like(factor) if is_wanted else factor.new_empty(0) for factor, is_wanted in wanted)
 
 
 @lru_cache(maxsize=64)
@@ -291,28 +237,20 @@ def _warps(product: Product) -> int:
     return sum(cuda_source.warps(term) for term in product.terms)
 
 
-def _parts(edges: int, weights: int) -> Iterator[tuple[int, int]]:
+def _parts(edges: int, weights: int) -> Iterator[slice]:
     step = max(PART // max(weights, 1), 1)
     for begin in range(0, edges, step):
-        yield begin, min(begin + step, edges)
+        yield slice(begin, min(begin + step, edges))
 
 
 def _launch(
-    name: str,
-    key: str,
-    x: Tensor,
-    weights: Tensor,
-    y: Tensor,
-    neighbour: Tensor,
-    start: Tensor,
-    begin: int,
-    end: int,
-    *more: Tensor,
+    name: str, key: str, x: Tensor, weights: Tensor, y: Tensor, places: list[Tensor], part: slice, *more: Tensor
 ) -> None:
+    neighbour, start, _ = places
     real, atoms = REAL[x.dtype], len(start) - 1
     warps = cuda_source.WARPS[real]
     grid = (-(-atoms // warps), _warps(_products[key]))
-    arguments = [x, weights, y, neighbour, start, atoms, begin, end, len(neighbour), *more]
+    arguments = [x, weights, y, neighbour, start, atoms, part.start, part.stop, len(neighbour), *more]
     LAUNCH[x.device.type](_text(key, real), name, grid, 32 * warps, arguments)
 
 
