@@ -189,6 +189,8 @@ def _speed(folder: Path, out: Path, args: argparse.Namespace, name: str = "speed
     values = speed.table(data)
     shown, facts = present.epochs(values, data), present.speed_facts(data)
     tables.write(out, name, values, [facts, *shown])
+    if len(ratios := speed.beside_table(data)):
+        tables.write_csv(out / f"{name}_beside.csv", ratios)
     picture = report.Picture(
         figures.save(figures.epochs(data), out / f"{name}.png"),
         f"Epoch time relative to standard eager of the same size ({data.scope})",

@@ -246,7 +246,7 @@ def speed_facts(data: speed.Study) -> Table:
         ["launches", "; ".join(f"{count} of {', '.join(names)}" for count, names in sorted(counts.items(), reverse=True))],
         ["length", f"epochs of {data.steps} steps, {'in turns' if data.in_turns else 'one run after another'}"],
         ["pilot", f"launches {', '.join(map(str, data.plan.pilot))}, in no claim" if data.plan.pilot else "none"],
-        ["declared claims", ", ".join(f"{c.arm} (time)" for c in data.plan.primary if c.endpoint == TIME)],
+        ["declared claims", ", ".join(f"{c.arm} (time)" for c in data.plan.primary if c.endpoint == TIME) or "none: estimates"],
         ["declared by", "plan.json" if data.plan.declared else "ddpkit's defaults: the folder has no plan.json"],
     ]  # fmt: skip
     for cell in data.times:
@@ -331,7 +331,40 @@ def epochs(values: pd.DataFrame, data: speed.Study) -> list[Table]:
         ],
         words=2,
     )
-    return [first, second, *_effects(data)]
+    return [first, *_beside(data), second, *_effects(data)]
+
+
+def _beside(data: speed.Study) -> list[Table]:
+    """Ours beside nequip's own trainer, where that was run."""
+    rows = [
+        [
+            f"{one.cell.parameters:,}",
+            one.cell.name,
+            one.peer.name,
+            number(one.ratio.value, 4),
+            span(one.ratio.low, one.ratio.high, 3),
+            str(one.ratio.count),
+            "in turns" if one.in_turns else "one after another",
+        ]
+        for one in speed.beside(data)
+    ]
+    if not rows:
+        return []
+    explained = (
+        "nequip ddp: nequip-train with Lightning's DistributedDataParallel; nequip simple: with its SimpleDDPStrategy. The same "
+        "weights, frames, batch of a GPU, loss, optimizer, average of the weights and TF32 as ours, and nequip's own layers and "
+        "loader of batches. Below 1 ours is faster. Geometric means over launches, with Student's intervals; estimates without "
+        "a verdict. In turns: an epoch at a time, in every launch."
+    )
+    return [
+        Table(
+            f"An epoch beside nequip's own trainer: time of ours over nequip's ({data.scope})",
+            ("parameters", "ours", "nequip's", "ours/nequip's", "95 %", "launches", "how"),
+            rows,
+            [explained],
+            words=3,
+        )
+    ]
 
 
 def environment(runs: Sequence[Run]) -> Table:

@@ -26,6 +26,12 @@ COLUMNS = (
     "seconds_compile", "gradient_bytes_per_step",
     "type_embedding_dim", "comm", "again", "captured", "world_size", "published_seconds", "published_relative_percent",
 )  # fmt: skip
+BESIDE_COLUMNS = (
+    "parameters", "strategy", "compile", "captured", "peer", "peer_compile", "ratio", "ratio_low", "ratio_high", "launches",
+    "in_turns",
+)  # fmt: skip
+PEERS = frozenset({"nequip ddp", "nequip simple"})
+"""Strategies of runs of nequip's own trainer, which stand beside ours and in no claim."""
 SPLITS = ("data", "compute", "sync", "optimizer")
 RESOLUTION = 0.01
 """What a study with a pilot aims to tell apart: one per cent of an epoch."""
@@ -54,6 +60,11 @@ class Cell:
         over = "" if self.comm == "torch" else f" over {self.comm}"
         how = " captured" if self.captured else " compiled" if self.compiled else ""
         return f"{self.strategy}{how}{over}{' again' if self.again else ''}"
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is nequip's own trainer."""
+        return self.strategy in PEERS
 
 
 Block = tuple[int, str | None]  # the number in the labels, and what the runs took turns in
@@ -153,6 +164,23 @@ class Growth:
     total: Estimate | None
     compute: Estimate | None
     communication: Estimate | None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One of our configurations beside one of nequip's own trainer, of the same size.
+
+    Attributes:
+        cell: ours.
+        peer: nequip's.
+        ratio: epoch time of ours over that of nequip's, over launches.
+        in_turns: whether the two took turns in every launch, an epoch at a time; they followed one another otherwise.
+    """
+
+    cell: Cell
+    peer: Cell
+    ratio: Estimate
+    in_turns: bool
 
 
 def study(runs: Sequence[Run], declared: Plan, warmup: int | None = None) -> Study:
@@ -313,6 +341,46 @@ def _notes(data: Study) -> Iterator[str]:
         yield f"The plan has {len(missing)} launches that are not there or not complete: {', '.join(missing[:8])}."
 
 
+def beside(data: Study) -> list[Beside]:
+    """Ours beside nequip's own trainer: every strategy that averages gradients, eager against eager and compiled against compiled.
+
+    The ratio is the geometric mean over the launches that both are in.
+    """
+    found = []
+    for peer in filter(lambda cell: cell.is_peer, data.times):
+        for cell in data.times:
+            alike = cell.parameters == peer.parameters and cell.compiled == peer.compiled
+            if cell.is_peer or cell.again or cell.strategy == "none" or not alike:
+                continue
+            blocks = data.blocks(cell, peer)
+            if blocks:
+                logs = np.log(data.units(cell, peer))
+                ratio = mean_interval(logs[0] - logs[1]).map(np.exp)
+                found.append(Beside(cell, peer, ratio, all(turns is not None for _, turns in blocks)))
+    return found
+
+
+def beside_table(data: Study) -> pd.DataFrame:
+    """One row for each pair of `beside`, columns `BESIDE_COLUMNS`."""
+    rows = [
+        {
+            "parameters": one.cell.parameters,
+            "strategy": one.cell.strategy,
+            "compile": one.cell.compiled,
+            "captured": one.cell.captured,
+            "peer": one.peer.strategy,
+            "peer_compile": one.peer.compiled,
+            "ratio": one.ratio.value,
+            "ratio_low": one.ratio.low,
+            "ratio_high": one.ratio.high,
+            "launches": one.ratio.count,
+            "in_turns": one.in_turns,
+        }
+        for one in beside(data)
+    ]
+    return pd.DataFrame(rows, columns=list(BESIDE_COLUMNS))
+
+
 def interaction(data: Study) -> list[tuple[Cell, Estimate]]:
     """How much more (or less) compilation wins under a strategy than under standard, in percent of the epoch time.
 
@@ -321,7 +389,7 @@ def interaction(data: Study) -> list[tuple[Cell, Estimate]]:
     """
     interactions = []
     for cell in data.times:
-        if not cell.compiled or cell.captured or cell.strategy == "standard":
+        if not cell.compiled or cell.captured or cell.is_peer or cell.strategy == "standard":
             continue
         cells = (cell, _with(cell, compiled=False), _with(data.reference(cell), compiled=True), data.reference(cell))
         estimate = _contrast(data, cells, lambda t: np.log(t[0] / t[1]) - np.log(t[2] / t[3]))
@@ -335,7 +403,7 @@ def exposed_communication(data: Study) -> list[tuple[Cell, Estimate]]:
     exposed = []
     for cell in data.times:
         silent = Cell(cell.parameters, "none", cell.compiled, captured=cell.captured)
-        if cell.strategy != "none" and not cell.again and silent in data.times:
+        if cell.strategy != "none" and not cell.again and not cell.is_peer and silent in data.times:
             estimate = _contrast(data, (cell, silent), lambda t: t[0] - t[1])
             if estimate:
                 exposed.append((cell, estimate))
@@ -356,7 +424,7 @@ def growth(data: Study) -> list[Growth]:
         total = _contrast(data, (cell, before), lambda t: 100 * (t[0] / t[1] - 1))
         silent = tuple(Cell(size, "none", cell.compiled, captured=cell.captured) for size in (large, small))
         compute = communication = None
-        if cell.strategy != "none" and all(s in data.times for s in silent):
+        if cell.strategy != "none" and not cell.is_peer and all(s in data.times for s in silent):
             cells = (cell, before, *silent)
             compute = _contrast(data, cells, lambda t: 100 * (t[2] - t[3]) / t[1])
             communication = _contrast(data, cells, lambda t: 100 * ((t[0] - t[2]) - (t[1] - t[3])) / t[1])

@@ -296,11 +296,11 @@ def _board(path: Path, step: int) -> Any:
 
 def describe_environment(here: Environment, *, comm: str, seeds: Mapping[str, int]) -> dict[str, Any]:
     """What a reader needs to repeat or judge a run: versions, hosts, devices, commit, command."""
-    versions = {name: _version(name) for name in ("ddpkit", "torch", "e3nn", "numpy", "mpi4py", "openequivariance")}
+    packages = "ddpkit", "torch", "e3nn", "numpy", "mpi4py", "openequivariance"
     return {
         "versions": {
             "python": platform.python_version(),
-            **{k: v for k, v in versions.items() if v},
+            **versions(packages),
             "cuda": torch.version.cuda,
         },
         "host": socket.gethostname(),
@@ -318,6 +318,11 @@ def describe_environment(here: Environment, *, comm: str, seeds: Mapping[str, in
         "command": sys.argv,
         "seeds": dict(seeds),
     }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The releases of those packages that are installed."""
+    return {name: found for name in packages if (found := _version(name))}
 
 
 def _version(name: str) -> str | None:

@@ -45,6 +45,7 @@ VERBS = {
     "bench comm": ("ddpkit.experiments.bench_comm", "time all-reduces", False),
     "bench host": ("ddpkit.experiments.bench_host", "time the host's part of a run's step", False),
     "bench loader": ("ddpkit.experiments.bench_loader", "time the making of batches", False),
+    "bench nequip": ("ddpkit.experiments.bench_nequip", "time nequip's own trainer, to set it beside ours", True),
     "doctor": (
         "ddpkit.experiments.doctor",
         "what launcher, network, GPUs and libraries look like, and what is wrong",

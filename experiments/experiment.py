@@ -2,7 +2,7 @@
 
 usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [--slurm] [OVERRIDES...]
        numerics: [seeds=N] [spread=N] [arms=A,B,...] [together=N] [scale=causes|emulated|node|ranks] [parts=P,Q,...]
-       speed: [launches=N] [pairs=N] [scale=node]      both: [within=SECONDS]
+       speed: [launches=N] [pairs=N] [arms=A,B,...] [scale=node]      both: [within=SECONDS]
        ddpkit experiment accuracy scale=choices|frames|strategies|demo [seeds=N] [together=N] ...
        ddpkit experiment inference ...                molecular dynamics in LAMMPS: see `ddpkit experiment inference --help`
 
@@ -27,6 +27,9 @@ built-in set, scale=strategies compares synchronisation eager, compiled and capt
 In the study of speed all arms are launched together and take turns, an epoch at a time, so that drift of the machine falls on all
 alike (where so many do not fit into memory at once, they follow one another). After three such launches, the pilot, pairs of
 launches of custom and standard follow: eight, or as many as resolve one per cent. within= begins no launch that would be cut off.
+arms= launches some arms alone, such as custom-eager (at both sizes) or custom-eager-32, with standard eager beside them; no pairs
+follow and nothing is declared. Then nequip-ddp, nequip-simple and nequip-simple-compiled are arms too: nequip's own trainer
+(`ddpkit bench nequip`), which takes its turns with ours.
 """
 
 import json
@@ -50,15 +53,15 @@ from ddpkit.analysis import plan, speed
 from ddpkit.analysis.outcomes import ended
 from ddpkit.analysis.runs import read_runs
 from ddpkit.errors import InputError
-from ddpkit.experiments import inference
+from ddpkit.experiments import inference, nequip_trainer
 from ddpkit.experiments.config import read
-from ddpkit.experiments.studies import STUDIES, Accuracy, Arm, Numerics, Ranks, Speed
+from ddpkit.experiments.studies import STUDIES, Accuracy, Arm, Numerics, Ranks, Speed, of_any_size
 from ddpkit.experiments.turns import Turns, order
 from ddpkit.ranks.mpirun import mpirun
 
 _COUNTS = ("ranks", "seeds", "spread", "launches", "pairs", "together", "within")
 _NAMES = ("arms", "parts")
-_OF = {"numerics": ("seeds", "spread", "together", *_NAMES), "speed": ("launches", "pairs")}
+_OF = {"numerics": ("seeds", "spread", "together", "parts"), "speed": ("launches", "pairs")}
 _POLL = 0.05  # seconds between looks at runs under way
 # What Python, torch and a small model take; pages that ranks share are counted once.
 _BYTES_OF_A_RANK = 400e6
@@ -112,6 +115,11 @@ def main(arguments: Sequence[str]) -> None:
                 _evaluate(runs, options)
     else:
         read([*scale.overrides, *options.overrides])
+        for arm in scale.arms:
+            if arm.nequip is not None:
+                config = read([*scale.overrides, *options.overrides, *arm.overrides])
+                nequip_trainer.require_plain(config, arm.nequip)
+                nequip_trainer.batch_of_rank(config, ranks)
         with _stopped_like_ctrl_c():
             _speed(scale, options, ranks)
 
@@ -128,10 +136,33 @@ def _some_of(scale: Numerics | Ranks | Speed, options: Options) -> Numerics | Ra
         _require_known("arms", options.arms, {arm.label for part in chosen.values() for arm in part.arms})
         return Ranks({name: part.only(options.arms) if options.arms else part for name, part in chosen.items()})
     _require_known("parts", options.parts, ())
-    if not options.arms or isinstance(scale, Speed):
+    if not options.arms:
         return scale
+    if isinstance(scale, Speed):
+        return _some_launched(scale, options)
     _require_known("arms", options.arms, [arm.label for arm in (*scale.arms, *scale.once)])
     return scale.only(options.arms)
+
+
+def _some_launched(scale: Speed, options: Options) -> Speed:
+    """A study of speed of some arms alone.
+
+    Raises:
+        InputError: an arm that it does not have, or one of nequip's trainer where that is not installed; or pairs= is given too.
+    """
+    names = list(dict.fromkeys(of_any_size(arm) for arm in scale.known))
+    for name in options.arms:
+        if name not in {*names, *(arm.label for arm in scale.known)}:
+            raise InputError(
+                f"arms={','.join(options.arms)} is not for speed: {name!r} is none of its arms, which are {', '.join(names)}, each "
+                "also with its size (as in custom-eager-32)."
+            )
+    if options.pairs:
+        raise InputError(f"pairs={options.pairs} is not for arms=, which no pairs follow: give launches=N.")
+    chosen = scale.only(options.arms)
+    if peers := [arm for arm in chosen.arms if arm.nequip]:
+        nequip_trainer.require_installed(f"The arm {of_any_size(peers[0])}")
+    return chosen
 
 
 def _require_known(key: str, given: Sequence[str], known: Collection[str]) -> None:
@@ -223,7 +254,10 @@ def _runs(
 ) -> "list[list[StudyRun]]":
     common = (*scale.overrides, *options.overrides)
     return [
-        [StudyRun(options.out / arm.label, (*common, *arm.overrides), ranks, part=part) for arm in block]
+        [
+            StudyRun(options.out / arm.label, (*common, *arm.overrides), ranks, part=part, nequip=arm.nequip)
+            for arm in block
+        ]
         for block in blocks
     ]
 
@@ -343,6 +377,7 @@ class StudyRun:
     Attributes:
         gpu: the one of several that it is to run on; None: all.
         part: the sub-folder of the study that it belongs to, for messages.
+        nequip: the scheme of nequip's own trainer, which has no checkpoint to go on from; None: the run is ours.
     """
 
     folder: Path
@@ -350,6 +385,7 @@ class StudyRun:
     ranks: int
     gpu: int | None = None
     part: str = ""
+    nequip: str | None = None
 
     @property
     def label(self) -> str:
@@ -420,12 +456,14 @@ class StudyRun:
             variables["CUDA_VISIBLE_DEVICES"] = visible[self.gpu] if visible != [""] else str(self.gpu)
         resumes = (self.folder / "checkpoints" / "last.pt").is_file()
         where = f"resume={self.folder}" if resumes else f"run_dir={self.folder}"
-        command = [*head, sys.executable, "-m", "ddpkit.experiments", "run", *self.overrides, *more, where]
+        verb = ["run"] if self.nequip is None else ["bench", "nequip", self.nequip]
+        command = [*head, sys.executable, "-m", "ddpkit.experiments", *verb, *self.overrides, *more, where]
         # In a session of its own: Ctrl-C reaches us alone, and mpirun, which would kill the ranks, hands on what we send.
         return subprocess.Popen(command, env=variables, start_new_session=True)
 
     def _identity(self) -> dict[str, object]:
-        return {"overrides": list(self.overrides), "ranks": self.ranks}
+        known = {"overrides": list(self.overrides), "ranks": self.ranks}
+        return known if self.nequip is None else known | {"nequip": self.nequip}
 
 
 def _few_at_a_time(runs: Sequence[StudyRun], together: int) -> list[StudyRun]:
@@ -578,6 +616,7 @@ def slurm_script(options: Options, scale: Numerics | Speed, ranks: int) -> str:
     nodes = -(-ranks // per_node)
     given = {key: getattr(options, key) for key in _COUNTS if key not in ("ranks", "within")}
     counts = "".join(f" {key}={value}" for key, value in given.items() if value)
+    counts += "".join(f" {key}={','.join(names)}" for key in _NAMES if (names := getattr(options, key)))
     words = "".join(f" {shlex.quote(word)}" for word in options.overrides)
     out = shlex.quote(str(options.out))
     return f"""#!/bin/bash

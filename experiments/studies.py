@@ -11,16 +11,22 @@ Overrides = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: its label, which is its folder's name, and what sets it apart."""
+    """One run: its label, which is its folder's name, and what sets it apart.
+
+    Attributes:
+        nequip: of a run of nequip's own trainer, its scheme (`ddpkit bench nequip`); None: the run is ours.
+    """
 
     label: str
     overrides: Overrides
+    nequip: str | None = None
 
     def numbered(self, number: int, *more: str) -> "Arm":
         """Its run in a block: `standard`, `standard_2` ..., with further overrides that its own replace."""
         own = {word.partition("=")[0] for word in self.overrides}
         kept = tuple(word for word in more if word.partition("=")[0] not in own)
-        return Arm(self.label if number == 1 else f"{self.label}_{number}", (*kept, *self.overrides))
+        label = self.label if number == 1 else f"{self.label}_{number}"
+        return replace(self, label=label, overrides=(*kept, *self.overrides))
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,27 @@ class Speed:
         """The pairs of launches after so many of the pilot."""
         return [_shuffled(self.pair, after + number) for number in range(1, count + 1)]
 
+    @property
+    def known(self) -> tuple[Arm, ...]:
+        """All arms that may be named: those of a launch, and those of nequip's own trainer."""
+        return (*(arm for group in self.groups or (self.arms,) for arm in group), *PEERS)
+
+    def only(self, names: Sequence[str]) -> "Speed":
+        """Launches of some arms, named with their size or for all sizes without it, and of standard eager of the same sizes.
+
+        No pairs follow and nothing is declared: all that such a study tells are estimates.
+        """
+        chosen = [arm for arm in self.known if {arm.label, of_any_size(arm)} & set(names)]
+        sizes = [width for width in WIDTHS if any(arm.label.endswith(f"-{width}") for arm in chosen)]
+        chosen += [arm for arm in speed_arms(("standard",), sizes, _eager) if arm not in chosen]
+        by_size = tuple(tuple(arm for arm in chosen if arm.label.endswith(f"-{width}")) for width in sizes)
+        return replace(self, arms=tuple(chosen), groups=by_size if self.groups else (), pair=(), primary=())
+
+
+def of_any_size(arm: Arm) -> str:
+    """The name of an arm of a study of speed without its size."""
+    return arm.label.rpartition("-")[0]
+
 
 def _shuffled(arms: Sequence[Arm], number: int) -> list[Arm]:
     block = [arm.numbered(number) for arm in arms]
@@ -118,7 +145,7 @@ def _shuffled(arms: Sequence[Arm], number: int) -> list[Arm]:
 def _seeded(arm: Arm, seed: int) -> Arm:
     """An arm whose own seed is a new one, made new for each block."""
     fresh = {"seed=new": f"seed={seed + 1}", "data.seed=new": f"data.seed={1000 + seed}"}
-    return Arm(arm.label, tuple(fresh.get(word, word) for word in arm.overrides))
+    return replace(arm, overrides=tuple(fresh.get(word, word) for word in arm.overrides))
 
 
 _COMPILED = ("compile=true", "cuda_graphs=false")
@@ -241,6 +268,13 @@ WIDTHS = (32, 128)
 PAIR = (
     *speed_arms(("standard", "custom"), WIDTHS, _eager),
     *speed_arms(("standard",), WIDTHS, _eager, "{strategy}_again"),  # against itself: whether the times are calibrated
+)
+
+# nequip's own trainer, beside ours where it is asked for
+PEERS = tuple(
+    Arm(f"nequip-{scheme}{suffix}-{width}", (*how, f"model.type_embedding_dim={width}"), nequip=scheme)
+    for width in WIDTHS
+    for scheme, suffix, how in (("ddp", "", _EAGER), ("simple", "", _EAGER), ("simple", "-compiled", _COMPILED))
 )
 
 _DEMO_NUMERICS = (

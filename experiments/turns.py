@@ -11,21 +11,33 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
 from ddpkit.errors import InputError
+from ddpkit.progress import Progress
 from ddpkit.ranks import phase
 from ddpkit.ranks.agree import agree, share
-from ddpkit.train import Trainer
 
 _POLL = 0.003
 _GONE_AFTER = 60.0
 _ALIVE = "alive"
 
 
-def wait_for(folder: Path, label: str) -> Callable[[Trainer], int]:
+class Runner(Protocol):
+    """What trains by turns.
+
+    Attributes:
+        progress: how far training has come.
+        stop_signal: the number of a signal to stop that has come; None: none has.
+    """
+
+    progress: Progress
+    stop_signal: int | None
+
+
+def wait_for(folder: Path, label: str) -> Callable[[Runner], int]:
     """What a trainer does before the first epoch and after each: says that it is ready and waits for its turn.
 
     Args:
@@ -36,7 +48,7 @@ def wait_for(folder: Path, label: str) -> Callable[[Trainer], int]:
         A function for all ranks to call, which returns the number of a signal to stop that came meanwhile, or 0.
     """
 
-    def wait(trainer: Trainer) -> int:
+    def wait(trainer: Runner) -> int:
         with agree("giving way to other runs"):  # all ranks have, before anybody else has a turn
             cached = _give_back()
         number = int(share(lambda: _wait(folder, label, trainer), "waiting for its turn"))
@@ -64,7 +76,7 @@ def _take_again(count: int) -> None:
 
 
 @phase.waiting("its turn among the runs of a study", patient=True)
-def _wait(folder: Path, label: str, trainer: Trainer) -> int:
+def _wait(folder: Path, label: str, trainer: Runner) -> int:
     epoch = trainer.progress.epoch
     (folder / f"{label}.ready.{epoch}").touch()
     go, alive = folder / f"{label}.go.{epoch}", folder / _ALIVE
