@@ -342,7 +342,7 @@ def _beside(data: speed.Study) -> list[Table]:
             one.cell.name,
             one.peer.name,
             number(one.ratio.value, 4),
-            span(one.ratio.low, one.ratio.high, 3),
+            "-" if np.isnan(one.ratio.low) else f"[{number(one.ratio.low, 4)}, {number(one.ratio.high, 4)}]",
             str(one.ratio.count),
             "in turns" if one.in_turns else "one after another",
         ]

@@ -342,7 +342,7 @@ def _notes(data: Study) -> Iterator[str]:
 
 
 def beside(data: Study) -> list[Beside]:
-    """Ours beside nequip's own trainer: every strategy that averages gradients, eager against eager and compiled against compiled.
+    """Ours beside nequip's own trainer: every strategy that averages gradients, eager beside eager and compiled beside compiled.
 
     The ratio is the geometric mean over the launches that both are in.
     """

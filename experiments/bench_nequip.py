@@ -3,15 +3,16 @@
 usage: ddpkit bench nequip ddp|simple [OVERRIDES...] run_dir=DIR     (on several ranks: mpirun -n N ddpkit bench nequip ...)
 
 `ddp` is Lightning's DistributedDataParallel, `simple` nequip's SimpleDDPStrategy, each with its default settings. OVERRIDES are
-those of `ddpkit-run`. The model has the weights that such a run begins with, and nequip's own layers; model.kernels=openequivariance
-(or cuequivariance) is nequip's modifier of that name, compile=true its compile_mode. Frames, size of the batches, loss,
-optimizer, average of the weights and TF32 are the run's. Not alike are: which frames a rank gets, which nequip takes as they come
-and a run balances; positions, which nequip keeps in float64; the number of processes that make batches, which is up to 8 on GPUs
-unless train.workers says otherwise, because nequip computes neighbours anew for each batch; and validation and checkpoints, which
-are left out. The file that nequip-train was started with is DIR/nequip/config.yaml.
+those of `ddpkit-run`. Frames, size of the batches, loss, optimizer, average of the weights and TF32 are those of such a run, and so
+are the weights at first; layers are nequip's own. compile=true is its compile_mode, model.kernels=openequivariance (or
+cuequivariance) its modifier of that name. Not alike are: which frames a rank gets, which nequip takes as they come and a run
+balances; positions, which nequip has in float64; with `ddp`, what is sent: also buffers in each step, in which nequip keeps the
+averaged weights. Batches are made by up to 8 processes of a rank on GPUs unless train.workers says otherwise, more than a run
+needs, because nequip computes neighbours anew for each. Nothing is validated or saved.
 
-DIR becomes a run folder, as far as `ddpkit-analyze speed` reads one. An epoch lasts from its first batch to the end of its last
-step on the slowest rank. `ddpkit experiment speed arms=...,nequip-simple` sets such runs beside ours.
+DIR becomes a run folder, as far as `ddpkit-analyze speed` reads one; DIR/nequip/config.yaml is what nequip-train was started with.
+An epoch lasts from its first batch, once that is there, to the end of its last step on the slowest rank.
+`ddpkit experiment speed arms=custom-eager,nequip-simple` sets such runs beside ours.
 """
 
 import os
@@ -32,6 +33,7 @@ from ddpkit.ranks import group
 from ddpkit.ranks.agree import agree
 from ddpkit.ranks.group import Environment
 from ddpkit.record import RunFolder, describe_environment, record_failure, versions
+from ddpkit.train import ROWS_LATE
 
 _PACKAGES = ("nequip", "lightning")
 
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("run_dir is missing: name the folder for what is measured.")
     device = None if config.device == "auto" else config.device
     here = group.init_process_group(device, timeout=timedelta(seconds=config.train.timeout))
+    if config.train.rows_late is None:
+        config.train.rows_late = ROWS_LATE[here.device.type]
     folder = _opened(config, scheme, here)
     try:
         _train(config, scheme, here, folder)

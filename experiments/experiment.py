@@ -154,8 +154,8 @@ def _some_launched(scale: Speed, options: Options) -> Speed:
     for name in options.arms:
         if name not in {*names, *(arm.label for arm in scale.known)}:
             raise InputError(
-                f"arms={','.join(options.arms)} is not for speed: {name!r} is none of its arms, which are {', '.join(names)}, each "
-                "also with its size (as in custom-eager-32)."
+                f"arms={','.join(options.arms)} is not for speed: {name!r} is none of its arms, which are {', '.join(names)}, "
+                "each also with its size (as in custom-eager-32)."
             )
     if options.pairs:
         raise InputError(f"pairs={options.pairs} is not for arms=, which no pairs follow: give launches=N.")

@@ -93,7 +93,9 @@ def require_plain(config: DictConfig, scheme: str) -> None:
                 f"{key}={str(given).lower()} is not for nequip's trainer, which is timed at plain training: leave it out."
             )
     if config.compile and scheme == "ddp":
-        raise InputError("compile=true is not for nequip's trainer with ddp, which nequip refuses to compile: use simple.")
+        raise InputError(
+            "compile=true is not for nequip's trainer with ddp, which nequip refuses to compile: use simple."
+        )
     kernels, kind = config.model.get("kernels", "ddpkit"), config.model["_target_"].rpartition(".")[2]
     if kernels != "ddpkit" and (kernels, kind) not in KERNELS:
         raise InputError(f"model.kernels={kernels} is not for nequip's {kind}: use model.kernels=ddpkit for its own.")

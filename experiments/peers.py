@@ -73,7 +73,7 @@ def peer_model(spec: dict[str, Any], species: Sequence[str], precision: str, *, 
         from nequip.utils.global_state import set_global_state
     except ImportError as error:
         raise InputError(
-            "--peer nequip needs the packages nequip and nequip-allegro: pip install 'ddpkit[test]'."
+            "--peer nequip needs the packages nequip and nequip-allegro: pip install 'ddpkit[nequip]'."
         ) from error
     set_global_state(allow_tf32=bool(torch.backends.cuda.matmul.allow_tf32))
     shared = {

@@ -38,6 +38,7 @@ SLOW = (
     "train/test_strategy_state.py",
     "compile/test_models.py",
     "sync/test_lightning.py",
+    "experiments/test_nequip_trainer.py",
     "compile/test_sequences.py",
     "compile/test_recorded_steps.py",
     "compile/test_recorded_ranks.py",

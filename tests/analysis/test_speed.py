@@ -1,12 +1,14 @@
+import argparse
 import math
 import statistics
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from simulated_runs import falling, run_of, write_run
 
-from ddpkit.analysis import claims, plan, present, speed
+from ddpkit.analysis import claims, cli, plan, present, speed
 from ddpkit.analysis.plan import Plan
 from ddpkit.analysis.runs import read_runs
 from ddpkit.analysis.statistics import LEVEL
@@ -119,6 +121,56 @@ def test_effects_recomputed_by_hand(tmp_path):
     assert custom.communication.value == pytest.approx(100 * ((12.9 - 11.0) - (10.3 - 9.8)) / 10.3)
     assert custom.compute.value + custom.communication.value == pytest.approx(custom.total.value)
     assert grown["none"].communication is None
+
+
+def test_nequips_own_trainer_stands_beside_ours_and_in_nothing_else(tmp_path, capsys):
+    drift = (1.0, 1.1, 0.95)
+    seconds = {"standard": 10.0, "custom": 10.4, "none": 9.5, "nequip ddp": 12.0, "nequip simple": 13.0}
+    ratios = {"nequip simple": (1.0, 1.02, 0.99)}
+    for width in (32, 128):
+        for strategy, base in seconds.items():
+            for i, factor in enumerate(drift):
+                own = base * factor * ratios.get(strategy, (1, 1, 1))[i] * (1 + width / 1000)
+                _write(tmp_path, strategy, width, [99.0, own, own], repeat=i + 1, **{"train.turns": f"t{width}{i}"})
+        _write(tmp_path, "nequip simple", width, [99.0, 7.0], compiled=True, **{"train.turns": f"t{width}0"})
+    data = _study(tmp_path)
+    found = {(one.cell.parameters, one.cell.name, one.peer.name): one for one in speed.beside(data)}
+    sizes, ours, peers = (32000, 128000), ("standard", "custom"), ("nequip ddp", "nequip simple")
+    assert set(found) == {(size, a, b) for size in sizes for a in ours for b in peers}  # no compiled one of ours
+    exact = found[32000, "standard", "nequip ddp"].ratio
+    assert (exact.value, exact.count) == (pytest.approx(10 / 12), 3)
+    logs = [math.log(10.4 / (13.0 * x)) for x in ratios["nequip simple"]]
+    reach = stats.t.ppf(0.975, 2) * statistics.stdev(logs) / math.sqrt(3)
+    ratio = found[128000, "custom", "nequip simple"].ratio
+    assert ratio.value == pytest.approx(math.exp(statistics.fmean(logs)))
+    assert (ratio.low, ratio.high) == pytest.approx(
+        (math.exp(statistics.fmean(logs) - reach), math.exp(statistics.fmean(logs) + reach))
+    )
+    assert all(one.in_turns for one in found.values())
+    assert not any(cell.is_peer for cell, _ in (*speed.exposed_communication(data), *speed.interaction(data)))
+    assert all(entry.compute is None for entry in speed.growth(data) if entry.cell.is_peer)
+    assert len(claims.speed_claims(data)) == 2
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    cli.main(parser.parse_args(["speed", str(tmp_path)]))
+    said = capsys.readouterr().out
+    assert "An epoch beside nequip's own trainer: time of ours over nequip's" in said
+    written = pd.read_csv(tmp_path / "speed_beside.csv")
+    assert tuple(written.columns) == speed.BESIDE_COLUMNS
+    assert len(written) == 8
+    assert written["in_turns"].all()
+
+
+def test_launches_beside_nequips_that_followed_one_another_are_told(tmp_path):
+    for repeat in (1, 2):
+        for strategy, seconds in (("standard", 10.0), ("nequip ddp", 12.0)):
+            _write(tmp_path, strategy, 32, [seconds], repeat=repeat)
+    (one,) = speed.beside(_study(tmp_path))
+    assert not one.in_turns
+    table = next(
+        table for table in present.epochs(speed.table(_study(tmp_path)), _study(tmp_path)) if "beside" in table.caption
+    )
+    assert table.rows[0][-1] == "one after another"
 
 
 def test_splits_bytes_and_compilation(tmp_path):

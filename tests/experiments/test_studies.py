@@ -14,7 +14,7 @@ from ddpkit.analysis.runs import Run
 from ddpkit.errors import InputError
 from ddpkit.experiments import experiment, turns
 from ddpkit.experiments.config import flat, read
-from ddpkit.experiments.studies import STUDIES
+from ddpkit.experiments.studies import PEERS, STUDIES
 from ddpkit.progress import Progress
 
 
@@ -354,6 +354,73 @@ def test_arms_may_be_left_out_and_with_them_their_claims(study, tmp_path):
         start("arms=custom", name="speed")
 
 
+def test_some_arms_of_speed_are_launched_beside_nequips_own_trainer(study, tmp_path, monkeypatch):
+    start, ran, _ = study
+    commands = []
+    begin = experiment.StudyRun.start
+
+    def noted(run, *more):
+        commands.append((run.label, run.nequip, run.overrides))
+        return begin(run, *more)
+
+    monkeypatch.setattr(experiment.StudyRun, "start", noted)
+    monkeypatch.setattr(experiment.nequip_trainer, "require_installed", lambda _: None)
+    words = "arms=custom-eager,nequip-ddp-32,nequip-simple,nequip-simple-compiled-128", "launches=2"
+    start(*words, name="speed", scale="node")
+    small, large = (
+        {f"{arm}-{width}" for arm in ("standard-eager", "custom-eager", *peers)}
+        for width, peers in ((32, ("nequip-ddp", "nequip-simple")), (128, ("nequip-simple", "nequip-simple-compiled")))
+    )
+    # one block for each size, twice; no pairs
+    assert [set(ran[i : i + 4]) for i in (0, 4)] == [small, large]
+    assert set(ran[8:]) == {f"{label}_2" for label in small | large}
+    known = json.loads((tmp_path / "plan.json").read_text())
+    assert (known["primary"], known["pilot"], known["pairs"], set(known["runs"])) == ([], [], None, set(ran))
+    of = {label: (scheme, overrides) for label, scheme, overrides in commands}
+    assert of["nequip-ddp-32"][0] == "ddp"
+    assert of["nequip-simple-compiled-128"][0] == "simple"
+    assert of["custom-eager-32"][0] is None
+    assert read(of["nequip-simple-compiled-128"][1]).compile
+    # but for what averages gradients, the configuration is that of our runs
+    peer, ours = (flat(read(of[label][1])) for label in ("nequip-simple-32_2", "custom-eager-32_2"))
+    assert peer == ours
+    ran.clear()
+    start(*words, name="speed", scale="node")
+    assert not ran
+    facts = json.loads((tmp_path / "nequip-ddp-32" / "study.json").read_text())
+    assert facts["nequip"] == "ddp"
+    assert "nequip" not in json.loads((tmp_path / "custom-eager-32" / "study.json").read_text())
+
+
+def test_nequips_trainer_is_started_under_mpirun(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(experiment.subprocess, "Popen", lambda command, **_: started.append(command))
+    arm = next(arm for arm in PEERS if arm.label == "nequip-simple-32").numbered(3)
+    experiment.StudyRun(tmp_path / arm.label, arm.overrides, 2, nequip=arm.nequip).start("train.turns=t")
+    (command,) = started
+    verb = command.index("ddpkit.experiments")
+    assert command[verb + 1 : verb + 4] == ["bench", "nequip", "simple"]
+    assert command[-2:] == ["train.turns=t", f"run_dir={tmp_path / 'nequip-simple-32_3'}"]
+
+
+def test_arms_of_speed_that_there_are_not_are_refused(study, monkeypatch):
+    start, ran, _ = study
+    with pytest.raises(
+        InputError, match="arms=nequip-fast is not for speed: 'nequip-fast' is none of its arms, which are"
+    ):
+        start("arms=nequip-fast", name="speed")
+    with pytest.raises(InputError, match="pairs=8 is not for arms="):
+        start("arms=custom-eager", "pairs=8", name="speed")
+    with pytest.raises(InputError, match=r"train.accumulate=2 is not for nequip's trainer"):
+        start("arms=nequip-ddp", "train.accumulate=2", name="speed")
+    with pytest.raises(InputError, match="cannot be divided among 3 ranks"):
+        start("arms=nequip-ddp", "ranks=3", name="speed")
+    monkeypatch.setattr(experiment.nequip_trainer, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"The arm nequip-simple .*: pip install 'ddpkit\[nequip\]'"):
+        start("arms=custom-eager,nequip-simple", name="speed")
+    assert not ran
+
+
 def test_a_node_has_one_new_seed_and_as_many_more_reruns_as_are_asked_for():
     *seeds, rest = STUDIES["numerics"]["node"].blocks()
     assert [len(block) for block in seeds] == [7] * 6
@@ -518,6 +585,11 @@ def test_job_script(capsys, tmp_path):
     path = tmp_path / "job.sh"
     path.write_text(script)
     subprocess.run(["/bin/bash", "-n", path], check=True)
+
+
+def test_job_script_keeps_what_arms_were_named(capsys):
+    experiment.main(["numerics", "scale=demo", "--slurm", "arms=baseline,rerun"])
+    assert " ranks=2 arms=baseline,rerun &" in capsys.readouterr().out
 
 
 def test_job_script_hands_the_signal_on_and_waits(capsys, tmp_path):
