@@ -3,15 +3,15 @@
 usage: ddpkit bench nequip ddp|simple [OVERRIDES...] run_dir=DIR     (on several ranks: mpirun -n N ddpkit bench nequip ...)
 
 `ddp` is Lightning's DistributedDataParallel, `simple` nequip's SimpleDDPStrategy, each with its default settings. OVERRIDES are
-those of `ddpkit-run`. Frames, size of the batches, loss, optimizer, average of the weights and TF32 are those of such a run, and so
-are the weights at first; layers are nequip's own. compile=true is its compile_mode, model.kernels=openequivariance (or
+those of `ddpkit-run`. Frames, size of the batches, loss, optimizer, average of the weights and TF32 are those of such a run, and
+the weights at first; layers are nequip's own. compile=true is its compile_mode, model.kernels=openequivariance (or
 cuequivariance) its modifier of that name. Not alike are: which frames a rank gets, which nequip takes as they come and a run
 balances; positions, which nequip has in float64; with `ddp`, what is sent: also buffers in each step, in which nequip keeps the
 averaged weights. Batches are made by up to 8 processes of a rank on GPUs unless train.workers says otherwise, more than a run
 needs, because nequip computes neighbours anew for each. Nothing is validated or saved.
 
-DIR becomes a run folder, as far as `ddpkit-analyze speed` reads one; DIR/nequip/config.yaml is what nequip-train was started with.
-An epoch lasts from its first batch, once that is there, to the end of its last step on the slowest rank.
+DIR becomes a run folder, as far as `ddpkit-analyze speed` reads one; DIR/nequip/config.yaml is what nequip-train was started
+with. An epoch lasts from its first batch, once that is there, to the end of its last step on the slowest rank.
 `ddpkit experiment speed arms=custom-eager,nequip-simple` sets such runs beside ours.
 """
 
