@@ -39,7 +39,10 @@ AREAS = {
         "experiments/nequip_file.py", "experiments/nequip_model.py", "experiments/nequip_training.py",
         "experiments/convert_config.py", "experiments/peers.py",
     ),
-    "Studies and analysis": ("analysis/", "experiments/experiment.py", "experiments/studies.py", "experiments/evaluate.py"),
+    "Studies and analysis": (
+        "analysis/", "experiments/experiment.py", "experiments/studies.py", "experiments/evaluate.py",
+        "experiments/nequip_trainer.py", "experiments/nequip_clock.py",
+    ),
     "Benchmarks, doctor and predict": (
         "experiments/bench_", "experiments/doctor.py", "experiments/predict.py", "experiments/counting.py",
         "experiments/check.py",
