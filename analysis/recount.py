@@ -168,8 +168,8 @@ def _made(folder: Path, options: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         return {f"{name}.csv": numerics.table(data), endpoints.file_name(name): endpoints.table(data)}
     if kind == "speed":
         runs, _ = read_runs(folder)
-        data = speed.study(runs, plan.read(folder, plan.SPEED), options.get("warmup"))
-        return {f"{name}.csv": speed.table(data), f"{name}_beside.csv": speed.beside_table(data)}
+        timed = speed.study(runs, plan.read(folder, plan.SPEED), options.get("warmup"))
+        return {f"{name}.csv": speed.table(timed), f"{name}_beside.csv": speed.beside_table(timed)}
     if kind == "ranks":
         parts = sorted(path for path in folder.iterdir() if path.is_dir() and holds_runs(path))
         values = ranks.distances([_numerics(path, options) for path in parts])

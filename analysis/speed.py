@@ -189,7 +189,8 @@ def study(runs: Sequence[Run], declared: Plan, warmup: int | None = None) -> Stu
     Args:
         runs: the runs; what each was is read from its configuration.
         declared: the study's plan.
-        warmup: number of epochs to leave out at the start of each run; by default the one that warms up a run that takes turns.
+        warmup: number of epochs to leave out at the start of each run; by default the one that warms up a run that takes turns, or
+            one of nequip's.
 
     Raises:
         InputError: no epoch is complete, no standard eager run, or runs that differ in what must be equal.
@@ -452,7 +453,7 @@ def _with(cell: Cell, *, parameters: int | None = None, compiled: bool | None = 
 def _warmup(run: Run, given: int | None) -> int:
     if given is not None:
         return given
-    first = int(run.turns is not None)
+    first = int(run.turns is not None or run.strategy in PEERS)  # nequip compiles and builds kernels in its first step
     if _captured(run) and len(run.epochs):
         return max(first, math.ceil(_RECORDED_AFTER / float(run.epochs["steps"].max())))
     return first

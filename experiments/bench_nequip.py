@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"{given[0]} is not for nequip's trainer, whose scheme is {scheme}: leave it out.")
     config = read(overrides)
     nequip_trainer.require_plain(config, scheme)
+    nequip_trainer.require_kernels(config)
     if config.run_dir is None:
         raise InputError("run_dir is missing: name the folder for what is measured.")
     device = None if config.device == "auto" else config.device

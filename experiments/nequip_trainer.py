@@ -101,6 +101,23 @@ def require_plain(config: DictConfig, scheme: str) -> None:
         raise InputError(f"model.kernels={kernels} is not for nequip's {kind}: use model.kernels=ddpkit for its own.")
 
 
+def require_kernels(config: DictConfig) -> None:
+    """Looks for what the kernels that nequip is to use need.
+
+    Raises:
+        InputError: their package, or a GPU.
+    """
+    kernels = config.model.get("kernels", "ddpkit")
+    if kernels == "ddpkit":
+        return
+    if config.device == "cpu" or not torch.cuda.is_available():
+        raise InputError(
+            f"model.kernels={kernels} needs an NVIDIA GPU: use model.kernels=ddpkit for nequip's own on CPUs."
+        )
+    if find_spec(kernels) is None:
+        raise InputError(f"model.kernels={kernels} needs that package: pip install {kernels}.")
+
+
 def write_files(config: DictConfig, data: Data) -> Files:
     """Writes frames and weights, once for all runs that have the same.
 

@@ -163,10 +163,11 @@ def test_nequips_own_trainer_stands_beside_ours_and_in_nothing_else(tmp_path, ca
 
 def test_launches_beside_nequips_that_followed_one_another_are_told(tmp_path):
     for repeat in (1, 2):
-        for strategy, seconds in (("standard", 10.0), ("nequip ddp", 12.0)):
-            _write(tmp_path, strategy, 32, [seconds], repeat=repeat)
+        for strategy, seconds in (("standard", [10.0, 10.0]), ("nequip ddp", [90.0, 12.0])):
+            _write(tmp_path, strategy, 32, seconds, repeat=repeat)
     (one,) = speed.beside(_study(tmp_path))
     assert not one.in_turns
+    assert one.ratio.value == pytest.approx(10 / 12)  # the first epoch warms nequip up
     table = next(
         table for table in present.epochs(speed.table(_study(tmp_path)), _study(tmp_path)) if "beside" in table.caption
     )

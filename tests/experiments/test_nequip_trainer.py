@@ -142,6 +142,7 @@ def test_kernels_and_compilation_are_nequips_own():
             ["simple", "model=allegro_tiny", "+model.kernels=openequivariance"],
             "model.kernels=openequivariance is not for",
         ),
+        (["simple", "model=nequip_tiny", "model.kernels=openequivariance", "device=cpu"], "needs an NVIDIA GPU"),
         (["simple"], "run_dir is missing"),
     ],
 )
