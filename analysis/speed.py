@@ -189,8 +189,8 @@ def study(runs: Sequence[Run], declared: Plan, warmup: int | None = None) -> Stu
     Args:
         runs: the runs; what each was is read from its configuration.
         declared: the study's plan.
-        warmup: number of epochs to leave out at the start of each run; by default the one that warms up a run that takes turns, or
-            one of nequip's.
+        warmup: number of epochs to leave out at the start of each run; by default the one that warms up a run that takes turns,
+            or one of nequip's.
 
     Raises:
         InputError: no epoch is complete, no standard eager run, or runs that differ in what must be equal.

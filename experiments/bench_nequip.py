@@ -57,6 +57,8 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("run_dir is missing: name the folder for what is measured.")
     device = None if config.device == "auto" else config.device
     here = group.init_process_group(device, timeout=timedelta(seconds=config.train.timeout))
+    # Where Lightning looks for a rank that somebody else has started, as soon as it is imported.
+    os.environ |= {"LOCAL_RANK": str(here.local_rank), "NODE_RANK": str(here.rank // here.local_size)}
     if config.train.rows_late is None:
         config.train.rows_late = ROWS_LATE[here.device.type]
     folder = _opened(config, scheme, here)
@@ -110,16 +112,15 @@ def _train(config: DictConfig, scheme: str, here: Environment, folder: RunFolder
         timeout=config.train.timeout,
         pause=wait_for(Path(turns), Path(config.run_dir).name) if turns else None,
     )
-    _nequip_train(place, here)
+    _nequip_train(place)
     if folder is not None:
         p = clock.progress
         share: dict[str, Any] = {"data_share": p.seconds_data / p.seconds_steps if p.seconds_steps else None}
         folder.summarize(status="finished", steps=p.step, epochs=p.epoch, skipped=0, **share)
 
 
-def _nequip_train(place: Path, here: Environment) -> None:
-    """The program `nequip-train`, in this process: a rank of a group that is there already, as Lightning reads from variables."""
-    os.environ |= {"LOCAL_RANK": str(here.local_rank), "NODE_RANK": str(here.rank // here.local_size)}
+def _nequip_train(place: Path) -> None:
+    """The program `nequip-train`, in this process, which is a rank of a group that is there already."""
     from nequip.scripts.train import main as train
 
     before = sys.argv
