@@ -35,6 +35,7 @@ _PLAIN: Mapping[str, Any] = {
     "resume": None,
     "init_from": None,
     "profile": 0,
+    "data.allow_missing": False,
     "scheduler._target_": None,
     "loss.huber_delta": None,
     "train.accumulate": 1,
@@ -45,6 +46,7 @@ _PLAIN: Mapping[str, Any] = {
     "train.warmup_steps": 0,
 }
 _MOST_WORKERS = 8
+_PIECE = 1000  # frames that are written at a time
 
 
 @dataclass(frozen=True)
@@ -161,16 +163,17 @@ def _write(frames: PreparedSet, numbers: np.ndarray, path: Path) -> None:
     from ase.io import write
     from ase.stress import full_3x3_to_voigt_6_stress
 
-    images = []
-    for number in numbers:
-        frame = frames.frame(int(number))
-        atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
-        labels: dict[str, Any] = {"energy": frame.energy, "forces": frame.forces}
-        if frame.stress is not None:
-            labels["stress"] = full_3x3_to_voigt_6_stress(frame.stress)
-        atoms.calc = SinglePointCalculator(atoms, **labels)
-        images.append(atoms)
-    write(path, images, format="extxyz", parallel=False)
+    for first in range(0, len(numbers), _PIECE):
+        images = []
+        for number in numbers[first : first + _PIECE]:
+            frame = frames.frame(int(number))
+            atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
+            labels: dict[str, Any] = {"energy": frame.energy, "forces": frame.forces}
+            if frame.stress is not None:
+                labels["stress"] = full_3x3_to_voigt_6_stress(frame.stress)
+            atoms.calc = SinglePointCalculator(atoms, **labels)
+            images.append(atoms)
+        write(path, images, format="extxyz", append=first > 0, parallel=False)
 
 
 def steps_per_epoch(config: DictConfig, data: Data) -> int:
