@@ -250,6 +250,9 @@ def test_what_does_not_fit_at_once_is_launched_in_groups_with_a_reference_each(s
     start, ran, _ = study
     start("launches=2", "pairs=1", name="speed", scale="node")
     assert [len(group) for group in STUDIES["speed"]["node"].groups] == [5, 4, 5, 4]
+    settings = read(STUDIES["speed"]["node"].overrides)
+    assert settings.train.batch_size == 4 * 80  # as the paper's
+    assert settings.data.split[0] * settings.data.frames == 12 * settings.train.batch_size
     assert len(ran) == 2 * 18 + 6
     for first, count in ((0, 5), (5, 4), (9, 5), (14, 4), (18, 5)):
         group = ran[first : first + count]
