@@ -6,7 +6,8 @@ import subprocess
 import pytest
 import simulated_cuda
 import torch
-from cases import make_batch, make_frame, make_model, relative
+from cases import R_MAX, make_batch, make_frame, make_model, relative
+from test_padded import labelled, larger, on_padding, run
 from torch.autograd import gradcheck, gradgradcheck
 
 from ddpkit import InputError, make_step
@@ -17,6 +18,7 @@ from ddpkit.models.graph import graph_of
 from ddpkit.models.irreps import product_irreps
 from ddpkit.models.potential import Edges
 from ddpkit.models.reference import ReferenceConvolution
+from ddpkit.padding import pad
 
 IRREPS = {
     "l = 1": ({(0, 1): 5, (1, -1): 3}, 1, None),
@@ -149,6 +151,20 @@ def test_compiled_and_recorded_steps_are_those_of_other_kernels():
         step = make_step(model, loss_of, optimizer, strategy="none", **settings)
         losses.append([float(step(batch)) for batch in batches])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_what_fills_a_batch_up_changes_no_bit():
+    model = make_model("nequip", kernels="cuda", l_max=1, num_layers=2)
+    batch = labelled(periodic=True)
+    filled = pad(batch, larger(batch, 33), R_MAX)
+    plain = run(model, batch)
+    output, terms, gradients = run(model, filled)
+    assert relative(output["forces"][: len(batch.positions)], plain[0]["forces"]) < 1e-11
+    assert [relative(a, b) < 1e-11 for a, b in zip(gradients, plain[2], strict=True)] == [True] * len(gradients)
+    found, found_terms, found_gradients = run(model, on_padding(filled, batch, torch.Generator().manual_seed(3)))
+    assert torch.equal(found["forces"], output["forces"])
+    assert all(torch.equal(found_terms[key], value) for key, value in terms.items())
+    assert all(torch.equal(a, b) for a, b in zip(found_gradients, gradients, strict=True))
 
 
 def test_harmonics_beyond_a_warp_are_refused():
