@@ -103,23 +103,29 @@ def make_step(
         )
     if sync.acts == "in graph" and not compile:
         raise InputError(f"strategy={name_of(strategy)} is part of the compiled step: use compile=True.")
+    if cuda_graphs and not compile:
+        raise InputError(
+            f"cuda_graphs=True records compiled steps: use compile=True (here compile={compile}), or leave cuda_graphs out."
+        )
     update = Update(trained, optimizer, clip_norm)
+    gradients: Gradients
+    recordable: Any
     if core is None and compile:
         from ddpkit.compile.gradients import CompiledGradients
 
-        compiled = CompiledGradients(model, criterion, sync, optimizer, clip_norm, tolerance, examples)
-        recorded = None
-        if cuda_graphs:
-            from ddpkit.capture.steps import RecordedSteps
-
-            recorded = RecordedSteps(trained, compiled, sync, update, optimizer)
-        return Step(trained, sync, compiled, update, recorded)
+        gradients = recordable = CompiledGradients(model, criterion, sync, optimizer, clip_norm, tolerance, examples)
+    else:
+        gradients = EagerGradients(sync, criterion, trained, core)
+    recorded = None
     if cuda_graphs:
-        raise InputError(
-            "cuda_graphs=True records compiled steps of strategies that do not act during the backward pass: use compile=True "
-            f"and strategy=custom, ingraph or none (here compile={compile} and strategy={sync.name}), or leave cuda_graphs out."
-        )
-    return Step(trained, sync, EagerGradients(sync, criterion, trained, core), update)
+        from ddpkit.capture.steps import RecordedSteps
+
+        if core is not None:
+            from ddpkit.capture.backward import BackwardGradients
+
+            recordable = BackwardGradients(core, criterion, trained, sync)
+        recorded = RecordedSteps(trained, recordable, sync, update, optimizer)
+    return Step(trained, sync, gradients, update, recorded)
 
 
 class Step:

@@ -15,14 +15,16 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddpkit.batch import Batch
+from ddpkit.capture.backward import BackwardGradients
 from ddpkit.capture.recording import make
 from ddpkit.compile.gradients import CompiledGradients
 from ddpkit.compile.outputs import Tree
@@ -49,7 +51,7 @@ class RecordedSteps:
 
     Args:
         trained: the parameters.
-        gradients: brings gradients by compiled code.
+        gradients: brings gradients by compiled code; `BackwardGradients` where the strategy acts during the backward pass.
         sync: the strategy.
         update: clips and steps.
         optimizer: what `update` steps.
@@ -61,7 +63,12 @@ class RecordedSteps:
     """
 
     def __init__(
-        self, trained: Trained, gradients: CompiledGradients, sync: GradientSync, update: Update, optimizer: Optimizer
+        self,
+        trained: Trained,
+        gradients: CompiledGradients | BackwardGradients,
+        sync: GradientSync,
+        update: Update,
+        optimizer: Optimizer,
     ) -> None:
         self._trained, self._gradients, self._sync, self._update = trained, gradients, sync, update
         self._optimizer = optimizer
@@ -71,6 +78,7 @@ class RecordedSteps:
         self._deadline = Deadline(self._device, sync.timeout)
         self._forms = Forms()
         self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()  # situations that have seen a step as it is
+        self._situation: Hashable = None  # of this step
         self._ready: set[Hashable] = set()  # forms and situations that steps can be recorded for
         self._values: list[Any] = []  # of the optimizer's settings, as last seen
         self._is_fixed = False  # whether none of these can change in place
@@ -101,20 +109,21 @@ class RecordedSteps:
         steady = self._are_settings_steady() and self._update.decides_on_device and not self._has_hooks()
         given = Given.of(batches)
         form = self._forms.number(given, planned=planned)  # what was not planned, other ranks have not seen
-        if form is None:
+        self._situation = self._gradients.situation
+        if form is None or len(batches) > MOST:
             return None
         average = self._sync.recordable_average() if planned or self._sync.world_size == 1 else None
-        if average is None and self._sync.acts != "after backward":
+        if average is None and self._sync.acts == "in graph":
             return None
         self._forget_if_moved()
-        where = form, self._gradients.situation
+        where = form, self._situation
         if where not in self._ready:
             if not self._is_ready(batches):
                 return None
             self._note_ready(where)
         try:
             if average is None:
-                output = self._run_apart(where, given, updates=steady)
+                output = self._run_apart(where, given, batches, updates=steady)
             else:
                 output = self._run_together(where, given, average, updates=steady)
         except RecordingError as error:
@@ -126,7 +135,7 @@ class RecordedSteps:
 
     def _is_ready(self, batches: Sequence[Any]) -> bool:
         """Whether there is code for the batches, and a step has run as it is since model and criterion last changed."""
-        return self._gradients.situation in self._stepped and self._gradients.holds_for(batches)
+        return self._situation in self._stepped and self._gradients.holds_for(batches)
 
     def _note_ready(self, where: Hashable) -> None:
         if len(self._ready) >= _REMEMBERED:
@@ -147,7 +156,8 @@ class RecordedSteps:
 
     def note_plain(self) -> None:
         """Called after a step that was run as it is."""
-        self._stepped.add(self._gradients.situation)
+        if not self._refused:
+            self._stepped.add(self._situation)
 
     def _run_together(self, where: Hashable, given: "Given", average: Callable[[], None], *, updates: bool) -> Any:
         """Gradients, average and update from one recording; the update after it where that cannot be recorded."""
@@ -196,9 +206,13 @@ class RecordedSteps:
         piece.record()
         self.seconds += time.perf_counter() - began
 
-    def _run_apart(self, where: Hashable, given: "Given", *, updates: bool) -> Any:
+    def _run_apart(self, where: Hashable, given: "Given", batches: Sequence[Any], *, updates: bool) -> Any:
         """Gradients from a recording, then the average, then the update from another one."""
-        output, _ = self._run_piece(self._piece(("gradients", where), self._gradients, given), given, steps=False)
+        if isinstance(self._gradients, BackwardGradients):
+            output = self._run_in_backward(self._gradients, batches)
+        else:
+            piece = self._piece(("gradients", where), self._gradients, given)
+            output, _ = self._run_piece(piece, given, steps=False)
         self._sync.synchronize()
 
         def body(_: Sequence[Any]) -> Tensor:
@@ -219,6 +233,20 @@ class RecordedSteps:
         self._finish(norm)
         return output
 
+    def _run_in_backward(self, gradients: BackwardGradients, batches: Sequence[Any]) -> Any:
+        """Each micro-batch from a recording, inside of the strategy's forward and backward pass."""
+        runs = []
+        for batch in batches:
+            given = Given.of([batch])
+            piece = self._piece(("gradients", Forms.form(given), self._situation), gradients, given)
+            if (
+                not piece.is_recorded
+            ):  # before the strategy communicates: what fails here is run as it is, on this rank alone
+                self._record(piece, given)
+            runs.append(partial(self._run_piece, piece, given, steps=False))
+        with self._sync.around_backward():
+            return gradients.through_backward(runs)
+
     def _run_piece(self, piece: "_Piece", given: "Given", *, steps: bool) -> Any:
         """Runs a piece, and does what the host does beside the device's work, which a replay leaves out.
 
@@ -233,14 +261,14 @@ class RecordedSteps:
             began = time.perf_counter()
             output = piece.run(given)
             self.seconds += time.perf_counter() - began
-            piece.gradients = [p.grad for p in self._trained.parameters]
-            return output
-        if steps:
-            before_step(self._optimizer)
-            note_step(self._optimizer)
-        output = piece.run(given)
+        else:
+            if steps:
+                before_step(self._optimizer)
+                note_step(self._optimizer)
+            output = piece.run(given)
+            if given.leaves:
+                self._gradients.finish()
         if given.leaves:
-            self._gradients.finish()
             for parameter, gradient in zip(self._trained.parameters, piece.gradients, strict=True):
                 parameter.grad = gradient
         return output
@@ -300,7 +328,7 @@ class RecordedSteps:
         if key not in self._recorded:
             if self._pool is None and self._device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
-            self._recorded[key] = _Piece(body, given, self._device, self._pool)
+            self._recorded[key] = _Piece(body, given, self._trained.parameters, self._device, self._pool)
             self.made += 1
         self._recorded.move_to_end(key)
         if len(self._recorded) > MOST:
@@ -366,8 +394,7 @@ class Forms:
 
     def number(self, given: Given, *, planned: bool) -> int | None:
         """The number of a form; None where it is met for the first time, or for the first time in long."""
-        kinds = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in given.leaves]
-        form = planned, given.structure, *kinds
+        form = planned, self.form(given)
         number = self._numbers.pop(form, None)
         self._numbers[form] = self._next if number is None else number
         if number is None:
@@ -376,6 +403,12 @@ class Forms:
                 self._numbers.popitem(last=False)
         return number
 
+    @staticmethod
+    def form(given: Given) -> Hashable:
+        """What batches are but for the values of their tensors."""
+        kinds = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in given.leaves]
+        return given.structure, *kinds
+
 
 class _Piece:
     """A recording with its own copy of the batches.
@@ -383,16 +416,24 @@ class _Piece:
     Args:
         body: called with that copy; returns a tree of tensors.
         given: batches of the sizes that it is for.
+        parameters: whose gradients it may bring.
         device: of the work.
         pool: memory that recordings share.
 
     Attributes:
         is_recorded: whether it is taken down, as far as that is possible without running it.
         is_made: whether it has run.
-        gradients: what `.grad` of each parameter was after its first run.
+        gradients: what `.grad` of each parameter was after it was taken down.
     """
 
-    def __init__(self, body: Callable[[Sequence[Any]], Any], given: Given, device: torch.device, pool: Any) -> None:
+    def __init__(
+        self,
+        body: Callable[[Sequence[Any]], Any],
+        given: Given,
+        parameters: Sequence[nn.Parameter],
+        device: torch.device,
+        pool: Any,
+    ) -> None:
         self._tensors = [n for n, leaf in enumerate(given.leaves) if isinstance(leaf, Tensor)]
         copies, self._places = _copies([given.leaves[n] for n in self._tensors])
         own = [*given.leaves]
@@ -406,6 +447,7 @@ class _Piece:
 
         def record() -> list[Tensor]:
             self._form, tensors = Tree.of(body(batches))
+            self.gradients = [p.grad for p in parameters]
             self._packing, packed = _pack(tensors)
             return packed
 

@@ -1,6 +1,6 @@
 """A compiled model that autograd can go through: energy, forces, and the derivative of any loss on them by the parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ddpkit.capture.recording import as_one
 from ddpkit.compile import parity
 from ddpkit.compile.conditions import Conditions
 from ddpkit.compile.graph import (
@@ -97,7 +98,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, code: ForcesCode, sizes: dict[str, int], leaves: list[Tensor], *state: Tensor) -> Any:  # type: ignore[override]
-        outputs = list(code.forward([*(sizes[name] for name in code.layout.names), *leaves, *state]))
+        outputs = list(as_one(code.forward, [*(sizes[name] for name in code.layout.names), *leaves, *state]))
         count, updates = len(code.facts.differentiable), len(code.facts.updated)
         for n, value in zip(code.facts.updated, outputs[count : count + updates], strict=True):
             state[n].copy_(value)
@@ -122,9 +123,20 @@ class _Apply(torch.autograd.Function):
                 g.contiguous() for g, has_one in zip(gradients, code.facts.differentiable, strict=True) if has_one
             ],
         }
-        results = iter(code.backward([sources[kind][n] for kind, n in code.arguments]))
+        results = iter(as_one(code.backward, [sources[kind][n] for kind, n in code.arguments]))
         by_parameter = [next(results) if is_used else None for is_used in code.facts.used]
         return None, None, None, *by_parameter, *([None] * (ctx.states - len(by_parameter)))
+
+
+@dataclass(frozen=True)
+class Instead:
+    """What a compiled model, or a strategy's wrapper of it, is called with where a recording has run it.
+
+    Attributes:
+        run: returns what the call returns.
+    """
+
+    run: Callable[[], Any]
 
 
 @dataclass
@@ -201,6 +213,8 @@ class CompiledForces(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         """Calls the model's compiled code, or the model itself where there is nothing to differentiate."""
+        if isinstance(batch, Instead):
+            return batch.run()
         if not self.training or not torch.is_grad_enabled():
             return self.model(batch)
         now = self._situations.now()
@@ -212,7 +226,7 @@ class CompiledForces(nn.Module):
             self._compile(now, batch, together=False)
         flat = Flat.of(batch)
         ready = now.variants.find(flat)
-        return self.model(batch) if ready is None else self._call(now.state, *ready, flat)
+        return self.model(batch) if ready is None else self._call(now.state.tensors(), *ready, flat)
 
     def prepare(self, batch: Any) -> None:
         """Traces, compiles and checks, if that has not been done. All ranks must make the first call together.
@@ -231,9 +245,36 @@ class CompiledForces(nn.Module):
         self._begun = True
         self._situations.ignore(now.state.rewritten)
 
-    def _call(self, state: State, code: ForcesCode, sizes: dict[str, int], batch: Flat) -> Any:
+    def _call(self, tensors: Sequence[Tensor], code: ForcesCode, sizes: dict[str, int], batch: Flat) -> Any:
         leaves = [leaf.detach() for leaf in batch.tensors()]
-        return code.facts.result.fill(iter(_Apply.apply(code, sizes, leaves, *state.tensors())))  # type: ignore[no-untyped-call]
+        return code.facts.result.fill(iter(_Apply.apply(code, sizes, leaves, *tensors)))  # type: ignore[no-untyped-call]
+
+    # --- for recordings of a step ---------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """The model's tensors; another one for all that code is made anew for, batches apart."""
+        return self._situations.now().state
+
+    def holds_for(self, batches: Sequence[Any]) -> bool:
+        """Whether there is compiled code for all of these batches, checked."""
+        now = self._situations.now()
+        return (
+            self.training
+            and not now.steps_to_wait
+            and all(now.variants.look_up(Flat.of(batch)) is not None for batch in batches)
+        )
+
+    def call_with(self, tensors: Sequence[Tensor], batch: Any) -> Any:
+        """Calls the compiled code with other tensors in the places of the model's.
+
+        Args:
+            tensors: as `state` has them.
+            batch: one that `holds_for` holds for.
+        """
+        flat = Flat.of(batch)
+        ready = self._situations.now().variants.look_up(flat)
+        assert ready is not None
+        return self._call(tensors, *ready, flat)
 
     def _trace(self, state: State, examples: Sequence[Any], sizes: dict[str, int]) -> tuple[Traced, ForcesFacts]:
         """The joint graph of outputs and gradients, and what else there is to a code."""
@@ -293,7 +334,7 @@ class CompiledForces(nn.Module):
         tensors = state.tensors()
         names = state.names[: state.trained]
         both = []
-        for call in (lambda: self._call(state, code, sizes, batch), lambda: self.model(apart(batch.batch))):
+        for call in (lambda: self._call(state.tensors(), code, sizes, batch), lambda: self.model(apart(batch.batch))):
             with state.undisturbed() as before:
                 outputs = parity.named(call())
                 gradients = torch.autograd.grad(parity.probe(outputs), tensors[: len(names)], allow_unused=True)

@@ -37,6 +37,7 @@ class Situations(Generic[S]):
         roots: the objects by name.
         make: a snapshot of them -> the situation.
         beside: returns what else the situation depends on, hashable.
+        cost: what a further value of an attribute costs and what is done about it, in words.
 
     Attributes:
         unsteady: path of the last attribute that changed too often for code to be compiled at once.
@@ -47,8 +48,9 @@ class Situations(Generic[S]):
         roots: Mapping[str, Any],
         make: Callable[[Snapshot], S],
         beside: Callable[[], Hashable] = tuple,
+        cost: str = "code had to be compiled for each: from now on steps run eagerly",
     ) -> None:
-        self._roots, self._make, self._beside = roots, make, beside
+        self._roots, self._make, self._beside, self._cost = roots, make, beside, cost
         self._ignored: frozenset[str] = frozenset()
         self._changed: Counter[str] = Counter()
         self._made: OrderedDict[Hashable, S] = OrderedDict()
@@ -94,9 +96,8 @@ class Situations(Generic[S]):
         self.unsteady = path
         if times == _AT_ONCE + 1:
             warnings.warn(
-                f"{path} has had {times + 1} values, and code had to be compiled for each: from now on steps run eagerly until a "
-                f"value has stood for {_STEADY} steps. Make it a tensor (register_buffer) and change that in place (fill_): such "
-                "a change needs no other code.",
+                f"{path} has had {times + 1} values, and {self._cost} until a value has stood for {_STEADY} steps. Make it a "
+                "tensor (register_buffer) and change that in place (fill_): such a change needs no other code.",
                 stacklevel=5,
             )
         return _STEADY

@@ -325,12 +325,17 @@ class FlatSync(GradientSync):
         """The same on the slices, where nothing but the device decides: every parameter with a gradient anywhere has one here,
         the optimizer skips a step by a flag, and torch.distributed communicates.
         """
-        if self.acts != "after backward" or not isinstance(self.comm, TorchComm) or not self._buckets:
+        if not self._has_one_average or not isinstance(self.comm, TorchComm) or not self._buckets:
             return None
         if self._stale() or self._missing != self._absent or not self._guard.device_decides:
             return None
         self._is_recorded = True
         return self._average_on_device
+
+    @property
+    def _has_one_average(self) -> bool:
+        """Whether `synchronize()`, given all gradients, does what is recorded; not where a class of the user's has another."""
+        return type(self).reduce is FlatSync.reduce and self.acts == "after backward"
 
     @torch.no_grad()
     def _average_on_device(self) -> None:

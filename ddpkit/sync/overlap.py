@@ -201,6 +201,11 @@ class OverlapSync(FlatSync):
             "backward passes but the last inside no_sync(), and clip after synchronize()."
         )
 
+    @property
+    def _has_one_average(self) -> bool:
+        """The same buckets in the same order, once ranks have agreed on that; hooks start nothing where a recording does."""
+        return type(self).reduce is OverlapSync.reduce and (self._arrivals is not None or len(self._buckets) <= 1)
+
     @torch.no_grad()
     def _agree_on_order(self) -> None:
         """Cuts the buckets anew, in the order in which gradients arrived on rank 0."""

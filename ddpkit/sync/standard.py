@@ -1,6 +1,6 @@
 """torch's own DistributedDataParallel."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -104,6 +104,10 @@ class StandardSync(GradientSync):
             self.comm.bytes += self._beside.comm.bytes
             self.comm.collectives += self._beside.comm.collectives
             self._beside.comm.reset()
+
+    def recordable_average(self) -> Callable[[], None] | None:
+        """Nothing where there are no other ranks; the wrapper communicates in a backward pass alone."""
+        return self.reduce if self.world_size == 1 and type(self).reduce is StandardSync.reduce else None
 
     def _note_call(self, wrapper: DistributedDataParallel, batch: Any) -> None:
         """Notes that a forward pass came through the wrapper whose backward pass communicates."""

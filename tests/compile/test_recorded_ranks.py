@@ -15,6 +15,16 @@ ARMS = {
     "none": {"strategy": "none"},
     "custom": {"strategy": "custom"},
     "bfloat16 on the wire": {"strategy": "custom", "reduce_dtype": "bfloat16"},
+    "standard": {"strategy": "standard", "find_unused_parameters": True},
+    "standard in buckets": {
+        "strategy": "standard",
+        "find_unused_parameters": True,
+        "bucket_cap_mb": 1e-4,
+        "reduce_dtype": "bfloat16",
+    },
+    "standard with views": {"strategy": "standard", "static_graph": True, "gradient_as_bucket_view": True},
+    "overlap": {"strategy": "overlap"},
+    "overlap in buckets": {"strategy": "overlap", "bucket_mb": 1e-4, "first_bucket_mb": 1e-4},
     "ingraph": {"strategy": "ingraph"},
     "ingraph with the update": {"strategy": "ingraph", "optimizer_in_graph": True, "buckets": 2},
 }
@@ -75,9 +85,10 @@ def all_arms():
     results = {}
     for arm, options in ARMS.items():
         results[arm] = [train(options, cuda_graphs=recorded) for recorded in (False, True)]
-    results["no plan"] = [
-        train(ARMS["custom"], cuda_graphs=recorded, plan=lambda _: False) for recorded in (False, True)
-    ]
+    for arm in ("custom", "overlap in buckets"):
+        results[f"{arm}, no plan"] = [
+            train(ARMS[arm], cuda_graphs=recorded, plan=lambda _: False) for recorded in (False, True)
+        ]
     return results
 
 
@@ -101,7 +112,7 @@ def results(request):
     return run_ranks(all_arms, size, timeout=400, environment=variables(device))
 
 
-@pytest.mark.parametrize("arm", [*ARMS, "no plan"])
+@pytest.mark.parametrize("arm", [*ARMS, "custom, no plan", "overlap in buckets, no plan"])
 def test_bits_are_those_of_plain_steps(results, arm):
     for rank in range(len(results)):
         (plain, none, calls), (recorded, captured, calls_too) = results[rank][arm]
@@ -114,7 +125,7 @@ def test_bits_are_those_of_plain_steps(results, arm):
 
 
 def test_ranks_train_the_same_model(results):
-    for arm in ["custom", "ingraph", "no plan"]:
+    for arm in results[0].keys() - {"none"}:
         first, *others = (ranks[arm][1][0] for ranks in results)
         for other in others:
             assert all(torch.equal(a["first"], b["first"]) for a, b in zip(first, other, strict=True))

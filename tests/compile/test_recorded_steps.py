@@ -23,9 +23,13 @@ from ddpkit.sync.flat import LATE, FlatSync
 SIZES = [[6, 5, 4], [7, 7], [3, 4, 5]]
 BATCHES = [random_batch(sizes, seed=seed) for seed, sizes in enumerate(SIZES)]
 BATCHES.append(BATCHES[0].replace(positions=BATCHES[0].positions * 1.1, energy=BATCHES[0].energy + 1))
+BUCKETS = {"bucket_mb": 1e-4, "first_bucket_mb": 1e-4}
 STRATEGIES = {
     "none": {"strategy": "none"},
+    "standard": {"strategy": "standard"},
     "custom": {"strategy": "custom"},
+    "overlap": {"strategy": "overlap", **BUCKETS},
+    "overlap in one bucket": {"strategy": "overlap"},
     "ingraph": {"strategy": "ingraph"},
     "ingraph with the update": {"strategy": "ingraph", "optimizer_in_graph": True},
 }
@@ -119,9 +123,10 @@ def test_the_first_step_of_each_size_runs_as_it_is():
     assert both(50, strategy="custom").captured_steps == 50 - len(SIZES)
 
 
-@pytest.mark.parametrize("strategy", ["custom", "ingraph"])
+@pytest.mark.parametrize("strategy", ["custom", "ingraph", "standard", "overlap"])
 def test_micro_batches(strategy):
-    step = both(30, strategy=strategy, batches=[BATCHES[:2], BATCHES[1:3], BATCHES[0]])
+    options = BUCKETS if strategy == "overlap" else {}
+    step = both(30, strategy=strategy, **options, batches=[BATCHES[:2], BATCHES[1:3], BATCHES[0]])
     assert step.captured_steps == 27
 
 
@@ -209,7 +214,7 @@ def test_a_tensor_on_the_host_is_obeyed():
     assert both(30, before, strategy="custom", criterion=Scaled).captured_steps >= 20
 
 
-@pytest.mark.parametrize("strategy", ["none", "custom", "ingraph"])
+@pytest.mark.parametrize("strategy", ["none", "standard", "custom", "overlap", "ingraph"])
 def test_a_bad_gradient_changes_nothing(strategy):
     bad = copy.deepcopy(BATCHES[1])
     bad.energy[0] = torch.nan
@@ -299,8 +304,6 @@ def test_a_step_is_recorded_once_a_planned_one_of_its_sizes_has_run():
 
 
 def test_what_cannot_be_recorded_is_refused():
-    with pytest.raises(InputError, match="strategy=standard"):
-        Training(cuda_graphs=True, strategy="standard")
     model = Toy()
     with pytest.raises(InputError, match="compile=False"):
         ddpkit.make_step(model, Criterion(), torch.optim.SGD(model.parameters(), 0.1), cuda_graphs=True)
