@@ -356,6 +356,8 @@ class FlatSync(GradientSync):
         self._count_steps()
         with super().around_recorded():
             yield
+        if self.world_size > 1:
+            self._sent = sum(bucket.wire.nbytes for bucket in self._buckets), len(self._buckets)
         self._tell_host(self._buckets[-1].tail)
 
     # --- flags ----------------------------------------------------------------------------------------------------

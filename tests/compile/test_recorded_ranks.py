@@ -73,11 +73,15 @@ def train(options, *, cuda_graphs, plan=planned, bad_at=None, timeout=200.0):
                 batch = batch.replace(energy=batch.energy * torch.nan)
             output = step(batch.to(device), planned=plan(n))
             values = {**output, "norm": step.grad_norm, "first": model.first.detach()}
+            if n % 11 == 1 and bad_at is None:  # not at all: to read them waits for the device
+                values["sent"] = torch.tensor(
+                    [step.sync.stats.calls, step.sync.stats.bytes, step.sync.stats.collectives]
+                )
             seen.append({name: value.cpu().clone() for name, value in values.items()})
     finally:
-        captured, calls = step.captured_steps, step.sync.stats.calls if bad_at is None else 0
+        captured = step.captured_steps
         step.sync.close()
-    return seen, captured, calls
+    return seen, captured
 
 
 def all_arms():
@@ -115,9 +119,8 @@ def results(request):
 @pytest.mark.parametrize("arm", [*ARMS, "custom, no plan", "overlap in buckets, no plan"])
 def test_bits_are_those_of_plain_steps(results, arm):
     for rank in range(len(results)):
-        (plain, none, calls), (recorded, captured, calls_too) = results[rank][arm]
+        (plain, none), (recorded, captured) = results[rank][arm]
         assert none == 0
-        assert calls == calls_too
         assert captured >= STEPS - len(SIZES) - STEPS // 10
         for n, (one, two) in enumerate(zip(plain, recorded, strict=True)):
             for name, value in one.items():
