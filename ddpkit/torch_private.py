@@ -7,12 +7,13 @@ this is loaded.
 import contextlib
 import getpass
 import importlib
+import itertools
 import operator
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,6 +146,14 @@ def hooks_of(optimizer: Optimizer) -> list[Callable[..., Any]]:
         (_OPTIMIZERS, "_global_optimizer_post_hooks"),
     ]
     return [hook for home, name in places for hook in getattr(home, name, {}).values()]
+
+
+_HOOKS = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def count_gradient_hooks(parameters: Iterable[Tensor]) -> int:
+    """How many hooks on parameters a backward pass calls: torch tells nowhere else."""
+    return sum(map(len, filter(None, itertools.chain.from_iterable(map(_HOOKS, parameters)))))
 
 
 def undo_capture(graph: torch.cuda.CUDAGraph, pool: Any, *, has_begun: bool) -> None:

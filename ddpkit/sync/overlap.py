@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ddpkit.errors import InputError, RankDisagreementError
 from ddpkit.sync.buckets import Bucket, by_size
 from ddpkit.sync.flat import FlatSync
-from ddpkit.torch_private import version_of
+from ddpkit.torch_private import count_gradient_hooks, version_of
 
 MIB = 2**20
 
@@ -203,8 +203,12 @@ class OverlapSync(FlatSync):
 
     @property
     def _has_one_average(self) -> bool:
-        """The same buckets in the same order, once ranks have agreed on that; hooks start nothing where a recording does."""
-        return type(self).reduce is OverlapSync.reduce and (self._arrivals is not None or len(self._buckets) <= 1)
+        """The same buckets in the same order, once ranks have agreed on that, unless others have hooks too, which would not be
+        called.
+        """
+        if type(self).reduce is not OverlapSync.reduce or (self._arrivals is None and len(self._buckets) > 1):
+            return False
+        return count_gradient_hooks(self._all) == len(self._hooks)
 
     @torch.no_grad()
     def _agree_on_order(self) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpkit.errors import InputError
 from ddpkit.sync.base import GradientSync
 from ddpkit.sync.flat import FlatSync
-from ddpkit.torch_private import count_buckets
+from ddpkit.torch_private import count_buckets, count_gradient_hooks
 
 
 class StandardSync(GradientSync):
@@ -106,8 +106,10 @@ class StandardSync(GradientSync):
             self._beside.comm.reset()
 
     def recordable_average(self) -> Callable[[], None] | None:
-        """Nothing where there are no other ranks; the wrapper communicates in a backward pass alone."""
-        return self.reduce if self.world_size == 1 and type(self).reduce is StandardSync.reduce else None
+        """Nothing where there are no other ranks, nor hooks to be called; the wrapper communicates in a backward pass alone."""
+        if self.world_size > 1 or type(self).reduce is not StandardSync.reduce:
+            return None
+        return None if count_gradient_hooks(self.parameters.values()) else self.reduce
 
     def _note_call(self, wrapper: DistributedDataParallel, batch: Any) -> None:
         """Notes that a forward pass came through the wrapper whose backward pass communicates."""

@@ -9,6 +9,7 @@ from toy import Toy
 import ddpkit
 from ddpkit.compile.backend import using
 from ddpkit.errors import InputError
+from ddpkit.sync.overlap import OverlapSync
 
 DURING = {"standard": {}, "overlap": BUCKETS}
 
@@ -46,8 +47,6 @@ class Learned(Criterion):
 
 class Tied(Criterion):
     """Looks at the model's weights too."""
-
-    model = None
 
     def forward(self, output, batch):
         parts = super().forward(output, batch)
@@ -166,7 +165,7 @@ class Doubled(ddpkit.FlatSync):
                 p.grad.mul_(2)
 
 
-class DoubledBuckets(ddpkit.sync.overlap.OverlapSync):
+class DoubledBuckets(OverlapSync):
     """Does more than `overlap`."""
 
     def reduce(self):
