@@ -367,6 +367,10 @@ def train_sampler(
     )  # fmt: skip
 
 
+PROVEN = ("after backward", "in graph")
+"""When strategies act whose recorded steps have been proven on GPUs: `cuda_graphs=auto` records no others, `true` does."""
+
+
 def records(config: DictConfig, here: Environment) -> bool:
     """Whether steps of a run are recorded and replayed, if what fills batches up is left out.
 
@@ -375,8 +379,8 @@ def records(config: DictConfig, here: Environment) -> bool:
     """
     can_communicate = here.device.type != "cuda" or here.world_size == 1 or "nccl" in here.backend
     if config.cuda_graphs == "auto":
-        acts = acts_of(strategy_name(config))
-        return bool(config.compile) and here.device.type == "cuda" and acts != "during backward" and can_communicate
+        is_proven = acts_of(strategy_name(config)) in PROVEN
+        return bool(config.compile) and here.device.type == "cuda" and is_proven and can_communicate
     if config.cuda_graphs and not can_communicate:
         raise InputError(
             f"cuda_graphs=true records the communication of ranks, which NCCL alone allows, and these use {here.backend}: give "

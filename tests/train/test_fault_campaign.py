@@ -231,7 +231,10 @@ def test_a_struck_run_goes_on_bit_for_bit(campaign, fault, when, rank):
     [
         pytest.param("cpu", "kill", "custom", marks=pytest.mark.long),
         pytest.param("cpu", "nan", "ingraph", marks=pytest.mark.long),
+        pytest.param("cpu", "kill", "standard", marks=pytest.mark.long),
         pytest.param("cuda", "kill", "custom", marks=pytest.mark.gpu(2)),
+        pytest.param("cuda", "kill", "standard", marks=pytest.mark.gpu(2)),
+        pytest.param("cuda", "stop", "overlap", marks=pytest.mark.gpu(2)),
         pytest.param("cuda", "stop", "ingraph", marks=pytest.mark.gpu(2)),
         pytest.param("cuda", "nan", "custom", marks=pytest.mark.gpu(2)),
     ],

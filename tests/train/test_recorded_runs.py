@@ -73,12 +73,35 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(ddpkit_run, sized, f
 
 
 @pytest.mark.parametrize(
+    ("device", "ranks", "strategy"),
+    [
+        ("cpu", 2, "standard"),
+        pytest.param("cuda", 2, "standard", marks=pytest.mark.gpu(2)),
+        pytest.param("cuda", 2, "overlap", marks=pytest.mark.gpu(2)),
+        pytest.param("cuda", 4, "standard", marks=pytest.mark.gpu(4)),
+    ],
+)
+def test_strategies_that_act_during_the_backward_pass(ddpkit_run, tmp_path, device, ranks, strategy):
+    words = (*RUN, *HERE[device], MODEL[device], f"strategy={strategy}", "train.max_epochs=4")
+    for graphs in ("false", "true"):
+        ddpkit_run(*words, f"cuda_graphs={graphs}", f"run_dir={tmp_path / graphs}", ranks=ranks)
+    assert summary(tmp_path / "true")["captured_steps"] > 12
+    # filled up, sums over rows are rounded otherwise
+    pd.testing.assert_frame_equal(
+        steps(tmp_path / "false")[LOSSES], steps(tmp_path / "true")[LOSSES], rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize(
     ("overrides", "device", "expected"),
     [
         ("cuda_graphs=auto compile=true", "cuda", True),
         ("cuda_graphs=auto compile=true", "cpu", False),
         ("cuda_graphs=auto", "cuda", False),
         ("cuda_graphs=auto compile=true strategy=standard", "cuda", False),
+        ("cuda_graphs=auto compile=true strategy=overlap", "cuda", False),
+        ("cuda_graphs=true compile=true strategy=standard", "cuda", True),
+        ("cuda_graphs=true compile=true strategy=overlap", "cuda", True),
         ("cuda_graphs=auto compile=true strategy=ingraph", "cuda", True),
         ("cuda_graphs=true compile=true", "cpu", True),
         ("compile=true", "cuda", True),

@@ -82,7 +82,7 @@ RUNS = (
     Run("overlap", compiled=True),
     Run("ingraph", compiled=True),
 )
-RECORDED = (Run("custom", compiled=True, recorded=True), Run("ingraph", compiled=True, recorded=True))
+RECORDED = tuple(Run(name, compiled=True, recorded=True) for name in ("standard", "custom", "overlap", "ingraph"))
 """Struck where they are asked for by name: which trial has which number stays as it was before they came."""
 
 
