@@ -9,7 +9,8 @@ depends on when the strategy acts (`GradientSync.acts`):
 | during backward | `EagerGradients`; compiled: through `CompiledForces` | the backward pass and `synchronize()` | `Update` |
 | in graph | `CompiledGradients` | its graph (`AfterGradients.trace`) | `Update`, or its graph |
 
-With `cuda_graphs`, `ddpkit.capture.steps.RecordedSteps` records these parts and replays them.
+With `cuda_graphs`, `ddpkit.capture.steps.RecordedSteps` records these parts and replays them; where a strategy acts during the
+backward pass, `ddpkit.capture.backward.BackwardGradients` brings gradients to it.
 """
 
 import itertools
@@ -78,7 +79,8 @@ def make_step(
             batches they tell, and what they do not tell costs another compilation later.
         cuda_graphs: with `compile`, record steps in CUDA graphs and replay them, so that the device does not wait for the host: a
             step whose batch has the sizes of an earlier one is recorded (`ddpkit.padding.pad` brings batches to few sizes).
-            On a CPU recordings are kept operation by operation, which shows whether a step can be recorded and wins nothing.
+            Under strategies that act during the backward pass, recordings do not see changes of closures and globals in the
+            criterion either. On a CPU recordings are kept operation by operation, which shows whether a step can be recorded and wins nothing.
         options: passed on to the strategy.
 
     Raises:
