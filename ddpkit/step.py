@@ -80,7 +80,8 @@ def make_step(
         cuda_graphs: with `compile`, record steps in CUDA graphs and replay them, so that the device does not wait for the host: a
             step whose batch has the sizes of an earlier one is recorded (`ddpkit.padding.pad` brings batches to few sizes).
             Under strategies that act during the backward pass, recordings do not see changes of closures and globals in the
-            criterion either. On a CPU recordings are kept operation by operation, which shows whether a step can be recorded and wins nothing.
+            criterion either. On a CPU recordings are kept operation by operation, which shows whether a step can be recorded
+            and wins nothing.
         options: passed on to the strategy.
 
     Raises:

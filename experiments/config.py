@@ -160,8 +160,8 @@ class RunConfig:
             uncompiled, to separate the effect of tracing from that of compiling.
         cuda_graphs: replay recorded steps, for which batches are filled up to a few sizes: `true`, `false`, or `auto`: with a GPU
             for each rank, where the step is compiled, the strategy is `custom`, `ingraph` or `none`, and the model leaves out
-            what fills batches up (`standard` and `overlap` are recorded with `true` alone). On a CPU, recordings are kept operation by operation, which shows that a step can be
-            recorded and wins nothing.
+            what fills batches up (`standard` and `overlap` are recorded with `true` alone). On a CPU, recordings are kept
+            operation by operation, which shows that a step can be recorded and wins nothing.
         check_kernels: compare the model's kernels with its reference in plain PyTorch before training.
         precision: what the model computes in; `mixed` has geometry and sums of energies in float64, and the layers in float32.
         tf32: let float32 matrix products use TF32 on NVIDIA GPUs.
