@@ -65,7 +65,7 @@ class BackwardGradients:
             The criterion's output, detached and summed over the batches; parameters are not updated.
         """
         trained = {n: p for n, p in enumerate(self._trained.parameters) if p.requires_grad}
-        others = {p: p.detach().requires_grad_() for p in trained.values()}
+        others: dict[Tensor, Tensor] = {p: p.detach().requires_grad_() for p in trained.values()}
         outputs, used = [], set[int]()
         for batch in batches:
             output, gradients = self._differentiate(batch, others)

@@ -444,6 +444,7 @@ class _Piece:
         self._inputs = [(numbers, [own[n] for n in numbers]) for numbers in groups.values()]
         self._memory = _memory_of(copies[0]) if self._places else None
         batches = given.filled(own)
+        self.gradients: list[Tensor | None] = []
 
         def record() -> list[Tensor]:
             self._form, tensors = Tree.of(body(batches))
@@ -453,7 +454,6 @@ class _Piece:
 
         self._recording = make(record, device, pool)
         self.is_recorded = self.is_made = False
-        self.gradients: list[Tensor | None] = []
 
     def record(self) -> None:
         """Takes it down.
