@@ -14,7 +14,6 @@ from torch import Tensor
 from ddpkit.compile.forces import CompiledForces, Instead
 from ddpkit.compile.objective import Criterion, apart, differentiable, total
 from ddpkit.compile.situations import Situation, Situations
-from ddpkit.compile.snapshot import Snapshot
 from ddpkit.compile.state import State
 from ddpkit.errors import InputError
 from ddpkit.sync.base import GradientSync
@@ -48,7 +47,7 @@ class BackwardGradients:
         self._require_held()
 
     def _require_held(self) -> None:
-        held = set(self._tensors()) | set(Snapshot({"model": self._core.model}).modules[0].parameters())
+        held = {*self._tensors(), *self._core.model.parameters()}
         for name, p in zip(self._trained.names, self._trained.parameters, strict=True):
             if p not in held:
                 raise InputError(
@@ -175,7 +174,7 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:  # type: ignore[override]
         ctx.gradients = gradients
-        return parameters[0].new_zeros(())
+        return torch.zeros((), device=parameters[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:  # type: ignore[override]

@@ -6,6 +6,7 @@ from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.capture.recording import Pretended
+from ddpkit.capture.steps import RecordedSteps
 from ddpkit.compile.backend import use
 from ddpkit.errors import RecordingError
 from ddpkit.ranks.group import environment
@@ -160,6 +161,34 @@ def test_all_ranks_record_or_none():
     """On a GPU all go on without recordings then; here they stop."""
     with pytest.raises(Exception, match="On rank 1: no memory left"):
         run_ranks(fails_to_record, 2, timeout=300, environment=variables("cpu"))
+
+
+def goes_on_without():
+    """As on a GPU: what cannot be recorded there runs as it is from then on."""
+    begin()
+    plain, _ = train(ARMS["standard"], cuda_graphs=False)
+    if torch.distributed.get_rank() == 1:
+
+        def record(_):
+            raise RecordingError("no memory left")
+
+        def give_up(steps, error):
+            assert "no memory left" in str(error)
+            steps._refused = True
+            steps.close()
+
+        Pretended.record, RecordedSteps._give_up = record, give_up
+    recorded, captured = train(ARMS["standard"], cuda_graphs=True)
+    return plain, recorded, captured
+
+
+def test_a_rank_goes_on_alone_where_the_average_is_in_no_recording():
+    for rank, (plain, recorded, captured) in enumerate(
+        run_ranks(goes_on_without, 2, timeout=300, environment=variables("cpu"))
+    ):
+        assert (captured == 0) == (rank == 1)
+        for one, two in zip(plain, recorded, strict=True):
+            assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def plans_alone():
