@@ -40,11 +40,16 @@ class BackwardGradients:
         self._situations = Situations(
             {"criterion": criterion},
             lambda snapshot: Situation(State(snapshot, {})),
-            core.state,
+            self._look_at_model,
             "steps had to be recorded for each: from now on they run as they are",
         )
+        self._of_model: State  # as of the last look
         self._now: Situation = self._situations.now()
         self._require_held()
+
+    def _look_at_model(self) -> State:
+        self._of_model = self._core.state()
+        return self._of_model
 
     def _require_held(self) -> None:
         held = {*self._tensors(), *self._core.model.parameters()}
@@ -83,7 +88,7 @@ class BackwardGradients:
         knows of no other stream that they were used on.
         """
         with torch.enable_grad():
-            output = self._core.call_with([others.get(x, x) for x in self._core.state().tensors()], apart(batch))
+            output = self._core.call_with([others.get(x, x) for x in self._of_model.tensors()], apart(batch))
             state = self._now.state
             result = state.call([others.get(x, x) for x in state.tensors()], self._criterion, output, batch)
             gradients = torch.autograd.grad(differentiable(result), list(others.values()), allow_unused=True)
@@ -110,14 +115,14 @@ class BackwardGradients:
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Those of model and criterion."""
-        states = self._core.state(), self._now.state
+        states = self._of_model, self._now.state
         return [named for state in states for named in zip(state.names, state.tensors(), strict=True)]
 
     def finish(self) -> None:
         """Called where a recording has brought the gradients."""
 
     def _tensors(self) -> list[Tensor]:
-        return [*self._core.state().tensors(), *self._now.state.tensors()]
+        return [*self._of_model.tensors(), *self._now.state.tensors()]
 
     # --- through the strategy -------------------------------------------------------------------------------------
 
@@ -156,7 +161,7 @@ class BackwardGradients:
             brought = [p.grad for p in parameters]
             for p, gradient in zip(parameters, before, strict=True):
                 p.grad = gradient
-            of_model = {*self._core.state().tensors()}  # those of them without a gradient are in the graph too, as ever
+            of_model = {*self._of_model.tensors()}  # those of them without a gradient are in the graph too, as ever
             passed = [
                 (p, gradient.clone() if copied and gradient is not None else gradient)
                 for p, gradient in zip(parameters, brought, strict=True)
