@@ -239,9 +239,8 @@ class RecordedSteps:
         for batch in batches:
             given = Given.of([batch])
             piece = self._piece(("gradients", Forms.form(given), self._situation), gradients, given)
-            if (
-                not piece.is_recorded
-            ):  # before the strategy communicates: what fails here is run as it is, on this rank alone
+            # Before the strategy communicates: what fails here is run as it is, on this rank alone.
+            if not piece.is_recorded:
                 self._record(piece, given)
             runs.append(partial(self._run_piece, piece, given, steps=False))
         with self._sync.around_backward():
