@@ -28,7 +28,7 @@ def is_due(step: int) -> bool:
 
 
 class Projection:
-    """Writes `projection.csv` of a run. Rank 0 alone holds one.
+    """Writes `projection.csv` of a run, from `begin()` on. Rank 0 alone holds one.
 
     Args:
         model: whose trained parameters are projected: added up with random signs into 64 numbers.
@@ -40,11 +40,14 @@ class Projection:
     def __init__(self, model: nn.Module, probe: Callable[[], float], path: Path, *, resume_from: int = 0) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._signs = list(_signs(self._parameters))
-        self._probe = probe
-        drop_rows_after(path, "step", resume_from)
-        self._log = CsvLog(path, COLUMNS)
+        self._probe, self._path = probe, path
         self._last = resume_from
-        if not resume_from:
+
+    def begin(self) -> None:
+        """Opens the file; a run from scratch records where it starts."""
+        drop_rows_after(self._path, "step", self._last)
+        self._log = CsvLog(self._path, COLUMNS)
+        if not self._last:
             self._write(0)
 
     def after(self, step: int, *, ends: bool = False) -> None:

@@ -171,6 +171,8 @@ class Trainer:
         Raises:
             NonFiniteLossError, NonFiniteGradientError: on every rank, where any rank met NaN or infinity.
         """
+        if self._projection is not None:
+            self._projection.begin()
         self._started = time.monotonic() - self.progress.seconds
         with self._signals(), self._profiler or nullcontext(), closing(self.train_loader):
             if self._profiler is not None:

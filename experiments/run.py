@@ -90,7 +90,8 @@ def _run(config: DictConfig, started: DictConfig, overrides: Sequence[str]) -> N
         with alive(here, job.record_failure) as lifeline:
             phase.enter("data")
             job.open(overrides)
-            lifeline.keeps_in(Path(job.config.run_dir))
+            if job.run_dir is not None:
+                lifeline.keeps_in(job.run_dir)
             _train(job, lifeline)
     except BaseException as failure:
         job.close_failed(failure)
@@ -106,7 +107,7 @@ class Job:
         config: the configuration; of a resumed run, the one it was started with.
         here: where this process stands.
         state: of the checkpoint to go on from; None for a new run.
-        run_dir: the folder, once it is this run's.
+        run_dir: the folder, once it is this run's: from `open()` on for a new run, from `begin()` on for one that goes on.
         folder: writes there, on rank 0.
         trainer: once there is one.
     """
@@ -120,7 +121,7 @@ class Job:
         self._lock: FolderLock | None = None
 
     def open(self, overrides: Sequence[str]) -> None:
-        """Takes the folder, reads the checkpoint of a resumed run, and begins to write.
+        """Takes the folder, and reads the checkpoint of a resumed run; a new run begins to write.
 
         Raises:
             InputError: on every rank; the folder is as it was.
@@ -155,8 +156,19 @@ class Job:
                     OmegaConf.to_yaml(config),
                     describe_environment(here, comm=config.comm, seeds={"seed": config.seed, "data": config.data.seed}),
                 )
-                self.run_dir = path  # it says "running" from here on, and the others may never come
+                if self.state is None:
+                    self.run_dir = path  # it says "running" from here on, and the others may never come
                 self.folder.summarize(status="running", error=None, error_kind=None)
+        if self.state is None:
+            self.run_dir = path
+
+    def begin(self) -> None:
+        """Begins to write where a run goes on, once nothing can be refused any more."""
+        path = Path(self.config.run_dir)
+        with agree("opening the run folder"):
+            if self.folder is not None:
+                self.run_dir = path
+                self.folder.begin()
         self.run_dir = path
 
     def record_failure(self, sentence: str) -> None:
@@ -223,7 +235,8 @@ def _train(job: Job, lifeline: Lifeline) -> None:
                 flush=True,
             )
             folder.summarize(imbalance_before=before, imbalance=after)
-        folder.begin()
+    job.begin()
+    lifeline.keeps_in(Path(config.run_dir))
     trainer.fit()
     phase.enter("end")
     if folder is None:

@@ -267,6 +267,10 @@ def _build_trainer(
                 folder.summarize(capacities=asdict(filled))
             if config.compile:
                 step.prepare(batches)
+    between_epochs = None
+    if config.train.turns is not None:
+        with agree("waiting for its turn"):
+            between_epochs = wait_for(Path(config.train.turns), Path(config.run_dir).name)
     trainer = Trainer(
         model=model,
         step=step,
@@ -285,12 +289,14 @@ def _build_trainer(
         profiler=StepProfiler(folder.path / "profile", config.profile, here.device)
         if folder and config.profile
         else None,
-        between_epochs=wait_for(Path(config.train.turns), Path(config.run_dir).name) if config.train.turns else None,
+        between_epochs=between_epochs,
     )
     if state is not None:
         with agree("restoring the checkpoint"):
             try:
                 trainer.load_state_dict(state)
+            except InputError:
+                raise
             except (RuntimeError, ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"The checkpoint of {config.run_dir} does not fit its model ({_short(error)}): use the one that this "

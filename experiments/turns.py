@@ -46,7 +46,11 @@ def wait_for(folder: Path, label: str) -> Callable[[Runner], int]:
 
     Returns:
         A function for all ranks to call, which returns the number of a signal to stop that came meanwhile, or 0.
+
+    Raises:
+        InputError: nobody gives turns there.
     """
+    _require_giver(folder)
 
     def wait(trainer: Runner) -> int:
         with agree("giving way to other runs"):  # all ranks have, before anybody else has a turn
@@ -79,14 +83,23 @@ def _take_again(count: int) -> None:
 def _wait(folder: Path, label: str, trainer: Runner) -> int:
     epoch = trainer.progress.epoch
     (folder / f"{label}.ready.{epoch}").touch()
-    go, alive = folder / f"{label}.go.{epoch}", folder / _ALIVE
+    go = folder / f"{label}.go.{epoch}"
     while not go.exists():
         if trainer.stop_signal:
             return trainer.stop_signal
-        if not alive.exists() or time.time() - alive.stat().st_mtime > _GONE_AFTER:
-            raise InputError(f"Nobody gives turns in {folder} any more: start the study again.")
+        _require_giver(folder)
         time.sleep(_POLL)
     return 0
+
+
+def _require_giver(folder: Path) -> None:
+    last = 0.0
+    with suppress(FileNotFoundError):
+        last = (folder / _ALIVE).stat().st_mtime
+    if time.time() - last > _GONE_AFTER:
+        raise InputError(
+            f"Nobody gives turns in {folder} any more: start the study again, or go on with this run alone by train.turns=null."
+        )
 
 
 class Turns:

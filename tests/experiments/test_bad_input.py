@@ -1,5 +1,6 @@
 """Bad input ends in one sentence and exit code 2, on every rank."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -125,8 +126,28 @@ def test_one_sentence_that_names_the_thing(case, files, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    _dispatch(["run", *TINY, f"data.path={files}/good.xyz", f"data.cache={folder}/cache", f"run_dir={folder}/run"])
+    words = (*TINY, "train.projection=true", f"data.path={files}/good.xyz", f"data.cache={folder}/cache")
+    _dispatch(["run", *words, f"run_dir={folder}/run"])
     return folder / "run"
+
+
+@pytest.fixture
+def killed(finished, tmp_path):
+    """The folder of a run that was killed some steps after its last checkpoint."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"status": "running"}))
+    for name in ("steps.csv", "projection.csv"):
+        *_, last = (run / name).read_text().splitlines()
+        step, *rest = last.split(",")
+        (run / name).write_text(f"{(run / name).read_text()}{','.join([str(int(step) + 1), *rest])}\n")
+    (run / "summary.json.12-34.part").write_text("half")
+    return run
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class Touch:
@@ -158,20 +179,32 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_bad_checkpoint_is_refused_and_nothing_is_touched(damage, finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    last = run / "checkpoints" / "last.pt"
+def test_a_bad_checkpoint_is_refused_and_nothing_is_touched(damage, killed):
+    last = killed / "checkpoints" / "last.pt"
     change, expected = DAMAGE[damage]
     change(torch.load(last, weights_only=True), last)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "environment.json"}
+    before = contents(killed)
     with pytest.raises(InputError, match=expected) as raised:
-        _dispatch(["run", f"resume={run}", "train.max_epochs=2"])
+        _dispatch(["run", f"resume={killed}", "train.max_epochs=2"])
     assert "\n" not in str(raised.value)
-    assert {path: path.read_bytes() for path in before if path.suffix in (".csv", ".pt")} == {
-        path: content for path, content in before.items() if path.suffix in (".csv", ".pt")
-    }
-    assert not (run / "checkpoints" / "touched").exists()
+    assert contents(killed) == before
+
+
+UNFIT = {
+    "device=cuda:77": "cuda",
+    "train.turns=gone": "train.turns=null",
+    "seed=2": "seed=2 is not what the run in",
+    "profile=-1": "profile=-1",
+}
+
+
+@pytest.mark.parametrize("word", UNFIT)
+def test_settings_that_a_run_cannot_go_on_with_are_refused_and_nothing_is_touched(word, killed):
+    before = contents(killed)
+    with pytest.raises(InputError, match=UNFIT[word]) as raised:
+        _dispatch(["run", f"resume={killed}", "train.max_epochs=2", word])
+    assert "\n" not in str(raised.value)
+    assert contents(killed) == before
 
 
 def test_a_run_is_not_written_over(finished, files):

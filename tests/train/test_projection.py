@@ -30,6 +30,7 @@ def test_steps_are_evenly_spaced_in_the_logarithm():
 
 def test_a_last_step_that_is_due_is_written_once(tmp_path):
     log = Projection(nn.Linear(3, 2), lambda: 0.5, tmp_path / "projection.csv")
+    log.begin()
     for step in (1, 2, 3):
         log.after(step)
     log.after(3, ends=True)
@@ -41,6 +42,7 @@ def test_distances_of_projections_are_distances_of_parameters(tmp_path):
     model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 20), nn.Linear(20, 3)).requires_grad_(True)
     before = [p.detach().clone() for p in model.parameters()]
     log = Projection(model, lambda: 0.5, tmp_path / "projection.csv")
+    log.begin()
     ratios = []
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)

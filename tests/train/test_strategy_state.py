@@ -1,6 +1,7 @@
 """What a strategy keeps from step to step is in checkpoints, for each rank."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -61,13 +62,19 @@ def test_it_is_there_for_each_rank(stopped):
     assert all(any(bool(r.any()) for r in rank.values()) for rank in (first, second))
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("stopped", ["eager"], indirect=True)
-def test_on_another_number_of_ranks_it_is_refused(stopped, ddpkit_run):
-    done = ddpkit_run(f"resume={stopped / 'parts'}", *GOES_ON, ranks=1, check=False)
+def test_on_another_number_of_ranks_it_is_refused_and_the_folder_left_alone(stopped, ranks, ddpkit_run, tmp_path):
+    run = shutil.copytree(stopped / "parts", tmp_path / "parts")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"status": "running"}))  # as if it had been killed
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = ddpkit_run(f"resume={run}", *GOES_ON, ranks=ranks, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "state" in line]
-    assert "a state for each of 2 ranks, and 1 are to go on" in line
+    assert line.startswith(f"ddpkit: strategy=Sparse has kept a state for each of 2 ranks, and {ranks} are to go on")
     assert "resume on 2" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(stopped, ddpkit_run):
