@@ -37,6 +37,8 @@ def ended(summary: Mapping[str, Any]) -> Outcome:
     status, error, kind = (str(summary.get(key) or "") for key in ("status", "error", "error_kind"))
     if status == "finished":
         return Outcome("complete")
+    if status == "stopped":
+        return Outcome("interrupted", f"interrupted ({error})")
     if status != "failed":
         return Outcome("interrupted", status or "unknown")
     if _NOT_FINITE.search(error):
@@ -66,7 +68,7 @@ def outcome(run: Run, baseline: Run, steps: int) -> Outcome:
         return Outcome("failed", f"skipped {skipped} updates whose gradient was not finite")
     if (ratio := _risen(run, baseline)) > FAR:
         return Outcome("failed", f"diverged (its last losses are {ratio:.2g} times what they were to be compared with)")
-    if told.kind == "interrupted" and (run.status == "failed" or run.last < steps):
+    if told.kind == "interrupted" and (run.status in ("failed", "stopped") or run.last < steps):
         return Outcome("interrupted", f"{told.why} at step {run.last} of {steps}")
     return Outcome("complete")
 

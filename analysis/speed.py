@@ -331,9 +331,10 @@ def _within(data: Study, cell: Cell, reference: Cell) -> float | None:
 
 
 def _notes(data: Study) -> Iterator[str]:
-    failed = [run.label for runs in data.runs.values() for run in runs if run.status == "failed"]
-    if failed:
-        yield f"Failed, with complete epochs that are used: {', '.join(failed)}."
+    ended = [run for runs in data.runs.values() for run in runs]
+    for status in ("failed", "stopped"):
+        if labels := [run.label for run in ended if run.status == status]:
+            yield f"{status.capitalize()}, with complete epochs that are used: {', '.join(labels)}."
     if not data.in_turns:
         yield "The runs of a block followed one another and did not take turns: drift of the machine adds to the spread."
         if late := _slow_start(data.times):

@@ -262,8 +262,11 @@ def _train(job: Job, lifeline: Lifeline) -> None:
     if trainer.stopped_by is None:
         folder.summarize(status="finished", **facts)
     else:
-        why = f"stopped by {trainer.stopped_by.name} after step {done.step}: continue with resume={folder.path}"
-        folder.summarize(status="failed", error=why, **facts)
+        remedy = f"continue with resume={folder.path}"
+        if not trainer.config.leaves_checkpoints:
+            remedy = "train.checkpoint_every=never has left no checkpoint to go on from, so start a new run"
+        why = f"stopped by {trainer.stopped_by.name} after step {done.step}: {remedy}"
+        folder.summarize(status="stopped", error=why, **facts)
         print(f"ddpkit: {why}", flush=True)
 
 

@@ -151,7 +151,8 @@ def test_an_interrupted_run_is_missing_and_no_evidence():
     rng = np.random.default_rng(7)
     runs = simulated(rng, seeds=8, scatter=0.001)
     number = next(n for n, run in enumerate(runs) if run.label == "compiled_4")
-    for status, error in (("running", None), ("failed", "stopped by SIGTERM after step 20: continue with resume=x")):
+    stopped = "stopped by SIGTERM after step 20: continue with resume=x"
+    for status, error in (("running", None), ("failed", stopped), ("stopped", stopped)):
         runs[number] = run_of(
             "compiled_4", BASE[:20], status=status, summary={"error": error}, seed=4, compile=True
         )  # fmt: skip

@@ -21,6 +21,7 @@ NAN = "The loss was nan at step 9 on rank 1: look at that batch's labels, lower 
         ({"status": "failed", "error": "CUDA out of memory", "error_kind": "OutOfMemoryError"}, "failed"),
         ({"status": "failed", "error": "a significant difference", "error_kind": "RuntimeError"}, "failed"),
         ({"status": "failed", "error": "stopped by SIGUSR1 after step 7: continue with resume=x"}, "interrupted"),
+        ({"status": "stopped", "error": "stopped by SIGUSR1 after step 7: continue with resume=x"}, "interrupted"),
         (
             {"status": "failed", "error": "Rank 1 ended by SIGKILL", "error_kind": "RankDisagreementError"},
             "interrupted",
@@ -50,6 +51,8 @@ def test_logs_are_read_too():
         (higher, "finished", "complete"),
         (base[:50], "running", "interrupted"),
         (base, "running", "complete"),
+        (base[:50], "stopped", "interrupted"),
+        (base, "stopped", "interrupted"),  # its last row may be missing in projection.csv
         (base[:50], "finished", "complete"),  # it stopped early by its own rule
     ):
         assert outcome(run_of("arm", losses, status=status), baseline, 100).kind == kind

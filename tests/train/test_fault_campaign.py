@@ -70,7 +70,7 @@ GOOD = End(True, 1.0, 137, [], "failed", "At step 3 rank 1 (process 5 on host) e
         (KILLED, {}, ""),
         (KILLED, {"status": "finished", "error": ""}, ""),
         (KILLED, {"status": "", "error": "", "output": "mpirun noticed that rank 1 exited on signal 9"}, ""),
-        (KILLED, {"code": 0, "error": "stopped by SIGTERM after step 3, rank 1"}, ""),
+        (KILLED, {"code": 0, "status": "stopped", "error": "stopped by SIGTERM after step 3, rank 1"}, ""),
         (KILLED, {"ended": False}, "not ended"),
         (KILLED, {"left": ["python worker"]}, "processes left: python worker"),
         (KILLED, {"code": 0}, "exit code 0"),

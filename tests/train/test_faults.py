@@ -129,17 +129,34 @@ def test_a_killed_rank_ends_the_run_with_its_name(rank, overrides, tmp_path, ddp
         assert list(pd.read_csv(run / "steps.csv").step) == list(range(1, total + 1))
 
 
-def test_a_signal_to_one_rank_has_all_save_and_leave(overrides, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "receiver", "more"),
+    [
+        (signal.SIGTERM, "rank", ()),
+        (signal.SIGUSR1, "mpirun", ()),
+        (signal.SIGUSR1, "rank", ("train.checkpoint_every=never",)),
+    ],
+)
+def test_a_signal_has_all_ranks_save_and_leave(number, receiver, more, overrides, tmp_path, ddpkit_run):
     run = tmp_path / "run"
-    job = Job(*overrides, f"run_dir={run}")
+    job = Job(*overrides, *more, f"run_dir={run}")
     job.after_steps(run, 3)
-    os.kill(job.ranks()[1], signal.SIGTERM)
+    os.kill(job.ranks()[1] if receiver == "rank" else job.mpirun.pid, number)
     said, _ = job.mpirun.communicate(timeout=300)
     assert job.mpirun.returncode == 0, said
     summary = json.loads((run / "summary.json").read_text())
-    assert "stopped by SIGTERM" in summary["error"]
-    assert checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["step"] == summary["steps"]
-    assert len(pd.read_csv(run / "steps.csv")) == summary["steps"]
+    steps = summary["steps"]
+    assert (summary["status"], summary["error_kind"]) == ("stopped", None)
+    assert summary["error"].startswith(f"stopped by {number.name} after step {steps}")
+    assert len(pd.read_csv(run / "steps.csv")) == steps
+    assert ("continue with resume=" in summary["error"]) is not bool(more)
+    if more:
+        assert "train.checkpoint_every=never" in summary["error"]
+        return
+    assert checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["step"] == steps
+    ddpkit_run(*overrides, f"resume={run}", f"train.max_steps={steps + 3}", ranks=2)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["error"], summary["steps"]) == ("finished", None, steps + 3)
 
 
 def test_a_rank_whose_launcher_is_gone_says_so(monkeypatch):

@@ -81,8 +81,7 @@ def faults_of_end(trial: Trial, end: End) -> list[str]:
         return wrong
     if fault.harmless:
         wrong.append(f"a harmless fault ended the run ({end.status or 'no summary'}: {end.sentence[:200]})")
-    stopped = end.status == "failed" and end.error.startswith("stopped by SIG")
-    if end.ended and end.code == 0 and not stopped:
+    if end.ended and end.code == 0 and end.status != "stopped":
         wrong.append("exit code 0 of a run that did not finish")
     if end.status:
         wrong += _faults_of_sentence(trial, end)
@@ -94,7 +93,7 @@ def faults_of_end(trial: Trial, end: End) -> list[str]:
 
 
 def _faults_of_sentence(trial: Trial, end: End) -> list[str]:
-    if end.status != "failed":
+    if end.status not in ("failed", "stopped"):
         return [f"summary.json says {end.status}"]
     wanted = FAULTS[trial.fault].names.format(rank=trial.rank)
     if not re.search(wanted, end.error, re.IGNORECASE):
