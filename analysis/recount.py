@@ -12,7 +12,7 @@ claims:
 ```
 
 Tables of the studies are made anew from the run folders, and what stands in the folder must agree with them; other CSVs are read
-as they are. `in: FILE` names another text, seen from the folder.
+as they are. `in: FILE` or `in: [FILE, FILE]` names other texts, seen from the folder, each of which has the sentence.
 """
 
 import re
@@ -90,7 +90,8 @@ def recount(folder: Path) -> list[Number]:
     numbers = []
     for claim in facts["claims"]:
         says = str(claim["says"])
-        _require_said(folder / str(claim.get("in", "README.md")), says)
+        for name in texts_of(claim):
+            _require_said(folder / name, says)
         printed = _BRACES.findall(says)
         takes = claim["take"] if isinstance(claim["take"], list) else [claim["take"]]
         if len(printed) != len(takes):
@@ -102,6 +103,12 @@ def recount(folder: Path) -> list[Number]:
             _require_number(folder, says, text)
             numbers.append(Number(says, text, tables.value(str(own["from"]), own.get("where") or {}, str(own["take"]))))
     return numbers
+
+
+def texts_of(claim: Mapping[str, Any]) -> list[str]:
+    """The texts that have the sentence of a claim, seen from its folder."""
+    named = claim.get("in", "README.md")
+    return [str(name) for name in (named if isinstance(named, list) else [named])]
 
 
 class Tables:

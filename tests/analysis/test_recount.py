@@ -1,5 +1,6 @@
 import argparse
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import yaml
 from simulated_runs import falling, write_run
 
 from ddpkit.analysis import cli
-from ddpkit.analysis.recount import Number
+from ddpkit.analysis.recount import Number, texts_of
 from ddpkit.analysis.runs import read_run
 from ddpkit.errors import InputError
 
@@ -33,6 +34,24 @@ def test_every_number_of_the_results_is_what_the_runs_give(capsys):
     analyze("claims", RESULTS)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(list(RESULTS.glob("*/claims.yaml"))) >= 3
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="the wheel has no results")
+def test_every_number_of_the_projects_own_tables_is_among_them():
+    path = RESULTS.parents[1] / "README.md"
+    told = [
+        claim["says"]
+        for file in RESULTS.glob("*/claims.yaml")
+        for claim in yaml.safe_load(file.read_text())["claims"]
+        if path in {(file.parent / name).resolve() for name in texts_of(claim)}
+    ]
+    text = path.read_text().partition("## What the demo shows")[2].partition("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|") and re.search(r"\d", line)]
+    assert len(rows) == 4 + 1 + 4
+    assert not [says for says in told if "|" in says and re.search(r"\d", re.sub(r"\{[^}]*\}", "", says))]
+    said = [re.sub(r"[{}]", "", says) for says in told]
+    published = ("", " paper, 32.1 M / 114 M |", " 35:58 / 40:02 |")
+    assert not [row for row in rows if not any(row.startswith(o) and row[len(o) :] in published for o in said)]
 
 
 @pytest.mark.parametrize(
