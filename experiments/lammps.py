@@ -28,13 +28,11 @@ def main(arguments: list[str]) -> None:
         lammps = installation.find()
         print(f"plugin load {build.built(lammps)}")
         return
+    ranks, arguments = _ranks(arguments)
     if not arguments or arguments[0] == "build":
         raise InputError(
             "ddpkit lammps takes `-in FILE` and LAMMPS' other arguments, or `build`: see `ddpkit lammps --help`."
         )
-    ranks = None
-    if arguments[0] == "-n":
-        ranks, arguments = _number(arguments[1:2]), arguments[2:]
     here = place()
     if here.world_size == 1:
         installation.install_mpich()
@@ -42,7 +40,14 @@ def main(arguments: list[str]) -> None:
     start.run(start.command(lammps, build.built(lammps), arguments, here, ranks))
 
 
-def _number(words: list[str]) -> int:
-    if not words or not words[0].isdigit() or int(words[0]) < 1:
+def _ranks(arguments: list[str]) -> tuple[int | None, list[str]]:
+    """The number of ranks that `-n` gives, wherever it stands, and the arguments of LAMMPS, which has no such option."""
+    if "-n" not in arguments:
+        return None, arguments
+    if arguments.count("-n") > 1:
+        raise InputError("-n is given twice: leave one away.")
+    at = arguments.index("-n")
+    words = arguments[at + 1 : at + 2]
+    if not words or not words[0].isdecimal() or int(words[0]) < 1:
         raise InputError("-n takes a number of ranks: `ddpkit lammps -n 4 -in FILE`.")
-    return int(words[0])
+    return int(words[0]), arguments[:at] + arguments[at + 2 :]

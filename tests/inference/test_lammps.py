@@ -254,6 +254,25 @@ def test_a_model_is_added_to_another_style(packages, tmp_path):
     np.testing.assert_allclose(got.virial, sum(part.virial for part in parts), rtol=1e-10)
 
 
+@pytest.mark.parametrize(("style", "weights"), [("scaled 0.25 ddpkit 0.75", (0.25, 0.75)), ("overlay ddpkit", (1, 1))])
+def test_two_models_are_mixed(style, weights, packages, tmp_path):
+    mixed = f"pair_style hybrid/{style} ddpkit\n" + "\n".join(
+        f"pair_coeff * * ddpkit {n} {packages}/{name}.pt2 H O" for n, name in enumerate(("pairs", "densities"), 1)
+    )
+    pairs = {"mixed": mixed} | {name: model(packages, name) for name in ("pairs", "densities")}
+    got, *parts = (
+        states(script(pair, tmp_path / name, run="run 0\nREPORT\n"), tmp_path / name, 2)[0]
+        for name, pair in pairs.items()
+    )
+
+    def weighted(what):
+        return sum(weight * getattr(part, what) for weight, part in zip(weights, parts, strict=True))
+
+    assert got.energy == pytest.approx(weighted("energy"), rel=1e-12)
+    np.testing.assert_allclose(got.forces, weighted("forces"), atol=1e-10)
+    np.testing.assert_allclose(got.virial, weighted("virial"), rtol=1e-10)
+
+
 def test_energy_is_conserved(packages, tmp_path):
     text = script(model(packages, "densities"), tmp_path / "nve", run="")
     text += "thermo_style custom step etotal ke\nthermo 50\nthermo_modify format float %.12g\nrun 200\n"
@@ -272,7 +291,10 @@ def changed(packages, folder, **facts):
             content = old.read(entry)
             if entry.filename.endswith("_metadata.json"):
                 told = json.loads(content)
-                content = json.dumps(told | {"ddpkit": json.dumps(json.loads(told["ddpkit"]) | facts)}).encode()
+                own = {key: value for key, value in facts.items() if not key.startswith("AOTI")}
+                told |= {key: value for key, value in facts.items() if key not in own}
+                told["ddpkit"] = json.dumps(json.loads(told["ddpkit"]) | own)
+                content = json.dumps(told).encode()
             new.writestr(entry.filename, content)
     return folder
 
@@ -283,6 +305,8 @@ REFUSED = {
     "no model": ("{packages}/pairs.pt2 H O", "", "`pair_coeff * * model.pt2` and an element for each atom type"),
     "some types": ("pair_coeff * *", "pair_coeff 1 1", "must start with * * for pair style ddpkit"),
     "no file": ("pairs.pt2", "none.pt2", "there is no file {packages}/none.pt2: give a package that `ddpkit export` wrote"),
+    "a folder": ("{packages}/pairs.pt2", "{packages}", "there is no file {packages}: give a package that `ddpkit export` wrote"),
+    "no element": (" H O", " H NULL", "instead of NULL for atom type 2, also where it has no atoms"),
     "no package": ("{packages}/pairs.pt2", "atoms", "atoms is no package that `ddpkit export` wrote, or it is damaged"),
     "a cutoff": ("ddpkit \n", "ddpkit 5.0\n", "nothing but `chunk N`"),
     "chunk of none": ("ddpkit \n", "ddpkit chunk 0\n", "nothing but `chunk N`"),
@@ -290,6 +314,21 @@ REFUSED = {
         "ddpkit \npair_coeff * * {packages}/pairs",
         "ddpkit chunk 9\npair_coeff * * {packages}/densities",
         "passes messages between atoms, so it cannot be computed in chunks",
+    ),
+    "messages, chunks asked for later": (
+        "run 1\n",
+        "pair_coeff * * {packages}/densities.pt2 H O\nrun 0\npair_style ddpkit chunk 9\nrun 1\n",
+        "passes messages between atoms, so it cannot be computed in chunks",
+    ),
+    "another model without a setup": (
+        "run 1\n",
+        "run 1\npair_coeff * * {packages}/densities.pt2 H O\nrun 1 pre no\n",
+        "leave `pre no` away",
+    ),
+    "stress about centroids": (
+        "run 1\n",
+        "compute c all centroid/stress/atom NULL\ndump d all custom 1 dumped c_c[1]\nrun 1\n",
+        "centroid/stress/atom",
     ),
     "newton": ("newton on", "newton off", "use `newton on`"),
     "units": ("units metal", "units real", "the units are real: use `units metal`"),
@@ -316,8 +355,8 @@ def test_what_cannot_be_computed_is_refused_by_all_ranks(case, ranks, packages, 
     refused(text.replace(old, new), sentence, tmp_path / "run", ranks)
 
 
-def refused(text, sentence, folder, ranks):
-    done = lammps(text, folder, ranks)
+def refused(text, sentence, folder, ranks, **keywords):
+    done = lammps(text, folder, ranks, **keywords)
     assert done.returncode not in {0, -9}
     told = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("ERROR")]
     assert len(told) == 1, told
@@ -338,6 +377,25 @@ def test_a_package_of_another_machine_is_refused(facts, sentence, packages, tmp_
     changed(packages, tmp_path / "changed", **facts)
     text = script(model(tmp_path / "changed", "pairs"), tmp_path / "run", run="run 1\n")
     refused(text, sentence, tmp_path / "run", 2)
+
+
+def test_a_damaged_package_is_refused(packages, tmp_path):
+    content = bytearray((packages / "pairs.pt2").read_bytes())
+    with zipfile.ZipFile(packages / "pairs.pt2") as archive:
+        code = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[code.header_offset + code.file_size // 2] ^= 1
+    (tmp_path / "pairs.pt2").write_bytes(content)
+    text = script(model(tmp_path, "pairs"), tmp_path / "run", run="run 1\n")
+    refused(
+        text, f"is damaged (the checksum of {code.filename} is wrong): copy or export it again", tmp_path / "run", 2
+    )
+
+
+def test_a_package_of_another_processor_is_refused(packages, tmp_path):
+    changed(packages, tmp_path / "changed", AOTI_CPU_ISA="AVX512 AVX512_VNNI")
+    text = script(model(tmp_path / "changed", "pairs"), tmp_path / "run", run="run 1\n")
+    sentence = "was compiled for processors with instructions (AVX512) that this one lacks: export the model again here"
+    refused(text, sentence, tmp_path / "run", 2, variables={"ATEN_CPU_CAPABILITY": "default"})
 
 
 def test_bonded_neighbours_that_lammps_leaves_out_are_refused(packages, tmp_path):
@@ -384,7 +442,7 @@ def ddpkit(words, folder, launcher=(), **variables):
 def test_the_command_starts_lammps_on_ranks(packages, tmp_path):
     text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\nprint 'x is $x'\n")
     (tmp_path / "run" / "script").write_text(text)
-    done = ddpkit(["-n", "2", "-in", "script", "-var", "x", "17"], tmp_path / "run")
+    done = ddpkit(["-in", "script", "-n", "2", "-var", "x", "17"], tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "x is 17" in done.stdout
     assert "on 2 procs" in done.stdout
@@ -470,6 +528,10 @@ def test_ranks_that_lammps_mpi_does_not_know_are_told_once(tmp_path):
     [
         ([], "takes `-in FILE`"),
         (["build", "now"], "takes `-in FILE`"),
+        (["-n", "2"], "takes `-in FILE`"),
+        (["-n", "2", "build"], "takes `-in FILE`"),
+        (["-in", "x", "-n"], "-n takes a number of ranks"),
+        (["-n", "2", "-in", "x", "-n", "3"], "-n is given twice"),
         (["-n", "two", "-in", "x"], "-n takes a number of ranks"),
         (["-n", "0", "-in", "x"], "-n takes a number of ranks"),
     ],

@@ -1,16 +1,19 @@
 // A model compiled into one file by `ddpkit export`.
 #pragma once
 
+#include "checksums.h"
 #include "json.h"
 
+#include <ATen/Version.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/headeronly/version.h>
 
-#include <fstream>
+#include <filesystem>
 #include <malloc.h>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace ddpkit {
@@ -87,13 +90,25 @@ class Package {
 
   static Json read(const std::string &path)
   {
-    if (!std::ifstream(path)) throw std::runtime_error("there is no file " + path + ": give a package that `ddpkit export` wrote");
+    if (std::error_code none; !std::filesystem::is_regular_file(path, none))
+      throw std::runtime_error("there is no file " + path + ": give a package that `ddpkit export` wrote");
+    std::string damaged;
+    std::unordered_map<std::string, std::string> metadata;
+    Json told;
     try {
-      const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
-      return JsonReader(metadata.at("ddpkit")).read();
+      damaged = Archive(path).damaged();
+      if (damaged.empty()) {
+        metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
+        told = JsonReader(metadata.at("ddpkit")).read();
+      }
     } catch (const std::exception &) {
       throw std::runtime_error(path + " is no package that `ddpkit export` wrote, or it is damaged: export the model again");
     }
+    if (!damaged.empty())
+      throw std::runtime_error(path + " is damaged (the checksum of " + damaged + " is wrong): copy or export it again");
+    if (!metadata["AOTI_CPU_ISA"].compare(0, 6, "AVX512") && at::get_cpu_capability() != "AVX512")
+      throw std::runtime_error(path + " was compiled for processors with instructions (AVX512) that this one lacks: export the model again here");
+    return told;
   }
 
   static std::string minor(const std::string &version)

@@ -49,6 +49,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     manybody_flag = one_coeff = 1;
     single_enable = restartinfo = 0;
     no_virial_fdotr_compute = 1;
+    centroidstressflag = CENTROID_NOTAVAIL;
     nextra = 1;  // processor seconds inside the model, for `compute pair`
     pvector = &seconds;
   }
@@ -65,6 +66,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
   void settings(int narg, char **arg) override
   {
     chunk = 0;
+    is_set_up = false;
     if (narg == 2 && !std::strcmp(arg[0], "chunk")) chunk = utils::bnumeric(FLERR, arg[1], false, lmp);
     if ((narg != 0 && narg != 2) || (narg == 2 && chunk < 1))
       error->all(FLERR, "pair_style ddpkit takes nothing but `chunk N`, with N atoms at a time: the cutoff stands in the package that "
@@ -78,7 +80,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       error->all(FLERR, "pair_style ddpkit needs `pair_coeff * * model.pt2` and an element for each atom type");
     if (narg != types + 3)
       error->all(FLERR, "pair_coeff of pair_style ddpkit names {} elements for {} atom types: give one for each type", narg - 3, types);
-    const std::string path = arg[2];
+    path = arg[2];
+    is_set_up = false;
     together([&] {
       package.reset();
       register_operators();
@@ -91,6 +94,9 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     species_of_type.assign(types + 1, 0);
     for (int type = 1; type <= types; type++) {
       const auto &names = package->species;
+      if (!std::strcmp(arg[type + 2], "NULL"))
+        error->all(FLERR, "pair_style ddpkit computes all atoms: give an element instead of NULL for atom type {}, also where it has no atoms",
+                   type);
       const auto place = std::find(names.begin(), names.end(), arg[type + 2]);
       if (place == names.end()) {
         std::string known;
@@ -109,9 +115,6 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     }
     for (int i = 1; i <= types; i++)
       for (int j = i; j <= types; j++) setflag[i][j] = 1;
-    if (chunk && package->passes_messages)
-      error->all(FLERR, "the model in {} passes messages between atoms, so it cannot be computed in chunks: leave `chunk` away, or use "
-                        "more ranks", path);
     comm_forward = comm_reverse = (package->exchange_width * package->exchange_bytes + 7) / 8;
   }
 
@@ -120,8 +123,12 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     if (std::strcmp(update->unit_style, "metal"))
       error->all(FLERR, "pair_style ddpkit computes eV and Angstrom, and the units are {}: use `units metal`", update->unit_style);
     if (!force->newton_pair) error->all(FLERR, "pair_style ddpkit needs the forces of ghost atoms: use `newton on`");
-    if (utils::strmatch(force->pair_style, "^hybrid") && !utils::strmatch(force->pair_style, "^hybrid/overlay"))
+    if (utils::strmatch(force->pair_style, "^hybrid") && !utils::strmatch(force->pair_style, "^hybrid/overlay") &&
+        !utils::strmatch(force->pair_style, "^hybrid/scaled"))
       error->all(FLERR, "pair_style ddpkit computes all atoms together: use it alone or in `hybrid/overlay`, not in {}", force->pair_style);
+    if (chunk && package->passes_messages)
+      error->all(FLERR, "the model in {} passes messages between atoms, so it cannot be computed in chunks: leave `chunk` away, or use "
+                        "more ranks", path);
     if (neighbor->nex_type + neighbor->nex_group + neighbor->nex_mol)
       error->all(FLERR, "pair_style ddpkit needs all neighbours of an atom: remove `neigh_modify exclude`");
     if (neighbor->includegroup)
@@ -135,6 +142,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     force->pair->comm_forward = std::max(force->pair->comm_forward, comm_forward);
     force->pair->comm_reverse = std::max(force->pair->comm_reverse, comm_reverse);
     neighbor->add_request(this, NeighConst::REQ_FULL);
+    is_set_up = true;
     warn_of_slow_products();
   }
 
@@ -142,6 +150,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
 
   void compute(int eflag, int vflag) override
   {
+    if (!is_set_up)
+      error->all(FLERR, "pair_style or pair_coeff of ddpkit came after LAMMPS had been set up: leave `pre no` away from the next `run`");
     ev_init(eflag, vflag);
     try {
       const c10::InferenceMode guard;
@@ -207,6 +217,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
   std::unique_ptr<ddpkit::Candidates> candidates;
   std::vector<int64_t> species_of_type, species;
   std::vector<double> squared;  // cutoffs
+  std::string path;             // of the package
+  bool is_set_up = false;       // since pair_style or pair_coeff: neighbours and buffers are as the model needs them
   bigint chunk = 0;             // atoms at a time, as the script says; 0 where it does not
   double seconds = 0;
 
@@ -239,7 +251,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
     MPI_Comm_rank(host, &rank);
     MPI_Comm_free(&host);
-    return rank;
+    return rank + universe->root_proc[universe->iworld];  // a partition's ranks follow those of the one before
   }
 
   // What fails on one rank is an error of all: they say what the first of these says.
