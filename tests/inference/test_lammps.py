@@ -398,7 +398,8 @@ def test_a_package_of_another_processor_is_refused(packages, tmp_path):
     refused(text, sentence, tmp_path / "run", 2, variables={"ATEN_CPU_CAPABILITY": "default"})
 
 
-def test_bonded_neighbours_that_lammps_leaves_out_are_refused(packages, tmp_path):
+def molecular(packages, folder, bonds, run):
+    """A script with so many bonds in its data, and room for more."""
     atoms = LIQUID[1].replace("Atoms # atomic", "Atoms # bond").splitlines()
     start = atoms.index("Atoms # bond")
     atoms = [
@@ -406,17 +407,26 @@ def test_bonded_neighbours_that_lammps_leaves_out_are_refused(packages, tmp_path
         for n, line in enumerate(atoms)
     ]
     bonded = "\n".join(atoms).replace(
-        "2 atom types", "1 bonds\n1 bond types\n2 extra bond per atom\n2 extra special per atom\n2 atom types"
+        "2 atom types", f"{bonds} bonds\n1 bond types\n4 extra bond per atom\n16 extra special per atom\n2 atom types"
     )
-    bonded += "\nBonds\n\n1 1 1 2\n"
-    text = script(
-        model(packages, "pairs"),
-        tmp_path / "run",
-        (LIQUID[0], bonded),
-        run="run 0\nREPORT\n",
-        head=HEAD.replace("atomic", "bond"),
-    )
-    text = text.replace("neighbor 1.0", "bond_style zero\nbond_coeff *\nneighbor 1.0")
+    if bonds:
+        bonded += "\nBonds\n\n" + "".join(f"{n} 1 {n} {n + 1}\n" for n in range(1, bonds + 1))
+    head = HEAD.replace("atomic", "bond")
+    text = script(model(packages, "pairs"), folder, (LIQUID[0], bonded), run=run, head=head)
+    return text.replace("neighbor 1.0", "bond_style zero\nbond_coeff *\nneighbor 1.0")
+
+
+def test_bonds_that_come_later_are_refused_too(packages, tmp_path):
+    run = "fix bonds all bond/create 1 1 2 3.2 1 iparam 1 1 jparam 1 2\nrun 5\n"
+    text = molecular(packages, tmp_path / "run", 0, run)
+    refused(text, "use `special_bonds lj/coul 1 1 1`", tmp_path / "run", 2)
+    kept = text.replace("neighbor 1.0", "special_bonds lj/coul 1 1 1\nneighbor 1.0") + "REPORT\n"
+    plain = script(model(packages, "pairs"), tmp_path / "plain", run="run 5\nREPORT\n")
+    same(states(kept, tmp_path / "run", 2), states(plain, tmp_path / "plain"))
+
+
+def test_bonded_neighbours_that_lammps_leaves_out_are_refused(packages, tmp_path):
+    text = molecular(packages, tmp_path / "run", 1, "run 0\nREPORT\n")
     refused(text.replace("REPORT", ""), "use `special_bonds lj/coul 1 1 1`", tmp_path / "run", 2)
     kept = states(text.replace("neighbor 1.0", "special_bonds lj/coul 1 1 1\nneighbor 1.0"), tmp_path / "run", 2)
     same(kept, states(script(model(packages, "pairs"), tmp_path / "plain", run="run 0\nREPORT\n"), tmp_path / "plain"))

@@ -133,11 +133,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       error->all(FLERR, "pair_style ddpkit needs all neighbours of an atom: remove `neigh_modify exclude`");
     if (neighbor->includegroup)
       error->all(FLERR, "pair_style ddpkit needs all neighbours of an atom: remove `neigh_modify include`");
-    if (atom->molecular != Atom::ATOMIC && atom->nbonds)
-      for (int k = 1; k <= 3; k++)
-        if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0)
-          error->all(FLERR, "pair_style ddpkit needs bonded atoms in the neighbour list, and special_bonds takes them out: use "
-                            "`special_bonds lj/coul 1 1 1`, or data without bonds");
+    for (int k = 1; k <= 3; k++)
+      if (atom->molecular != Atom::ATOMIC && atom->nbonds && is_left_out(k)) refuse_bonds();
     // a style inside hybrid is not asked for the width of its rows once it knows it
     force->pair->comm_forward = std::max(force->pair->comm_forward, comm_forward);
     force->pair->comm_reverse = std::max(force->pair->comm_reverse, comm_reverse);
@@ -156,6 +153,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     try {
       const c10::InferenceMode guard;
       current() = package->passes_messages ? this : nullptr;
+      if (neighbor->ago == 0) refuse_new_bonds();
       if (neighbor->ago == 0 || candidates->owned() != atom->nlocal) take_neighbours();
       compute_chunks();
     } catch (const LAMMPSException &) {
@@ -283,6 +281,27 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     if (comm->me == 0 && used && dladdr(used, &where) && std::strstr(where.dli_fname, "/liblammps"))
       error->warning(FLERR, "products of matrices in float64 are slow, since torch's dgemm_ is that of {}: start LAMMPS by `ddpkit "
                             "lammps`, or with libtorch_cpu.so in LD_PRELOAD", where.dli_fname);
+  }
+
+  // Whether the neighbour list is without atoms that are one bond away, or so many.
+  bool is_left_out(int bonds) const { return force->special_lj[bonds] == 0.0 && force->special_coul[bonds] == 0.0; }
+
+  void refuse_bonds()
+  {
+    error->all(FLERR, "pair_style ddpkit needs bonded atoms in the neighbour list, and special_bonds takes them out: use "
+                      "`special_bonds lj/coul 1 1 1`, or data without bonds");
+  }
+
+  // Bonds may come after the setup, as by fix bond/create.
+  void refuse_new_bonds()
+  {
+    if (atom->molecular != Atom::MOLECULAR || !(is_left_out(1) || is_left_out(2) || is_left_out(3))) return;
+    int here = 0, anywhere;
+    for (int i = 0; i < atom->nlocal; i++)
+      for (int k = 1, before = 0; k <= 3; before = atom->nspecial[i][k - 1], k++)
+        if (is_left_out(k) && atom->nspecial[i][k - 1] > before) here = 1;
+    MPI_Allreduce(&here, &anywhere, 1, MPI_INT, MPI_MAX, world);
+    if (anywhere) refuse_bonds();
   }
 
   void take_neighbours()
