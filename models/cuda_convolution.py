@@ -250,7 +250,8 @@ def _launch(
     real, atoms = REAL[x.dtype], len(start) - 1
     warps = cuda_source.WARPS[real]
     grid = (-(-atoms // warps), _warps(_products[key]))
-    arguments = [x, weights, y, neighbour, start, atoms, part.start, part.stop, len(neighbour), *more]
+    given = [x, weights, y, neighbour, start, atoms, part.start, part.stop, len(neighbour), *more]
+    arguments = [a.contiguous() if isinstance(a, Tensor) else a for a in given]  # what is written to is so already
     LAUNCH[x.device.type](_text(key, real), name, grid, 32 * warps, arguments)
 
 
@@ -262,5 +263,7 @@ def _collected(key: str, of_edges: Tensor, incoming: Tensor) -> Tensor:
     grid = (atoms, -(-width // 256))
     if atoms and edges:
         text = _text(key, REAL[of_edges.dtype])
-        LAUNCH[of_edges.device.type](text, "collect", grid, 256, [of_edges, incoming, most, edges, width, out])
+        LAUNCH[of_edges.device.type](
+            text, "collect", grid, 256, [of_edges, incoming.contiguous(), most, edges, width, out]
+        )
     return out if edges else out.zero_()
