@@ -11,6 +11,7 @@ from test_padded import labelled, larger, on_padding, run
 from torch.autograd import gradcheck, gradgradcheck
 
 from ddpkit import InputError, make_step
+from ddpkit.compile.backend import using
 from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.models import cuda_convolution, cuda_source
 from ddpkit.models.cuda_convolution import CudaConvolution
@@ -142,14 +143,16 @@ def loss_of(out, batch):
     return out["energy"].square().mean() + out["forces"].square().mean()
 
 
-def test_compiled_and_recorded_steps_are_those_of_other_kernels():
+@pytest.mark.parametrize("compiler", ["interpreted", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_and_recorded_steps_are_those_of_other_kernels(compiler):
     batches = [make_batch([make_frame(6, seed=n), make_frame(3, seed=n + 1)]) for n in range(3)]
     losses = []
     for kernels, settings in (("cuda", {"compile": True, "cuda_graphs": True}), ("ddpkit", {})):
         model = make_model("nequip", kernels=kernels, l_max=1, num_layers=2, num_features=4, radial_width=8)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        step = make_step(model, loss_of, optimizer, strategy="none", **settings)
-        losses.append([float(step(batch)) for batch in batches])
+        with using(compiler):
+            step = make_step(model, loss_of, optimizer, strategy="none", **settings)
+            losses.append([float(step(batch)) for batch in batches])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
