@@ -46,6 +46,7 @@ def table(folder, name="steps.csv"):
     return pd.read_csv(folder / name, float_precision="round_trip")
 
 
+@pytest.mark.long
 def test_both_trainers_make_the_same_steps(tmp_path, cache):
     """The whole set is one batch, so that the order of frames does not matter: losses agree to the digits of extxyz."""
     ours, ddp, simple = (tmp_path / name for name in ("ours", "ddp", "simple"))
