@@ -1,7 +1,7 @@
 """The convolution of NequIP in CUDA kernels that are written out for its irreps (`ddpkit.models.cuda_source`).
 
 Weights of edges (`hidden @ matrix`, 3,616 numbers an edge in `nequip_xl`) are computed for a part of the edges at a time, and
-again for each derivative: no array has the size of edges times paths.
+again for each derivative: none are kept, and `PART` bounds what there is of them at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +49,7 @@ class CudaSurroundings(NamedTuple):
 
 
 class CudaConvolution(Convolution):
-    """The convolution in CUDA kernels of this package: the same bits every time, and nothing of the size of edges times paths.
+    """The convolution in CUDA kernels of this package: the same bits every time, and no weights of edges are kept.
 
     Raises:
         InputError: harmonics beyond l = 4, which are more than a warp has lanes.
@@ -256,7 +256,7 @@ def _launch(
 
 
 def _collected(key: str, of_edges: Tensor, incoming: Tensor) -> Tensor:
-    """The sum over the edges of each neighbour."""
+    """The sum over the edges of each neighbour, without the padded table that `ddpkit.models.graph.sum_rows` makes eagerly."""
     edges, width = of_edges.shape
     atoms, most = incoming.shape
     out = of_edges.new_empty((atoms, width))

@@ -181,9 +181,8 @@ def _kernel(product: Product, name: str) -> str:
     kind, _, by_y = name.partition("_")
     arguments = ARGUMENTS[kind] + (", real* dy" if by_y else "")
     cases, before = [], 0
-    for term in sorted(
-        product.terms, key=lambda term: -term.width * term.components
-    ):  # what takes longest begins first
+    longest_first = sorted(product.terms, key=lambda term: -term.width * term.components)
+    for term in longest_first:
         lines = "\n".join(_term(product, term, kind, bool(by_y)))
         here = f"const int channel = 32 * (blockIdx.y - {before}) + lane;"
         before += warps(term)
