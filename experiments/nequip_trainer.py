@@ -180,7 +180,7 @@ def steps_per_epoch(config: DictConfig, data: Data) -> int:
     """Steps of an epoch, as a run has them: a last batch that is not full is left out.
 
     Raises:
-        InputError: there are too few frames for one batch, or a batch cannot be divided among the ranks.
+        InputError: there are too few frames for one batch.
     """
     steps = len(data.train) // config.train.batch_size
     if not steps:
