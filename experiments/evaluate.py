@@ -17,6 +17,7 @@ from ddpkit import checkpoint
 from ddpkit.analysis import accuracy, figures, published, tables
 from ddpkit.checkpoint import checkpoint_of
 from ddpkit.data import PreparedSet, collate
+from ddpkit.data.ase_files import atoms_of
 from ddpkit.data.labels import by_preparing
 from ddpkit.errors import InputError
 from ddpkit.evaluate import Evaluation, evaluate
@@ -352,8 +353,6 @@ def _parity(frames: PreparedSet, evaluation: Evaluation) -> Any:
 
 def _write_worst(chosen: Chosen, evaluation: Evaluation, model: Any, here: Environment, out: Path, count: int) -> None:
     """Extended XYZ of the frames with the largest errors, worst first; labels as `energy` and `forces`, predictions beside."""
-    from ase import Atoms
-    from ase.calculators.singlepoint import SinglePointCalculator
     from ase.io import write
 
     errors = _errors(chosen, evaluation)
@@ -362,8 +361,7 @@ def _write_worst(chosen: Chosen, evaluation: Evaluation, model: Any, here: Envir
         for place in np.argsort(-size, kind="stable")[:count].tolist():
             frame = chosen.frames.frame(int(evaluation.indices[place]))
             batch = collate([frame], model.species, model.r_max).to(here.device)
-            atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
-            atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces, stress=frame.stress)
+            atoms = atoms_of(frame)
             atoms.arrays["predicted_forces"] = model(batch)["forces"].detach().to(torch.float64).cpu().numpy()
             atoms.info |= {
                 "frame": int(evaluation.indices[place]),

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ddpkit.data import PreparedSet
+from ddpkit.data.ase_files import atoms_of
 from ddpkit.data.once import made_once
 from ddpkit.errors import InputError
 from ddpkit.experiments import setup
@@ -158,21 +159,10 @@ def _digest(*facts: Any) -> str:
 
 
 def _write(frames: PreparedSet, numbers: np.ndarray, path: Path) -> None:
-    from ase import Atoms
-    from ase.calculators.singlepoint import SinglePointCalculator
     from ase.io import write
-    from ase.stress import full_3x3_to_voigt_6_stress
 
     for first in range(0, len(numbers), _PIECE):
-        images = []
-        for number in numbers[first : first + _PIECE]:
-            frame = frames.frame(int(number))
-            atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
-            labels: dict[str, Any] = {"energy": frame.energy, "forces": frame.forces}
-            if frame.stress is not None:
-                labels["stress"] = full_3x3_to_voigt_6_stress(frame.stress)
-            atoms.calc = SinglePointCalculator(atoms, **labels)
-            images.append(atoms)
+        images = [atoms_of(frames.frame(int(number))) for number in numbers[first : first + _PIECE]]
         write(path, images, format="extxyz", append=first > 0, parallel=False)
 
 

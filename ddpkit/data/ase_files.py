@@ -208,6 +208,20 @@ def frame_of(atoms: Any, name: str, labels: Labels) -> Frame:
     return frame
 
 
+def atoms_of(frame: Frame) -> Any:
+    """A frame as ASE's `Atoms`, with energy, forces and, where it has one, stress as the results of its calculator."""
+    from ase import Atoms
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from ase.stress import full_3x3_to_voigt_6_stress
+
+    atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
+    labels: dict[str, Any] = {"energy": frame.energy, "forces": frame.forces}
+    if frame.stress is not None:
+        labels["stress"] = full_3x3_to_voigt_6_stress(frame.stress)
+    atoms.calc = SinglePointCalculator(atoms, **labels)
+    return atoms
+
+
 def _refuse_not_finite(what: str, value: Any, name: str, labels: Labels) -> None:
     if not np.isfinite(value).all():
         are = "is" if what == "an energy" else "are"

@@ -7,7 +7,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from ddpkit import InputError
 from ddpkit.data import PreparedSet, prepare, read_ase
-from ddpkit.data.ase_files import AseFiles
+from ddpkit.data.ase_files import AseFiles, atoms_of
 from ddpkit.data.prepared import Filters
 
 
@@ -34,6 +34,23 @@ def test_formats_keep_labels(tmp_path, name):
         np.testing.assert_allclose(frame.cell, atoms.cell[:], atol=1e-6)
         np.testing.assert_array_equal(frame.numbers, atoms.numbers)
         assert frame.pbc.all()
+
+
+@pytest.mark.parametrize("name", ["a.extxyz", "a.traj"])
+def test_frames_become_atoms_with_the_same_labels(tmp_path, name):
+    molecule = Atoms("H2", [[0, 0, 0], [0, 0, 0.7]])
+    molecule.calc = SinglePointCalculator(molecule, energy=-1.0, forces=np.eye(3)[:2])
+    ase.io.write(tmp_path / "given.traj", [*labelled(2), molecule])
+    frames = list(read_ase(tmp_path / "given.traj", allow_missing=True))
+    ase.io.write(tmp_path / name, [atoms_of(frame) for frame in frames])
+    for frame, again in zip(frames, read_ase(tmp_path / name, allow_missing=True), strict=True):
+        np.testing.assert_allclose(again.energy, frame.energy, atol=1e-6)
+        for key in ("positions", "forces", "stress", "cell"):
+            one, two = getattr(frame, key), getattr(again, key)
+            assert (one is None) == (two is None), key
+            if one is not None:
+                np.testing.assert_allclose(two, one, atol=1e-6)
+        np.testing.assert_array_equal(again.pbc, frame.pbc)
 
 
 @pytest.mark.parametrize(
