@@ -207,6 +207,27 @@ def writes_in_place(operation: Any) -> bool:
     return bool(operation._schema.is_mutable)
 
 
+_will_execute: Callable[[Any], bool] = _private(
+    torch, "_C._will_engine_execute_node", lambda _: True, "gradients that nobody asks for are computed"
+)
+
+
+def is_asked_for(node: Any, number: int) -> bool:
+    """Inside of a backward pass, whether anybody asks for the gradient by a tensor that a function took.
+
+    Args:
+        node: the `ctx` of a `torch.autograd.Function` in its `backward`.
+        number: of the tensor among those that it took.
+    """
+    target = node.next_functions[number][0]
+    if target is None:
+        return False
+    try:
+        return bool(_will_execute(target))
+    except RuntimeError:  # of leaves it cannot be told
+        return True
+
+
 # --- torch.distributed --------------------------------------------------------------------------------------------------------
 
 
@@ -370,24 +391,3 @@ def type_of_script(owner: Any) -> str:
     """The name of the class that a scripted module was made of."""
     named = getattr(owner, "_type", None)
     return "a scripted module" if named is None else str(named().name())
-
-
-def is_asked_for(node: Any, number: int) -> bool:
-    """Inside of a backward pass, whether anybody asks for the gradient by a tensor that a function took.
-
-    Args:
-        node: the `ctx` of a `torch.autograd.Function` in its `backward`.
-        number: of the tensor among those that it took.
-    """
-    target = node.next_functions[number][0]
-    if target is None:
-        return False
-    try:
-        return bool(_will_execute(target))
-    except RuntimeError:  # of leaves it cannot be told
-        return True
-
-
-_will_execute: Callable[[Any], bool] = _private(
-    torch, "_C._will_engine_execute_node", lambda _: True, "gradients that nobody asks for are computed"
-)
