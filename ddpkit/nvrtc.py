@@ -7,7 +7,8 @@ import ctypes
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +24,19 @@ _functions: dict[tuple[str, int, str], ctypes.c_void_p] = {}
 _modules: dict[tuple[str, int], ctypes.c_void_p] = {}
 
 
-def launch(text: str, function: str, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]) -> None:
+def is_available() -> bool:
+    """Whether there is a compiler."""
+    return torch.version.cuda is not None and _compiler() is not None
+
+
+def launch(
+    text: str,
+    function: str,
+    grid: tuple[int, int],
+    threads: int,
+    arguments: Sequence[Tensor | int],
+    others: Callable[[], Sequence[str]] = list,
+) -> None:
     """Puts a kernel on the current stream of the device of its first tensor.
 
     Args:
@@ -32,6 +45,7 @@ def launch(text: str, function: str, grid: tuple[int, int], threads: int, argume
         grid: blocks along x and y.
         threads: of a block.
         arguments: tensors, of which the kernel gets the address, and numbers, which it gets as `int`.
+        others: texts that will be needed too, asked for where this one has to be compiled: all are, side by side.
 
     Raises:
         InputError: the text cannot be compiled for this GPU, or NVIDIA's libraries are missing.
@@ -42,18 +56,20 @@ def launch(text: str, function: str, grid: tuple[int, int], threads: int, argume
     places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     with torch.cuda.device(index):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = _function(text, index, function)
+        code = _function(text, index, function, others)
         _check(_driver().cuLaunchKernel(code, *grid, 1, threads, 1, 1, 0, stream, places, None))
 
 
-def _function(text: str, index: int, name: str) -> ctypes.c_void_p:
+def _function(text: str, index: int, name: str, others: Callable[[], Sequence[str]]) -> ctypes.c_void_p:
     key = (text, index, name)
     if (code := _functions.get(key)) is None:
         with _lock:
             module = _modules.get(key[:2])
             if module is None:
+                if not _path(text, _kind(index)).exists():
+                    _compile_all({text, *others()}, index)
                 module = ctypes.c_void_p()
-                _check(_driver().cuModuleLoadData(ctypes.byref(module), _binary(text, index)))
+                _check(_driver().cuModuleLoadData(ctypes.byref(module), _binary(text, _kind(index))))
                 _modules[key[:2]] = module
             code = ctypes.c_void_p()
             _check(_driver().cuModuleGetFunction(ctypes.byref(code), module, name.encode()))
@@ -61,12 +77,29 @@ def _function(text: str, index: int, name: str) -> ctypes.c_void_p:
     return code
 
 
-def _binary(text: str, index: int) -> bytes:
-    """The code for a GPU: from disk, where its checksum stands before it, or compiled."""
+def _compile_all(texts: set[str], index: int) -> None:
+    """Compiles what is not on disk, as many at a time as this process has processors."""
+    kind = _kind(index)
+    missing = [text for text in texts if not _path(text, kind).exists()]
+    if missing:
+        with ThreadPoolExecutor(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
+            for _ in pool.map(lambda text: _binary(text, kind), missing):
+                pass
+
+
+def _kind(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
-    kind = f"sm_{major}{minor}"
+    return f"sm_{major}{minor}"
+
+
+def _path(text: str, kind: str) -> Path:
     key = hashlib.sha256(f"{kind} {torch.version.cuda} {text}".encode()).hexdigest()
-    path = Path(folder_of_cache()) / FOLDER / f"{key}.cubin"
+    return Path(folder_of_cache()) / FOLDER / f"{key}.cubin"
+
+
+def _binary(text: str, kind: str) -> bytes:
+    """The code for a GPU: from disk, where its checksum stands before it, or compiled."""
+    path = _path(text, kind)
     if path.exists():
         content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
@@ -81,6 +114,8 @@ def _binary(text: str, index: int) -> bytes:
 
 def _compiled(text: str, kind: str) -> bytes:
     library, program = _compiler(), ctypes.c_void_p()
+    if library is None:
+        raise InputError("NVIDIA's run-time compiler (libnvrtc) is not on this machine: use kernels=ddpkit")
     if library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"ddpkit.cu", 0, None, None):
         raise InputError("NVIDIA's run-time compiler (nvrtc) cannot be used: use kernels=ddpkit")
     options = [f"--gpu-architecture={kind}".encode(), b"--std=c++17"]
@@ -100,14 +135,13 @@ def _compiled(text: str, kind: str) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _compiler() -> ctypes.CDLL:
-    assert torch.version.cuda is not None
-    for name in (f"libnvrtc.so.{torch.version.cuda.split('.')[0]}", "libnvrtc.so"):
+def _compiler() -> ctypes.CDLL | None:
+    for name in (f"libnvrtc.so.{str(torch.version.cuda).partition('.')[0]}", "libnvrtc.so"):
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise InputError("NVIDIA's run-time compiler (libnvrtc) is not on this machine: use kernels=ddpkit")
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -336,6 +336,9 @@ _AHEAD: dict[str, Any] = {
     "cpp.dynamic_threads": True,
     # they serve many compilations, take longer than one, and are named by a program (openssl) that need not be there
     "aot_inductor.precompile_headers": False,
+    # from the library that torch loads: where a toolchain links its own into the file, locales of the two are mixed up and
+    # loading it ends the process
+    "aot_inductor.custom_op_libs": [":libstdc++.so.6"],
 }
 # As in `ddpkit.compile.inductor`, for the same reasons: NequIP's code for CPUs is a tenth faster, and Triton splits what it can.
 _AHEAD_ON: dict[str, dict[str, Any]] = {

@@ -268,7 +268,7 @@ def case(name: str, args: argparse.Namespace, *, ours: bool = True) -> Case:
     model = from_nequip(module) if ours else nn.Module()
     if args.peer_kernels:
         module = with_kernels(module, args.peer_kernels, spec["_target_"].rpartition(".")[2])
-    if ours and spec.get("kernels", "ddpkit") != "ddpkit":
+    if ours and spec.get("kernels", "auto") != "auto":
         weights = model.state_dict()
         model = build(spec, species, precision=args.precision).to(args.device)
         model.load_state_dict(weights)

@@ -76,7 +76,7 @@ def run_settings(model: Section, symbols: Mapping[str, str]) -> dict[str, Any]:
 
 def _kernels(wrappers: Sequence[Section], *, has_kernels: bool) -> str:
     """What computes the convolutions, as the modifiers of a model ask for."""
-    kernels = "ddpkit"
+    kernels = "auto"
     for wrapper in wrappers:
         for modifier in wrapper.sections("modifiers"):
             name = modifier.take("modifier")

@@ -99,9 +99,9 @@ def require_plain(config: DictConfig, scheme: str) -> None:
         raise InputError(
             "compile=true is not for nequip's trainer with ddp, which nequip refuses to compile: use simple."
         )
-    kernels, kind = config.model.get("kernels", "ddpkit"), config.model["_target_"].rpartition(".")[2]
+    kernels, kind = _kernels(config), _kind(config)
     if kernels != "ddpkit" and (kernels, kind) not in KERNELS:
-        raise InputError(f"model.kernels={kernels} is not for nequip's {kind}: use model.kernels=ddpkit for its own.")
+        raise InputError(f"model.kernels={kernels} is not for nequip's {kind}: use model.kernels=auto for its fastest.")
 
 
 def require_kernels(config: DictConfig) -> None:
@@ -110,7 +110,7 @@ def require_kernels(config: DictConfig) -> None:
     Raises:
         InputError: their package, or a GPU.
     """
-    kernels = config.model.get("kernels", "ddpkit")
+    kernels = _kernels(config)
     if kernels == "ddpkit":
         return
     if config.device == "cpu" or not torch.cuda.is_available():
@@ -119,6 +119,20 @@ def require_kernels(config: DictConfig) -> None:
         )
     if find_spec(kernels) is None:
         raise InputError(f"model.kernels={kernels} needs that package: pip install {kernels}.")
+
+
+def _kernels(config: DictConfig) -> str:
+    """The kernels that nequip is to use: "ddpkit" for its own, which "auto" means where OpenEquivariance cannot be used."""
+    kernels: str = config.model.get("kernels", "ddpkit")
+    if kernels != "auto":
+        return kernels
+    best, on_gpu = "openequivariance", config.device != "cpu" and torch.cuda.is_available()
+    return best if on_gpu and (best, _kind(config)) in KERNELS and find_spec(best) else "ddpkit"
+
+
+def _kind(config: DictConfig) -> str:
+    kind: str = config.model["_target_"].rpartition(".")[2]
+    return kind
 
 
 def write_files(config: DictConfig, data: Data) -> Files:
@@ -271,8 +285,7 @@ def _module(config: DictConfig, files: Files) -> dict[str, Any]:
         "checkpoint_path": str(files.weights),
         "compile_mode": "compile" if config.compile else "eager",
     }
-    kind = config.model["_target_"].rpartition(".")[2]
-    if modifier := KERNELS.get((config.model.get("kernels", "ddpkit"), kind)):
+    if modifier := KERNELS.get((_kernels(config), _kind(config))):
         model = {"_target_": "nequip.model.modify", "modifiers": [{"modifier": modifier}], "model": model}
     decay = config.train.ema_decay
     average = {"_target_": "nequip.train.EMALightningModule", "ema_decay": decay}

@@ -40,7 +40,6 @@ from ddpkit.ranks.switches import deterministic_algorithms, tf32, variables
 from ddpkit.record import RunFolder
 from ddpkit.schedule import Schedule
 from ddpkit.step import make_step
-from ddpkit.sync import acts_of
 from ddpkit.sync.emulated import EveryRank
 from ddpkit.train import Trainer
 
@@ -373,10 +372,6 @@ def train_sampler(
     )  # fmt: skip
 
 
-PROVEN = ("after backward", "in graph")
-"""When strategies act whose recorded steps have been proven on GPUs: `cuda_graphs=auto` records no others, `true` does."""
-
-
 def records(config: DictConfig, here: Environment) -> bool:
     """Whether steps of a run are recorded and replayed, if what fills batches up is left out.
 
@@ -385,8 +380,7 @@ def records(config: DictConfig, here: Environment) -> bool:
     """
     can_communicate = here.device.type != "cuda" or here.world_size == 1 or "nccl" in here.backend
     if config.cuda_graphs == "auto":
-        is_proven = acts_of(strategy_name(config)) in PROVEN
-        return bool(config.compile) and here.device.type == "cuda" and is_proven and can_communicate
+        return bool(config.compile) and here.device.type == "cuda" and can_communicate
     if config.cuda_graphs and not can_communicate:
         raise InputError(
             f"cuda_graphs=true records the communication of ranks, which NCCL alone allows, and these use {here.backend}: give "

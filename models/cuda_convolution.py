@@ -5,7 +5,7 @@ again for each derivative: none are kept, and `PART` bounds what there is of the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -54,6 +54,11 @@ class CudaConvolution(Convolution):
     Raises:
         InputError: harmonics beyond l = 4, which are more than a warp has lanes.
     """
+
+    @staticmethod
+    def can_be_made(l_max: int) -> bool:
+        """Whether there is a compiler for these kernels, and harmonics are not beyond l = 4."""
+        return (l_max + 1) ** 2 <= cuda_source.LANES and nvrtc.is_available()
 
     def __init__(self, irreps_in: Irreps, l_max: int, irreps_out: Irreps, dtype: torch.dtype) -> None:
         super().__init__(irreps_in, l_max, irreps_out, dtype)
@@ -228,9 +233,17 @@ def _like(factors: list[Tensor], *, by_matrix: bool, by_y: bool) -> tuple[Tensor
     return tuple(torch.empty_like(factor) if is_wanted else factor.new_empty(0) for factor, is_wanted in wanted)
 
 
-@lru_cache(maxsize=64)
-def _text(key: str, real: str) -> str:
-    return cuda_source.source(_products[key], real)
+_TRAINING = ("convolve", "gradient", "gradient_y", "second")
+
+
+@lru_cache(maxsize=512)
+def _text(key: str, name: str, real: str) -> str:
+    return cuda_source.source(_products[key], name, real)
+
+
+def _texts(real: str) -> list[str]:
+    """What training calls of all convolutions of this process."""
+    return [_text(key, name, real) for key in _products for name in _TRAINING]
 
 
 def _warps(product: Product) -> int:
@@ -248,11 +261,11 @@ def _launch(
 ) -> None:
     neighbour, start, _ = places
     real, atoms = REAL[x.dtype], len(start) - 1
-    warps = cuda_source.WARPS[real]
+    warps = cuda_source.warps_of_block(_products[key], real)
     grid = (-(-atoms // warps), _warps(_products[key]))
     given = [x, weights, y, neighbour, start, atoms, part.start, part.stop, len(neighbour), *more]
     arguments = [a.contiguous() if isinstance(a, Tensor) else a for a in given]  # what is written to is so already
-    LAUNCH[x.device.type](_text(key, real), name, grid, 32 * warps, arguments)
+    LAUNCH[x.device.type](_text(key, name, real), name, grid, 32 * warps, arguments, partial(_texts, real))
 
 
 def _collected(key: str, of_edges: Tensor, incoming: Tensor) -> Tensor:
@@ -262,7 +275,7 @@ def _collected(key: str, of_edges: Tensor, incoming: Tensor) -> Tensor:
     out = of_edges.new_empty((atoms, width))
     grid = (atoms, -(-width // 256))
     if atoms and edges:
-        text = _text(key, REAL[of_edges.dtype])
+        text = _text(key, "collect", REAL[of_edges.dtype])
         LAUNCH[of_edges.device.type](
             text, "collect", grid, 256, [of_edges, incoming.contiguous(), most, edges, width, out]
         )

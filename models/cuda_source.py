@@ -28,8 +28,9 @@ from ddpkit.models.irreps import Irrep, Paths
 LANES = 32
 EARLY = 3
 """Components of irreps whose features and weights are read an edge ahead; of wider ones the lines between take longer."""
-WARPS = {"float": 4, "double": 2}
-"""Warps of a block, which share nothing: as many as the shared memory of `gradient` and `second` leaves room for."""
+BYTES = {"float": 4, "double": 8}
+SHARED = 48 * 1024
+"""Bytes of shared memory that a block has on every GPU."""
 
 HEAD = """
 #ifndef SIMULATED
@@ -158,16 +159,29 @@ def warps(term: Term) -> int:
     return -(-term.channels // LANES)
 
 
-def source(product: Product, real: str) -> str:
-    """The text of all kernels.
+def warps_of_block(product: Product, real: str) -> int:
+    """How many warps, which share nothing, are one block: up to four, as there is shared memory for them."""
+    numbers = 2 * product.harmonics + LANES * _most(product)
+    return max(1, min(4, SHARED // (BYTES[real] * numbers)))
+
+
+def _most(product: Product) -> int:
+    """Most components that the paths of one term lead to."""
+    return max((term.components for term in product.terms), default=0)
+
+
+def source(product: Product, name: str, real: str) -> str:
+    """The text of one kernel.
 
     Args:
-        product: what they compute.
+        product: what it computes with.
+        name: `convolve`, `gradient` or `second`, the latter two with `_y` behind where df/dY is wanted too; or `collect`, which
+            is the same for all products.
         real: "float" or "double".
     """
-    head = f"typedef {real} real;\n#define WARPS {WARPS[real]}\n{HEAD}"
-    kernels = [_kernel(product, name) for name in ("convolve", "gradient", "gradient_y", "second", "second_y")]
-    return "\n".join([head, *kernels, COLLECT])
+    if name == "collect":
+        return f"typedef {real} real;\n{COLLECT}"
+    return f"typedef {real} real;\n#define WARPS {warps_of_block(product, real)}\n{HEAD}\n{_kernel(product, name)}"
 
 
 ARGUMENTS = {
@@ -187,8 +201,7 @@ def _kernel(product: Product, name: str) -> str:
         here = f"const int channel = 32 * (blockIdx.y - {before}) + lane;"
         before += warps(term)
         cases.append(f"  if (blockIdx.y < {before}) {{\n    {here}\n{lines}\n    return;\n  }}")
-    most = max((term.components for term in product.terms), default=0)
-    shared = "" if kind == "convolve" else f"  __shared__ real gs[WARPS][{most}][32];\n"
+    shared = "" if kind == "convolve" else f"  __shared__ real gs[WARPS][{_most(product)}][32];\n"
     return f"""
 extern "C" __global__ void __launch_bounds__(32 * WARPS) {name}(
     const real* x, const real* w, const real* y, const long long* neighbour, const long long* start,

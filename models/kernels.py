@@ -161,22 +161,30 @@ KERNELS: dict[str, type[Convolution]] = {
 }
 
 
+def fastest(l_max: int) -> str:
+    """The key of the kernels that are fastest on GPUs, of those that can be made here."""
+    return "cuda" if CudaConvolution.can_be_made(l_max) else "ddpkit"
+
+
 class Kernels:
     """Makes the kernels of a model's layers. Layers that are alike share one, and its memory.
 
     Args:
-        name: key of `KERNELS`.
+        name: key of `KERNELS`, or "auto" for the `fastest`.
         l_max: of the harmonics.
         dtype: of features and weights.
+
+    Attributes:
+        name: key of `KERNELS`.
 
     Raises:
         InputError: no kernel has this name.
     """
 
     def __init__(self, name: str, l_max: int, dtype: torch.dtype) -> None:
-        if name not in KERNELS:
-            raise InputError(f"kernels {name!r} is unknown: choose one of {', '.join(KERNELS)}")
-        self.name, self.l_max, self.dtype = name, l_max, dtype
+        if name not in ("auto", *KERNELS):
+            raise InputError(f"kernels {name!r} is unknown: choose one of auto, {', '.join(KERNELS)}")
+        self.name, self.l_max, self.dtype = fastest(l_max) if name == "auto" else name, l_max, dtype
         self._made: dict[Any, Convolution] = {}
 
     def make(self, irreps_in: Irreps, irreps_out: Irreps) -> tuple[Convolution, Convolution]:

@@ -36,11 +36,12 @@ class NequIP(Potential):
         readout_nonlinearity: their nonlinearity; None for a linear readout.
         self_connection: weighted by the species' embedding, from the second layer on.
         kernels: what computes the convolution: "ddpkit", "e3nn" (slow), or on NVIDIA GPUs "cuda" (up to l_max 4) or
-            "openequivariance" (on a CPU, where such models may be loaded, "ddpkit" computes). See
-            `ddpkit.models.kernels.KERNELS`.
+            "openequivariance" (on a CPU, where such models may be loaded, "ddpkit" computes). "auto" is "cuda" where that can be
+            made, else "ddpkit". See `ddpkit.models.kernels.KERNELS`.
         shared: `avg_num_neighbors` and the other fields of `PotentialConfig`.
 
     Attributes:
+        kernels: what computes the convolution on GPUs; "auto" no longer.
         portable: settings that say how the same is computed, with values that need no GPU.
     """
 
@@ -62,7 +63,7 @@ class NequIP(Potential):
         readout_width: int | None = None,
         readout_nonlinearity: str | None = "silu",
         self_connection: bool = True,
-        kernels: str = "ddpkit",
+        kernels: str = "auto",
         **shared: Any,
     ) -> None:
         config = PotentialConfig(species=species, l_max=l_max, **shared)
@@ -74,8 +75,9 @@ class NequIP(Potential):
             raise InputError(
                 f"num_features has {len(features)} entries: give one number, or one for each of {l_max + 1} degrees"
             )
-        self.kernels, dtype = kernels, self.dtype
+        dtype = self.dtype
         choice = Kernels(kernels, l_max, dtype)
+        self.kernels = choice.name
         self.embedding = torch.nn.Parameter(torch.randn(len(species), type_embedding_dim, dtype=dtype))
         hidden = {(l, p): features[l] for l in range(l_max + 1) for p in ((1, -1) if parity else ((-1) ** l,))}
         irreps: Irreps = {(0, 1): type_embedding_dim}

@@ -98,6 +98,9 @@ else:
 _ON_CPU = {"realize_opcount_threshold": 1, "realize_reads_threshold": 1}
 # With symbolic sizes, Triton kernels whose loops were reordered may fail to split (CantSplit, pytorch issue 183696).
 _ON_GPU = {"loop_ordering_after_fusion": False}
+# Of a reduction's variants torch leaves one where algorithms are to be deterministic, but where registers are short it adds one
+# of smaller blocks and times both: which one wins, and so the last bits, would depend on what else the GPU does meanwhile.
+_REPEATABLE = {"dynamic_scale_rblock": False}
 # Torch before 2.13 takes a chain of conversions for its last one: what is rounded on purpose would not be
 # (tests/torch/unrounded.py). Its other patterns are of attention and of products of matrices, by which potentials hardly gain.
 _KEEPS_ROUNDING = {} if release() >= (2, 13) else {"pattern_matcher": False}
@@ -134,6 +137,13 @@ _TAKES: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
 _COMPILES_WITH = {"static_input_idxs", "is_backward", "is_inference"}
 
 
+def _settings(*, on_gpu: bool) -> dict[str, Any]:
+    """What Inductor compiles with, as torch's switches stand."""
+    if not on_gpu:
+        return _ON_CPU
+    return _ON_GPU | _REPEATABLE if torch.are_deterministic_algorithms_enabled() else _ON_GPU
+
+
 def unlike() -> list[str]:
     """What takes other arguments here than it is called with, or lacks a setting; empty where all is as it was tried."""
     differences = []
@@ -142,7 +152,7 @@ def unlike() -> list[str]:
             differences.append(f"{function.__qualname__}({', '.join(names)})")
     if not set(_CompileFxKwargs.__annotations__) >= _COMPILES_WITH:
         differences.append(f"compile_fx_inner({', '.join(sorted(_COMPILES_WITH))})")
-    settings = [(inductor_config, name) for name in (*_ON_CPU, *_ON_GPU, *_KEEPS_ROUNDING, *_IN_ORDER)]
+    settings = [(inductor_config, name) for name in (*_ON_CPU, *_ON_GPU, *_REPEATABLE, *_KEEPS_ROUNDING, *_IN_ORDER)]
     settings += [(symbolic_config, "backed_size_oblivious")]
     return differences + [f"{home.__name__}.{name}" for home, name in settings if not hasattr(home, name)]
 
@@ -284,7 +294,7 @@ class Inductor(Backend):
         inference: bool,
     ) -> Kernel:
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
-        patched = inductor_config.patch(_ON_GPU if on_gpu else _ON_CPU)
+        patched = inductor_config.patch(_settings(on_gpu=on_gpu))
         with self._context(symbols), patched, _order_kept(), compiled_together():
             return compile_fx_inner(  # type: ignore[return-value]
                 copy_of(graph),

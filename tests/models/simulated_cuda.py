@@ -31,7 +31,7 @@ template <typename T> static void total(T (&v)[32], int lane, T* to, int n) {
 """
 
 
-def launch(text, function, grid, threads, arguments):
+def launch(text, function, grid, threads, arguments, others=list):
     """As `ddpkit.nvrtc.launch`, for tensors on the CPU."""
     library = _compiled(text)
     values = [a if isinstance(a, int) else ctypes.c_void_p(a.data_ptr()) for a in arguments]

@@ -1,5 +1,7 @@
 """The convolution in CUDA kernels, its text run on a CPU by `simulated_cuda`, and on a GPU where there is one."""
 
+import math
+import re
 import shutil
 import subprocess
 
@@ -83,8 +85,9 @@ def first_and_second(convolve, kernel, numbers):
     """The output, a function of its derivatives like forces, and the derivative of both by all but harmonics."""
     out = convolve(kernel, *numbers)
     pulled = torch.autograd.grad(out.square().sum(), (numbers[0], numbers[1], numbers[3]), create_graph=True)
-    loss = sum(
-        (part * torch.linspace(0.5, 1.5, part.numel()).to(part).reshape(part.shape)).sin().sum() for part in pulled
+    loss = sum(  # of numbers around 1: the sine of large ones would be that of their rounding
+        (part / part.detach().abs().max() * torch.linspace(1, 3, part.numel()).to(part).reshape(part.shape)).sin().sum()
+        for part in pulled
     )
     return out, *pulled, *torch.autograd.grad(loss + out.cos().sum(), numbers[:3])
 
@@ -176,22 +179,33 @@ def test_harmonics_beyond_a_warp_are_refused():
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-@pytest.mark.parametrize(("card", "real"), [("sm_80", "double"), ("sm_90", "float")])
-def test_the_text_is_cuda(card, real, tmp_path):
-    irreps, l_max, out = IRREPS["two warps, one not full"]
-    kernel = CudaConvolution(irreps, l_max, out or every_irrep(irreps, l_max), torch.float32)
-    (tmp_path / "kernels.cu").write_text(cuda_convolution._text(kernel.key, real))
-    command = [
-        "nvcc",
-        f"-arch={card}",
-        "-cubin",
-        "-Werror",
-        "all-warnings",
-        "-o",
-        tmp_path / "kernels.cubin",
-        tmp_path / "kernels.cu",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+@pytest.mark.parametrize(
+    ("name", "kernels", "card", "real"),
+    [
+        ("two warps, one not full", ("convolve", "gradient_y", "second", "collect"), "sm_90", "float"),
+        ("l = 1", ("gradient", "second_y"), "sm_80", "double"),
+    ],
+)
+def test_the_text_is_cuda(name, kernels, card, real, tmp_path):
+    irreps, l_max, out = IRREPS[name]
+    key = CudaConvolution(irreps, l_max, out or every_irrep(irreps, l_max), torch.float32).key
+    for kernel in kernels:
+        file = tmp_path / f"{kernel}.cu"
+        file.write_text(cuda_convolution._text(key, kernel, real))
+        command = ["nvcc", f"-arch={card}", "-cubin", "-Werror", "all-warnings", "-o", file.with_suffix(".cubin"), file]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("real", "size"), [("float", 4), ("double", 8)])
+def test_a_block_fits_into_the_memory_that_it_shares(real, size):
+    irreps = {(l, p): 32 for l in range(5) for p in (1, -1)}
+    key = CudaConvolution(irreps, 4, every_irrep(irreps, 4), torch.float32).key
+    text = cuda_convolution._text(key, "second_y", real)
+    warps = int(re.search(r"#define WARPS (\d+)", text)[1])
+    shared = [[int(n) for n in re.findall(r"\[(\d+)\]", line)] for line in text.splitlines() if "__shared__" in line]
+    assert len(shared) == 2
+    assert 1 <= warps <= 4
+    assert sum(warps * math.prod(sizes) * size for sizes in shared) <= 48 * 1024
 
 
 @pytest.mark.gpu
