@@ -474,7 +474,7 @@ def _make(command: Sequence[str], log: Path, otherwise: str) -> None:
     with log.open("w") as output:
         result = _run(command, log.parent, output, sample_gpu=False)
     if result["code"] != 0:
-        raise InputError(f"{otherwise} ({last_words(log.read_text(errors='replace'))}): see {log}.")
+        raise InputError(f"{otherwise} ({cause(result['code'], log.read_text(errors='replace'))}): see {log}.")
 
 
 def _is_complete(folder: Path, cell: Cell) -> bool:
@@ -520,7 +520,7 @@ def _measure(task: Task, files: Mapping[str, Path], folder: Path) -> dict[str, A
         "gpu_memory_mb": result["gpu_memory_mb"],
     }
     status = "finished" if result["code"] == 0 else "failed"
-    error = "" if status == "finished" else last_words((folder / "output.txt").read_text(errors="replace"))
+    error = "" if status == "finished" else cause(result["code"], (folder / "output.txt").read_text(errors="replace"))
     versions = {"ddpkit": __version__, "torch": torch.__version__}
     kept = {"cell": asdict(cell), "status": status, "error": error, **measured, "machine": _machine(cell.device)}
     partial = folder / "cell.json.part"
@@ -602,11 +602,17 @@ def _high_water_marks(root: int) -> dict[int, float]:
     return {pid: marks[pid] for pid in family if pid in marks}
 
 
-def last_words(output: str) -> str:
-    """The line of a program's output that says what went wrong."""
+def cause(code: int, output: str) -> str:
+    """Why a program failed: the line of its output that says so, and the signal that ended it.
+
+    Args:
+        code: its exit code; minus the number of the signal.
+        output: all that it wrote.
+    """
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("ERROR", "ddpkit:")) or "Error: " in line]
-    return (told or lines or ["it said nothing"])[-1][:300]
+    last = (told or lines or ["it said nothing"])[-1][:300]
+    return last if code >= 0 else f"ended by {signal.Signals(-code).name}, after: {last}"
 
 
 def _machine(device: str) -> str:

@@ -11,7 +11,7 @@ from ase.io.lammpsdata import write_lammps_data
 from numpy.typing import NDArray
 
 from ddpkit.errors import InputError
-from ddpkit.experiments.inference import lammps, last_words
+from ddpkit.experiments.inference import cause, lammps
 
 _ROOM = 2.0  # Å around atoms where there are no periodic images
 _SCRIPT = """units metal
@@ -56,7 +56,7 @@ def forces(package: Path, atoms: Atoms, ranks: int) -> NDArray[np.float64]:
         )
         if done.returncode or not (folder / "forces").is_file():
             raise InputError(
-                f"LAMMPS on {ranks} rank{'s' * (ranks > 1)} ended with {done.returncode}: {last_words(done.stdout)}"
+                f"LAMMPS on {ranks} rank{'s' * (ranks > 1)} ended with {done.returncode}: {cause(done.returncode, done.stdout)}"
             )
         rotated = np.loadtxt(folder / "forces", skiprows=9, ndmin=2)[:, 1:]
     forces: NDArray[np.float64] = prism.vector_to_ase(rotated)

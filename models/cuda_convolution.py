@@ -24,6 +24,9 @@ from ddpkit.torch_private import is_asked_for
 PART = 1 << 26
 """Numbers in the weights of a part of the edges."""
 
+ROOM = 2048
+"""Warps below which those of a block share an atom: about as many as a large GPU computes at a time."""
+
 LAUNCH: dict[str, Callable[..., None]] = {"cuda": nvrtc.launch}
 """By the type of a device, what launches a kernel there."""
 
@@ -261,9 +264,10 @@ def _launch(
 ) -> None:
     neighbour, start, _ = places
     real, atoms = REAL[x.dtype], len(start) - 1
-    warps = cuda_source.warps_of_block(_products[key], real)
-    grid = (-(-atoms // warps), _warps(_products[key]))
-    given = [x, weights, y, neighbour, start, atoms, part.start, part.stop, len(neighbour), *more]
+    warps, of_atom = cuda_source.warps_of_block(_products[key], real), _warps(_products[key])
+    share = atoms * of_atom < ROOM
+    grid = (atoms if share else -(-atoms // warps), of_atom)
+    given = [x, weights, y, neighbour, start, atoms, part.start, part.stop, len(neighbour), int(share), *more]
     arguments = [a.contiguous() if isinstance(a, Tensor) else a for a in given]  # what is written to is so already
     LAUNCH[x.device.type](_text(key, name, real), name, grid, 32 * warps, arguments, partial(_texts, real))
 

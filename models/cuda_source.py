@@ -1,9 +1,10 @@
 """CUDA C++ for the convolution of NequIP, written out for one set of irreps.
 
 One warp computes what one atom gets through up to 32 channels of one irrep of the features: a lane has a channel, and goes over
-the atom's edges in their order. Every product with a Clebsch-Gordan coefficient that is not zero is a line of its own with the
-coefficient in it, so that there are no tables to read and no zeros to multiply with. Nothing is added by two warps: a sum over
-neighbours or warps is a later kernel's (`collect`), so results have the same bits every time.
+the atom's edges in their order. Where there are few atoms, all warps of a block share one atom's edges (`share`), every so many
+one, and their sums are added in the order of the warps. Every product with a Clebsch-Gordan coefficient that is not zero is a
+line of its own with the coefficient in it, so that there are no tables to read and no zeros to multiply with. Blocks add
+nothing up between them: a sum over neighbours is a later kernel's (`collect`), so results have the same bits every time.
 
 With C the coefficients, and for every path from an irrep a with harmonics Y of degree l to an irrep c,
 
@@ -28,6 +29,8 @@ from ddpkit.models.irreps import Irrep, Paths
 LANES = 32
 EARLY = 3
 """Components of irreps whose features and weights are read an edge ahead; of wider ones the lines between take longer."""
+SUMMED = 8
+"""Sums that the warps of a block add at a time."""
 BYTES = {"float": 4, "double": 8}
 SHARED = 48 * 1024
 """Bytes of shared memory that a block has on every GPU."""
@@ -40,6 +43,11 @@ HEAD = """
 #define ROW(name) real name
 #define FETCH(name, row, n) name = lane < (n) ? (row)[lane] : (real)0;
 #define LAY(to, name, n) { __syncwarp(); if (lane < (n)) (to)[lane] = name; __syncwarp(); }
+// of sums over the warps of a block: their places, when all have put theirs there, and the warp that adds them
+#define SUMS(n) SUMMED
+#define PLACE(o) ((o) % SUMMED)
+#define BARRIER __syncthreads();
+#define ADDS (warp == 0)
 
 // sums v[j] of all lanes into to[j]: lane j ends with the sum of number j
 __device__ __forceinline__ void total(real (&v)[32], int lane, real* to, int n) {
@@ -161,7 +169,7 @@ def warps(term: Term) -> int:
 
 def warps_of_block(product: Product, real: str) -> int:
     """How many warps, which share nothing, are one block: up to four, as there is shared memory for them."""
-    numbers = 2 * product.harmonics + LANES * _most(product)
+    numbers = 2 * product.harmonics + LANES * (_most(product) + SUMMED)
     return max(1, min(4, SHARED // (BYTES[real] * numbers)))
 
 
@@ -181,7 +189,8 @@ def source(product: Product, name: str, real: str) -> str:
     """
     if name == "collect":
         return f"typedef {real} real;\n{COLLECT}"
-    return f"typedef {real} real;\n#define WARPS {warps_of_block(product, real)}\n{HEAD}\n{_kernel(product, name)}"
+    sizes = f"#define WARPS {warps_of_block(product, real)}\n#define SUMMED {SUMMED}\n"
+    return f"typedef {real} real;\n{sizes}{HEAD}\n{_kernel(product, name)}"
 
 
 ARGUMENTS = {
@@ -202,18 +211,22 @@ def _kernel(product: Product, name: str) -> str:
         before += warps(term)
         cases.append(f"  if (blockIdx.y < {before}) {{\n    {here}\n{lines}\n    return;\n  }}")
     shared = "" if kind == "convolve" else f"  __shared__ real gs[WARPS][{_most(product)}][32];\n"
+    shared += "" if kind == "gradient" else f"  __shared__ real sums[WARPS][SUMS({_most(product)})][32];\n"
+    is_first = "" if kind == "gradient" else "  const bool is_first = from == begins;\n"
     return f"""
 extern "C" __global__ void __launch_bounds__(32 * WARPS) {name}(
     const real* x, const real* w, const real* y, const long long* neighbour, const long long* start,
-    int atoms, int begin, int end, int edges, {arguments}) {{
+    int atoms, int begin, int end, int edges, int share, {arguments}) {{
   __shared__ real ys[WARPS][{2 * product.harmonics}];
 {shared}  const int lane = LANE, warp = WARP;
-  const int atom = blockIdx.x * WARPS + warp;
+  const int atom = share ? blockIdx.x : blockIdx.x * WARPS + warp;
   if (atom >= atoms) return;
   const int own = start[atom];
-  const int from = own > begin ? own : begin;
+  const int begins = own > begin ? own : begin;
   const int to = start[atom + 1] < end ? start[atom + 1] : end;
-  if (from >= to) return;
+  if (begins >= to) return;  // all warps of the block, where they share the atom
+  const int from = share ? begins + warp : begins, step = share ? WARPS : 1;
+{is_first}  const int safe = from < to ? from : begins;  // an edge that there is
 {chr(10).join(cases)}
 }}"""
 
@@ -236,10 +249,8 @@ def _term(product: Product, term: Term, kind: str, by_y: bool) -> Iterator[str]:
         # what earlier parts of the edges have given
         row = "out" if kind == "convolve" else "dg"
         yield f"    real* const row = {row} + (long long)atom * {product.outputs};"
-        yield from (
-            f"    real o{o} = from > own{'' if is_full else f' && channel < {term.channels}'} ? row[{place}] : (real)0;"
-            for o, place in enumerate(places)
-        )
+        yield f"    const bool goes_on = is_first && begins > own{'' if is_full else f' && channel < {term.channels}'};"
+        yield from (f"    real o{o} = goes_on ? row[{place}] : (real)0;" for o, place in enumerate(places))
     # of the edge after this one: what is read is on its way while this one is computed
     own = [f"x{i}" for i in range(term.width)], [f"w{p}" for p in range(len(term.paths))]
     rows = [("x", "w", *own)]
@@ -260,28 +271,28 @@ def _term(product: Product, term: Term, kind: str, by_y: bool) -> Iterator[str]:
     names = [name for row in rows for part in row[2:] for name in part]
     staged = [("y", 0), ("yt", h)][: len(rows)]
     yield "    " + " ".join(f"ROW(next_{y});" for y, _ in staged)
-    yield from (f"    FETCH(next_{y}, {y} + (long long)from * {h}, {h})" for y, _ in staged)
-    yield "    long long near = neighbour[from];"
+    yield from (f"    FETCH(next_{y}, {y} + (long long)safe * {h}, {h})" for y, _ in staged)
+    yield "    long long near = neighbour[safe];"
     if is_early:
         yield "    " + " ".join(f"real next_{name};" for name in names)
         yield "    {"
-        yield from (f"    {line}" for line in read("next_{} = {};", "from", "near"))
+        yield from (f"    {line}" for line in read("next_{} = {};", "safe", "near"))
         yield "    }"
-        yield "    near = neighbour[from + 1 < to ? from + 1 : from];"
+        yield "    near = neighbour[from + step < to ? from + step : safe];"
     yield "#pragma unroll 1"
-    yield "    for (int e = from; e < to; ++e) {"
+    yield "    for (int e = from; e < to; e += step) {"
     if kind != "convolve":
         yield f"      const long long at = (long long)(e - begin) * {product.weights};"
     yield from (f"      LAY(ys[warp] + {place}, next_{y}, {h})" for y, place in staged)
     if is_early:
         yield from (f"      const real {name} = next_{name};" for name in names)
-        yield "      if (e + 1 < to) {"
-        yield from (f"        {line}" for line in read("next_{} = {};", "e + 1", "near"))
+        yield "      if (e + step < to) {"
+        yield from (f"        {line}" for line in read("next_{} = {};", "e + step", "near"))
     else:
         yield from (f"      {line}" for line in read("const real {} = {};", "e", "near"))
-        yield "      if (e + 1 < to) {"
-    yield from (f"        FETCH(next_{y}, {y} + (long long)(e + 1) * {h}, {h})" for y, _ in staged)
-    ahead = 2 if is_early else 1
+        yield "      if (e + step < to) {"
+    yield from (f"        FETCH(next_{y}, {y} + (long long)(e + step) * {h}, {h})" for y, _ in staged)
+    ahead = "2 * step" if is_early else "step"
     yield f"        near = neighbour[e + {ahead} < to ? e + {ahead} : e];"
     yield "      }"
     if kind != "convolve":
@@ -309,7 +320,21 @@ def _term(product: Product, term: Term, kind: str, by_y: bool) -> Iterator[str]:
         yield f"      total(s, lane, dy + ((long long)blockIdx.y * edges + e) * {h}, {h});"
     yield "    }"
     if kind != "gradient":
-        yield f"    {guard}{{"
+        yield "    if (share) {"
+        for done in range(0, len(places), SUMMED):
+            some = range(done, min(done + SUMMED, len(places)))
+            yield "      BARRIER"
+            yield from (f"      sums[warp][PLACE({o})][lane] = o{o};" for o in some)
+            yield "      BARRIER"
+            yield "      if (ADDS) {"
+            yield from (f"        o{o} = 0;" for o in some)
+            yield "        for (int other = 0; other < WARPS; ++other) {"
+            yield from (f"          o{o} += sums[other][PLACE({o})][lane];" for o in some)
+            yield "        }"
+            yield "      }"
+        yield "    }"
+        condition = "!share || ADDS" if is_full else f"(!share || ADDS) && channel < {term.channels}"
+        yield f"    if ({condition}) {{"
         yield from (f"    row[{place}] = o{o};" for o, place in enumerate(places))
         yield "    }"
 

@@ -150,6 +150,12 @@ def test_a_model_that_cannot_be_exported_is_told(study, tmp_path):
         study("parts=water")
 
 
+def test_an_export_that_a_signal_ends_is_told(study, tmp_path):
+    (tmp_path / "export.py").write_text("import os\nprint('comparing ...', flush=True)\nos.kill(os.getpid(), 11)\n")
+    with pytest.raises(InputError, match=r"could not be exported \(ended by SIGSEGV, after: comparing \.\.\.\): see "):
+        study("parts=water")
+
+
 def test_a_protein_and_its_replicas(study, tmp_path):
     pdb = tmp_path / "small protein.pdb"
     pdb.write_text(

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import pickle
 import platform
 import re
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,6 +363,26 @@ def test_export_refuses_where_there_is_no_compiler(model, tmp_path, monkeypatch)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"There is no C\+\+ compiler no-such-compiler here"):
         ddpkit.export(model, tmp_path / "model.pt2")
+
+
+@pytest.mark.long
+def test_a_compiler_that_links_its_own_library_makes_what_can_be_loaded(tmp_path):
+    """Locales of two C++ libraries in one process are mixed up, and torch's code for loading asks for one."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} -static-libstdc++ -static-libgcc "$@"\n')
+    compiler.chmod(0o755)
+    program = (
+        "import sys\n"
+        "from toys import EmbeddedAtom\n"
+        "import ddpkit\n"
+        "ddpkit.export(EmbeddedAtom().eval(), sys.argv[1])\n"  # which loads it
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "model.pt2"],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "CXX": str(compiler), "PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("uncompiled")

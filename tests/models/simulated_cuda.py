@@ -25,13 +25,17 @@ extern "C" void stand_at(int x, int y, int thread) { blockIdx = {x, y}; threadId
 #define ROW(name) const real* name
 #define FETCH(name, row, n) name = (row);
 #define LAY(to, name, n) for (int j = 0; j < (n); ++j) (to)[j] = name[j];
+#define SUMS(n) (n)
+#define PLACE(o) (o)
+#define BARRIER
+#define ADDS (warp == WARPS - 1)
 template <typename T> static void total(T (&v)[32], int lane, T* to, int n) {
   for (int j = 0; j < n; ++j) to[j] = lane ? to[j] + v[j] : v[j];
 }
 """
 
 
-def launch(text, function, grid, threads, arguments, others=list):
+def launch(text, function, grid, threads, arguments, others=list):  # noqa: ARG001
     """As `ddpkit.nvrtc.launch`, for tensors on the CPU."""
     library = _compiled(text)
     values = [a if isinstance(a, int) else ctypes.c_void_p(a.data_ptr()) for a in arguments]

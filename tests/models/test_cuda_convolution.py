@@ -92,10 +92,13 @@ def first_and_second(convolve, kernel, numbers):
     return out, *pulled, *torch.autograd.grad(loss + out.cos().sum(), numbers[:3])
 
 
-@pytest.mark.parametrize("part", [1 << 26, 300], ids=["whole", "in parts"])
+@pytest.mark.parametrize(
+    ("part", "room"), [(1 << 26, 0), (300, 0), (300, 1 << 20)], ids=["whole", "in parts", "shared"]
+)
 @pytest.mark.parametrize("name", IRREPS)
-def test_output_and_derivatives_are_those_of_the_reference(name, part, monkeypatch):
+def test_output_and_derivatives_are_those_of_the_reference(name, part, room, monkeypatch):
     monkeypatch.setattr(cuda_convolution, "PART", part)
+    monkeypatch.setattr(cuda_convolution, "ROOM", room)
     pair, numbers, convolve = factors(*IRREPS[name], neighbourhoods(), leaf=True)
     ours, theirs = (first_and_second(convolve, kernel, numbers) for kernel in pair)
     assert [relative(a, b) < 1e-11 for a, b in zip(ours, theirs, strict=True)] == [True] * len(theirs)
@@ -200,18 +203,20 @@ def test_the_text_is_cuda(name, kernels, card, real, tmp_path):
 def test_a_block_fits_into_the_memory_that_it_shares(real, size):
     irreps = {(l, p): 32 for l in range(5) for p in (1, -1)}
     key = CudaConvolution(irreps, 4, every_irrep(irreps, 4), torch.float32).key
-    text = cuda_convolution._text(key, "second_y", real)
+    text = re.sub(r"SUMS\(\d+\)", str(cuda_source.SUMMED), cuda_convolution._text(key, "second_y", real))
     warps = int(re.search(r"#define WARPS (\d+)", text)[1])
     shared = [[int(n) for n in re.findall(r"\[(\d+)\]", line)] for line in text.splitlines() if "__shared__" in line]
-    assert len(shared) == 2
+    assert len(shared) == 3
     assert 1 <= warps <= 4
     assert sum(warps * math.prod(sizes) * size for sizes in shared) <= 48 * 1024
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("room", [0, 1 << 20], ids=["an atom a warp", "shared"])
 @pytest.mark.parametrize("name", IRREPS)
-def test_on_a_gpu(name, dtype):
+def test_on_a_gpu(name, room, dtype, monkeypatch):
+    monkeypatch.setattr(cuda_convolution, "ROOM", room)
     graph = neighbourhoods("cuda")
     pair, numbers, convolve = factors(*IRREPS[name], graph, leaf=True, dtype=dtype, device="cuda")
     ours, again, theirs = (first_and_second(convolve, kernel, numbers) for kernel in (pair[0], *pair))

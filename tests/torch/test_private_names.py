@@ -26,6 +26,7 @@ from ddpkit.compile import backend, inductor
 from ddpkit.compile.conditions import _function
 from ddpkit.compile.public import Public
 from ddpkit.errors import InputError
+from ddpkit.ranks.switches import deterministic_algorithms
 
 ROOT = Path(__file__).parents[2]
 HOMES = {"ddpkit/torch_private.py", "ddpkit/compile/inductor.py"}
@@ -233,3 +234,13 @@ def test_conditions_are_computed_as_torch_prints_them(left, right, relation, siz
     sizes = (size, size + 3)
     expected = eval(f"lambda m, n: {printed}", dict(SYMPY_INTERP))(*sizes)  # noqa: S307
     assert bool(_function([m, n], [test])(*sizes)[0]) == bool(expected)
+
+
+def test_reductions_have_one_variant_where_algorithms_are_deterministic():
+    """Which of two is faster depends on what else a GPU does, and their last bits differ."""
+    told = {}
+    for wanted in (False, True):
+        with deterministic_algorithms(wanted=wanted):
+            told[wanted] = inductor._settings(on_gpu=True)
+    assert told[True] == told[False] | {"dynamic_scale_rblock": False}
+    assert "dynamic_scale_rblock" not in told[False]

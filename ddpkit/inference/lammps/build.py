@@ -90,7 +90,8 @@ def _compile(installation: Installation, plugin: Path) -> None:
         command = [compiler, *OPTIONS, *flags, f'-DDDPKIT_LAMMPS_VERSION="{version}"']
         command += [f"-I{path}" for path in (installation.headers, installation.mpi.headers, torch / "include")]
         command += ["pair_ddpkit.cpp", "-o", f"{made}/{NAME}", f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}"]
-        command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        # The C++ library that torch loads, where a toolchain would link its own into the plugin.
+        command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-l:libstdc++.so.6"]
         if (torch / "lib" / "libtorch_cuda.so").is_file():
             command += ["-ltorch_cuda"]
         with cores.all_of_job():
