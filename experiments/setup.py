@@ -259,8 +259,14 @@ def _build_trainer(
     if config.compile or config.check_kernels:
         with phase.during("compile"):
             batches = train_loader.example()
-            if config.check_kernels:
-                compare_kernels(model, batches[0])
+            compared = compare_kernels(model, batches[0]) if config.check_kernels else []
+            if folder is not None and hasattr(model, "kernels_of"):
+                kernels = model.kernels_of(here.device)
+                print(
+                    f"kernels: {kernels}{', compared with a reference in plain PyTorch' if compared else ''}",
+                    flush=True,
+                )
+                folder.summarize(kernels=kernels)
             if filled is not None and folder is not None:
                 print(f"recorded steps: {filled}", flush=True)
                 folder.summarize(capacities=asdict(filled))

@@ -471,7 +471,6 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
             4,
             (
                 "model=nequip_xl",
-                "model.kernels=openequivariance",
                 "data=generated_crystals",
                 "data.frames=4000",
                 "data.split=[0.96,0.02,0.02]",  # 12 batches of 320 to train on
@@ -498,7 +497,6 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
                 "data=files",
                 "data.path=${oc.env:DDPKIT_MPTRJ}",
                 "data.split_by=group",
-                "model.kernels=openequivariance",
                 "train.max_epochs=3",
                 "train.validate=false",
                 "train.checkpoint_every=never",

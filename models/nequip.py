@@ -11,7 +11,7 @@ from ddpkit.errors import InputError
 from ddpkit.models.config import PotentialConfig
 from ddpkit.models.graph import without_ghosts
 from ddpkit.models.irreps import Features, Irreps
-from ddpkit.models.kernels import Kernels, kernels_on
+from ddpkit.models.kernels import KERNELS, Kernels, kernels_on
 from ddpkit.models.layers import Layer, features_with_ghosts, groups_of
 from ddpkit.models.local import Local
 from ddpkit.models.mlp import MLP
@@ -98,6 +98,10 @@ class NequIP(Potential):
         self.readout = MLP([features[0], *[readout_width] * readout_depth, 1], readout_nonlinearity, dtype=dtype)
         # nequip's Bessel functions carry this factor for old models' sake
         self.radial_factor = 2 * math.pi / self.r_max**2
+
+    def kernels_of(self, device: torch.device) -> str:
+        """What computes the convolution on a device."""
+        return self.kernels if KERNELS[self.kernels].runs_on(device) else "ddpkit"
 
     def reference_kernels(self) -> dict[int, torch.nn.Module]:
         """For the `memo` of `copy.deepcopy`: by the id of each layer's kernel, the reference that replaces it in the copy."""

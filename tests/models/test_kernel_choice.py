@@ -7,6 +7,7 @@ import torch
 from cases import SPECIES, make_batch, make_frame, make_model, relative
 
 import ddpkit
+from ddpkit import nvrtc
 from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.models import Allegro, NequIP
 from ddpkit.models.config import PotentialConfig
@@ -99,3 +100,17 @@ def test_every_shared_setting_is_a_keyword(kind):
         kind(SPECIES, avg_num_neighbors=9.0, r_maximum=3.0)
     with pytest.raises(TypeError, match="avg_num_neighbors"):
         kind(SPECIES)
+
+
+@pytest.mark.parametrize(
+    ("has_compiler", "l_max", "chosen"), [(True, 4, "cuda"), (True, 5, "ddpkit"), (False, 1, "ddpkit")]
+)
+def test_the_fastest_are_taken_that_can_be_made(has_compiler, l_max, chosen, monkeypatch):
+    monkeypatch.setattr(nvrtc, "is_available", lambda: has_compiler)
+    model = make_model("nequip", kernels="auto", num_layers=1, num_features=2, l_max=l_max)
+    assert model.kernels == model.kernels_of(torch.device("cuda")) == chosen
+    assert model.kernels_of(torch.device("cpu")) == "ddpkit"
+
+
+def test_without_a_build_for_nvidia_there_is_no_compiler():
+    assert nvrtc.is_available() <= (torch.version.cuda is not None)
