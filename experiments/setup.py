@@ -260,13 +260,12 @@ def _build_trainer(
         with phase.during("compile"):
             batches = train_loader.example()
             compared = compare_kernels(model, batches[0]) if config.check_kernels else []
-            if folder is not None and hasattr(model, "kernels_of"):
-                kernels = model.kernels_of(here.device)
-                print(
-                    f"kernels: {kernels}{', compared with a reference in plain PyTorch' if compared else ''}",
-                    flush=True,
-                )
+            if folder is not None:
+                kernels = model.kernels_of(here.device) if hasattr(model, "kernels_of") else None
                 folder.summarize(kernels=kernels)
+                if kernels is not None:
+                    how = ", compared with a reference in plain PyTorch" if compared else ""
+                    print(f"kernels: {kernels}{how}", flush=True)
             if filled is not None and folder is not None:
                 print(f"recorded steps: {filled}", flush=True)
                 folder.summarize(capacities=asdict(filled))
