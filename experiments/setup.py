@@ -261,7 +261,8 @@ def _build_trainer(
             batches = train_loader.example()
             compared = compare_kernels(model, batches[0]) if config.check_kernels else []
             if folder is not None:
-                kernels = model.kernels_of(here.device) if hasattr(model, "kernels_of") else None
+                kernels_of: Any = getattr(model, "kernels_of", None)
+                kernels = None if kernels_of is None else kernels_of(here.device)
                 folder.summarize(kernels=kernels)
                 if kernels is not None:
                     how = ", compared with a reference in plain PyTorch" if compared else ""
