@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from in_memory import interpreted_once
 from test_recorded_steps import BATCHES, BUCKETS, Criterion, Scaled, Training, assert_same
 from torch import nn
 from toy import Toy
 
 import ddpkit
-from ddpkit.compile.backend import using
 from ddpkit.errors import InputError
 from ddpkit.sync.overlap import OverlapSync
 
@@ -16,7 +16,7 @@ DURING = {"standard": {}, "overlap": BUCKETS}
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiler():
-    with using("interpreted"):
+    with interpreted_once():
         yield
 
 

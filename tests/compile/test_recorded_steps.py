@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from in_memory import interpreted_once
 from torch import nn
 from toy import Toy, random_batch
 
@@ -42,7 +43,7 @@ here = torch.device("cpu")
 def _compiler(device):
     global here  # noqa: PLW0603  (read where models and batches are made)
     here = torch.device(device)
-    with using("interpreted" if device == "cpu" else "inductor"):
+    with interpreted_once() if device == "cpu" else using("inductor"):
         yield
 
 

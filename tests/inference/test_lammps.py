@@ -123,45 +123,69 @@ def model(packages, name, options=""):
     return MODEL.format(options, packages, name)
 
 
+OPERATORS = {"DDPKIT_LAMMPS_OPERATORS": "1"}  # those of a GPU
+
+
 class Runs:
     """Runs of many cases: those on so many ranks by one LAMMPS, once the first is asked for."""
 
-    def __init__(self, folder, scripts):
-        self.folder, self.scripts = folder, scripts
-        self.states = {}
+    def __init__(self, folder):
+        self._folder = folder
+        self._scripts, self._states = {}, {}
 
-    def __call__(self, kind, case, **keywords):
-        """The states of a case; `scripts[kind]` has for each case its pair style, number of ranks and parts of the script."""
-        if (kind, case) not in self.states:
-            ranks = self.scripts[kind][case][1]
-            folder = self.folder / f"{kind}-{ranks}".replace(" ", "-")
+    def add(self, kind, case, pair, ranks=1, *, operators=False, **parts):
+        """A case by its name: its pair style, on how many ranks, by which operators, and parts of the script or all of it."""
+        self._scripts.setdefault((ranks, operators), {})[kind, case] = (pair, parts)
+
+    def __call__(self, kind, case=None):
+        """The states of a case."""
+        if (kind, case) not in self._states:
+            start = next(one for one, scripts in self._scripts.items() if (kind, case) in scripts)
+            ranks, operators = start
+            folder = self._folder / f"{ranks}{operators}"
             folder.mkdir()
-            names = {f"case{n}": name for n, (name, one) in enumerate(self.scripts[kind].items()) if one[1] == ranks}
-            texts = {
-                n: script(self.scripts[kind][c][0], folder / n, **self.scripts[kind][c][2]) for n, c in names.items()
-            }
-            found = states_of_all(texts, folder, ranks, **keywords)
-            self.states |= {(kind, names[n]): states for n, states in found.items()}
-        return self.states[kind, case]
+            names = {f"case{n}": name for n, name in enumerate(self._scripts[start])}
+            texts = {}
+            for n, name in names.items():
+                pair, parts = self._scripts[start][name]
+                texts[n] = script(pair, folder / n, **parts)
+            found = states_of_all(texts, folder, ranks, variables=OPERATORS if operators else None)
+            self._states |= {names[n]: states for n, states in found.items()}
+        return self._states[kind, case]
 
 
 @pytest.fixture(scope="module")
-def pairs(packages, tmp_path_factory):
-    ours, alone = model(packages, "pairs"), {}
-    for case, (parts, _) in CASES.items():
-        alone[case] = {name: part for name, part in parts.items() if name != "grid"}
-    scripts = {
-        "theirs": {case: (LJ_CUT, 1, parts) for case, parts in alone.items()},
-        "alone": {case: (ours, 1, parts) for case, parts in alone.items()},
-        "on ranks": {case: (ours, ranks, parts) for case, (parts, ranks) in CASES.items()},
-    }
-    return Runs(tmp_path_factory.mktemp("pairs"), scripts)
+def runs(packages, tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    pairs, densities = (model(packages, name) for name in ("pairs", "densities"))
+    for case, (parts, ranks) in CASES.items():
+        alone = {name: part for name, part in parts.items() if name != "grid"}
+        runs.add("theirs", case, LJ_CUT, **alone)
+        runs.add("alone", case, pairs, **alone)
+        runs.add("on ranks", case, pairs, ranks, **parts)
+    for case, (box, places, ranks) in DIVIDED.items():
+        runs.add("densities alone", case, densities, box=box)
+        runs.add("densities on ranks", case, densities, ranks, box=box, grid=places)
+    for case in ("triclinic", "molecule"):
+        runs.add("densities by operators", case, densities, 2, operators=True, box=DIVIDED[case][0])
+    runs.add("whole", None, pairs, box=SLAB)
+    for chunk in CHUNKS:
+        for operators in (False, True):
+            pair = model(packages, "pairs", f"chunk {chunk}")
+            runs.add(f"operators={operators}", chunk, pair, 2, operators=operators, box=SLAB)
+    for name, pair in {"pairs": pairs, "densities": densities, "lj/cut": LJ_CUT}.items():
+        runs.add("one", name, pair, run=AT_ONCE)
+    for style in MIXED:
+        runs.add("mixed", style, mixed(style, packages), 2, run=AT_ONCE)
+    runs.add("mixed", "lj/cut", added_to_lj_cut(packages), 2, run=AT_ONCE)
+    runs.add("through", None, densities)
+    return runs
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pairs_equal_lj_cut(case, pairs):
+def test_pairs_equal_lj_cut(case, runs):
     for kind in ("alone", "on ranks"):
-        same(pairs(kind, case), pairs("theirs", case))
+        same(runs(kind, case), runs("theirs", case))
 
 
 DIVIDED = {
@@ -175,40 +199,23 @@ DIVIDED = {
 }
 
 
-@pytest.fixture(scope="module")
-def densities(packages, tmp_path_factory):
-    pair = model(packages, "densities")
-    scripts = {
-        "alone": {case: (pair, 1, {"box": box}) for case, (box, _, _) in DIVIDED.items()},
-        "on ranks": {case: (pair, ranks, {"box": box, "grid": grid}) for case, (box, grid, ranks) in DIVIDED.items()},
-        "by operators": {case: (pair, 2, {"box": DIVIDED[case][0]}) for case in ("triclinic", "molecule")},
-    }
-    return Runs(tmp_path_factory.mktemp("densities"), scripts)
-
-
 @pytest.mark.parametrize("case", DIVIDED)
-def test_exchanged_rows_are_those_of_one_rank(case, densities):
-    same(densities("on ranks", case), densities("alone", case))
+def test_exchanged_rows_are_those_of_one_rank(case, runs):
+    same(runs("densities on ranks", case), runs("densities alone", case))
 
 
 @pytest.mark.parametrize("case", ["triclinic", "molecule"])
-def test_operators_of_a_gpu_make_the_same_tables(case, densities):
-    same(densities("by operators", case, variables={"DDPKIT_LAMMPS_OPERATORS": "1"}), densities("alone", case))
+def test_operators_of_a_gpu_make_the_same_tables(case, runs):
+    same(runs("densities by operators", case), runs("densities alone", case))
 
 
-@pytest.fixture(scope="module")
-def chunks(packages, tmp_path_factory):
-    parts = {chunk: (model(packages, "pairs", f"chunk {chunk}"), 2, {"box": SLAB}) for chunk in (1, 7, 24)}
-    scripts = {"whole": {None: (model(packages, "pairs"), 1, {"box": SLAB})}, "parts": parts, "by operators": parts}
-    return Runs(tmp_path_factory.mktemp("chunks"), scripts)
+CHUNKS = (1, 7, 24)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 24])
-@pytest.mark.parametrize("operators", ["", "1"])
-def test_chunks_and_operators_of_a_gpu_compute_the_same(chunk, operators, chunks):
-    variables = {"DDPKIT_LAMMPS_OPERATORS": operators} if operators else {}
-    got = chunks("by operators" if operators else "parts", chunk, variables=variables)
-    same(got, chunks("whole", None))
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("operators", [False, True])
+def test_chunks_and_operators_of_a_gpu_compute_the_same(chunk, operators, runs):
+    same(runs(f"operators={operators}", chunk), runs("whole"))
 
 
 def test_several_types_are_one_element(packages, tmp_path):
@@ -220,50 +227,44 @@ def test_several_types_are_one_element(packages, tmp_path):
     as_one = [" ".join([line[0], "1", *line[2:]]) if len(line) == 5 else " ".join(line) for line in atoms]
     text_of_one = "\n".join(as_one).replace("2 atom types", "1 atom types").replace("\n2 16\n", "\n")
     (tmp_path / "one" / "atoms").write_text(text_of_one.replace("1 12", "1 12"))
-    two, one = (
-        states(text.replace("run 20", "run 0"), tmp_path / "two"),
-        states(more.replace("run 20", "run 0"), tmp_path / "one"),
-    )
+    texts = {"two": text.replace("run 20", "run 0"), "one": more.replace("run 20", "run 0")}
+    two, one = states_of_all(texts, tmp_path).values()
     np.testing.assert_allclose(two[0].forces, one[0].forces, atol=1e-12)
     assert two[0].energy == pytest.approx(one[0].energy, rel=1e-14)
 
 
-def test_a_run_goes_on_from_a_restart_file(packages, tmp_path):
+def test_a_run_goes_on_from_a_restart_file(packages, runs, tmp_path):
     pair = model(packages, "densities")
-    through = script(pair, tmp_path / "through")
     again = script(pair, tmp_path / "again", run="run 12\nwrite_restart half\n")
     again += f"clear\nread_restart half\n{SETTINGS}{pair}\n{COMPUTES}run 8\nREPORT\n"
-    same(states(again, tmp_path / "again", 2), states(through, tmp_path / "through"))
+    same(states(again, tmp_path / "again", 2), runs("through"))
 
 
-def test_a_model_is_added_to_another_style(packages, tmp_path):
-    both = script(
-        f"{LJ_CUT.replace('lj/cut 6.0', 'hybrid/overlay lj/cut 6.0 ddpkit').replace('1 1 ', '1 1 lj/cut ')}"
-        .replace("1 2 ", "1 2 lj/cut ").replace("2 2 ", "2 2 lj/cut ")
-        + f"\npair_coeff * * ddpkit {packages}/densities.pt2 H O",
-        tmp_path / "both",
-        run="run 0\nREPORT\n",
-    )  # fmt: skip
-    parts = [
-        states(script(pair, tmp_path / name, run="run 0\nREPORT\n"), tmp_path / name)[0]
-        for name, pair in (("model", model(packages, "densities")), ("lj", LJ_CUT))
-    ]
-    (got,) = states(both, tmp_path / "both", 2)
-    assert got.energy == pytest.approx(sum(part.energy for part in parts), rel=1e-12)
-    np.testing.assert_allclose(got.forces, sum(part.forces for part in parts), atol=1e-10)
-    np.testing.assert_allclose(got.virial, sum(part.virial for part in parts), rtol=1e-10)
+AT_ONCE = "run 0\nREPORT\n"
+MIXED = {"scaled 0.25 ddpkit 0.75": (0.25, 0.75), "overlay ddpkit": (1, 1)}
 
 
-@pytest.mark.parametrize(("style", "weights"), [("scaled 0.25 ddpkit 0.75", (0.25, 0.75)), ("overlay ddpkit", (1, 1))])
-def test_two_models_are_mixed(style, weights, packages, tmp_path):
-    mixed = f"pair_style hybrid/{style} ddpkit\n" + "\n".join(
+def mixed(style, packages):
+    """The pair style of both models at once."""
+    return f"pair_style hybrid/{style} ddpkit\n" + "\n".join(
         f"pair_coeff * * ddpkit {n} {packages}/{name}.pt2 H O" for n, name in enumerate(("pairs", "densities"), 1)
     )
-    pairs = {"mixed": mixed} | {name: model(packages, name) for name in ("pairs", "densities")}
-    got, *parts = (
-        states(script(pair, tmp_path / name, run="run 0\nREPORT\n"), tmp_path / name, 2)[0]
-        for name, pair in pairs.items()
-    )
+
+
+def added_to_lj_cut(packages):
+    text = LJ_CUT.replace("lj/cut 6.0", "hybrid/overlay lj/cut 6.0 ddpkit")
+    for types in ("1 1 ", "1 2 ", "2 2 "):
+        text = text.replace(types, f"{types}lj/cut ")
+    return f"{text}\npair_coeff * * ddpkit {packages}/densities.pt2 H O"
+
+
+@pytest.mark.parametrize(
+    ("case", "names", "weights"),
+    [("lj/cut", ("densities", "lj/cut"), (1, 1)), *((style, ("pairs", "densities"), MIXED[style]) for style in MIXED)],
+)
+def test_a_model_is_added_to_another_style_and_mixed_with_another(case, names, weights, runs):
+    (got,) = runs("mixed", case)
+    parts = [runs("one", name)[0] for name in names]
 
     def weighted(what):
         return sum(weight * getattr(part, what) for weight, part in zip(weights, parts, strict=True))
@@ -346,8 +347,9 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    ("case", "ranks"), [*((case, 2) for case in REFUSED), ("species", 1), ("newton", 1), ("hybrid", 1)]
+)
 def test_what_cannot_be_computed_is_refused_by_all_ranks(case, ranks, packages, tmp_path):
     old, new, sentence = (text.replace("{packages}", str(packages)) for text in REFUSED[case])
     text = script(model(packages, "pairs"), tmp_path / "run", run="run 1\n")
@@ -422,14 +424,15 @@ def test_bonds_that_come_later_are_refused_too(packages, tmp_path):
     refused(text, "use `special_bonds lj/coul 1 1 1`", tmp_path / "run", 2)
     kept = text.replace("neighbor 1.0", "special_bonds lj/coul 1 1 1\nneighbor 1.0") + "REPORT\n"
     plain = script(model(packages, "pairs"), tmp_path / "plain", run="run 5\nREPORT\n")
-    same(states(kept, tmp_path / "run", 2), states(plain, tmp_path / "plain"))
+    found = states_of_all({"run": kept, "plain": plain}, tmp_path, 2)
+    same(found["run"], found["plain"])
 
 
-def test_bonded_neighbours_that_lammps_leaves_out_are_refused(packages, tmp_path):
+def test_bonded_neighbours_that_lammps_leaves_out_are_refused(packages, runs, tmp_path):
     text = molecular(packages, tmp_path / "run", 1, "run 0\nREPORT\n")
     refused(text.replace("REPORT", ""), "use `special_bonds lj/coul 1 1 1`", tmp_path / "run", 2)
     kept = states(text.replace("neighbor 1.0", "special_bonds lj/coul 1 1 1\nneighbor 1.0"), tmp_path / "run", 2)
-    same(kept, states(script(model(packages, "pairs"), tmp_path / "plain", run="run 0\nREPORT\n"), tmp_path / "plain"))
+    same(kept, runs("one", "pairs"))
 
 
 def test_a_script_goes_on_after_clear(packages, tmp_path):
