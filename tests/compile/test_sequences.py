@@ -1,6 +1,6 @@
 """Whatever happens between steps, compiled and eager training take the same steps.
 
-Graphs are interpreted, but for the tests that are marked as long.
+Graphs are interpreted, but for the tests that are marked as long. As there, code that was made of the same before is used again.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_memory import interpreted_once
 from torch import nn
 
 import ddpkit
@@ -67,11 +68,6 @@ class Criterion(nn.Module):
     def forward(self, output, batch):
         error = (output[:, 0] - batch.sum(1)).square().mean()
         return {"loss": self.weight * torch.exp(-self.scale) * error + self.scale, "error": error}
-
-
-def interpreted():
-    """Inside, graphs are not compiled."""
-    return using("interpreted")
 
 
 OPTIMIZERS = {
@@ -207,14 +203,14 @@ def compare(compiled, eager, where):
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(optimizer=st.sampled_from(list(OPTIMIZERS)), actions=st.lists(st.sampled_from(ACTIONS), max_size=10))
 def test_any_sequence_on_one_rank(arm, optimizer, actions):
-    with interpreted():
+    with interpreted_once():
         run(arm, optimizer, actions)
 
 
 def some_sequences(count, *, compiles):
     rank = torch.distributed.get_rank()
     choice = random.Random(0)
-    with contextlib.nullcontext() if compiles else interpreted():
+    with contextlib.nullcontext() if compiles else interpreted_once():
         for number in range(count):
             arm = list(ARMS)[number % len(ARMS)]
             optimizer = choice.choice(list(OPTIMIZERS))
@@ -239,6 +235,7 @@ def test_everything_in_turn_with_the_compiler(arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_everything_in_turn(arm):
+    """Everything is traced anew, as code that is found must not hide what is wrong with a second trace."""
     optimizer = list(OPTIMIZERS)[list(ARMS).index(arm) % 2]
-    with interpreted():
+    with using("interpreted"):
         run(arm, optimizer, [x for what in [*ACTIONS[2:], "rate as a tensor"] for x in (what, "step")])
