@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_memory import interpreted_once
 from toy import Toy, random_batch
 
 import ddpkit
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("deterministic")
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiler(device):
-    with using("interpreted" if device == "cpu" else "inductor"):
+    with interpreted_once() if device == "cpu" else using("inductor"):
         yield
 
 
