@@ -5,7 +5,7 @@ Right for kernels whose threads hand each other nothing but by `LAY` and `total`
 
 import ctypes
 import hashlib
-import itertools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,7 +19,6 @@ HEAD = """
 #define __launch_bounds__(threads)
 struct Place { int x, y; };
 static Place blockIdx, threadIdx;
-extern "C" void stand_at(int x, int y, int thread) { blockIdx = {x, y}; threadIdx = {thread, 0}; }
 #define LANE (threadIdx.x % 32)
 #define WARP (threadIdx.x / 32)
 #define ROW(name) const real* name
@@ -40,10 +39,19 @@ def launch(text, function, grid, threads, arguments, others=list):  # noqa: ARG0
     library = _compiled(text)
     values = [a if isinstance(a, int) else ctypes.c_void_p(a.data_ptr()) for a in arguments]
     assert all(isinstance(a, int) or a.is_contiguous() for a in arguments)
-    kernel = getattr(library, function)
-    for y, x, thread in itertools.product(range(grid[1]), range(grid[0]), range(threads)):
-        library.stand_at(x, y, thread)
-        kernel(*values)
+    getattr(library, f"all_of_{function}")(*grid, threads, *values)
+
+
+def _one_after_another(text):
+    """A function for each kernel that runs all its threads."""
+    for name, parameters in re.findall(r"__launch_bounds__\([^)]+\) (\w+)\(\s*([^)]+)\)", text):
+        given = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
+        yield f"""
+extern "C" void all_of_{name}(int blocks_x, int blocks_y, int threads, {parameters}) {{
+  for (blockIdx.y = 0; blockIdx.y < blocks_y; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < blocks_x; ++blockIdx.x)
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) {name}({given});
+}}"""
 
 
 @cache
@@ -51,7 +59,7 @@ def _compiled(text):
     name = hashlib.sha256(text.encode()).hexdigest()
     with tempfile.TemporaryDirectory(prefix="ddpkit-simulated-") as folder:
         path = Path(folder) / f"{name}.cpp"
-        path.write_text(HEAD + text)
+        path.write_text("\n".join([HEAD, text, *_one_after_another(text)]))
         library = path.with_suffix(".so")
         compiler = shutil.which("g++")
         assert compiler, "needs a C++ compiler"
