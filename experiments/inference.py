@@ -595,7 +595,9 @@ def _high_water_marks(root: int) -> dict[int, float]:
         with suppress(OSError):
             facts = dict(re.findall(r"^(PPid|VmHWM):\s*(\d+)", path.read_text(), re.MULTILINE))
             pid = int(path.parent.name)
-            parents[pid], marks[pid] = int(facts["PPid"]), int(facts.get("VmHWM", 0)) / 1024
+            parents[pid] = int(facts["PPid"])
+            if "VmHWM" in facts:  # not while a process ends
+                marks[pid] = int(facts["VmHWM"]) / 1024
     family = {root}
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more

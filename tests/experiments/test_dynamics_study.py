@@ -1,6 +1,7 @@
 """The study of inference: what is run, what LAMMPS is given, and how it goes on where it stopped."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -288,6 +289,20 @@ def test_memory_is_that_of_the_program_that_a_process_became(tmp_path):
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with (tmp_path / "output").open("w") as output:
         assert inference._run([sys.executable, "-c", code], tmp_path, output, sample_gpu=False)["memory_mb"] > 250
+
+
+def test_a_process_that_ends_has_no_mark():
+    """It has given its memory back, and what was seen of it before counts."""
+    ended = subprocess.Popen(["/bin/true"])
+    try:
+        status = Path(f"/proc/{ended.pid}/status")
+        while "State:\tZ" not in status.read_text():
+            time.sleep(0.01)
+        marks = inference._high_water_marks(os.getpid())
+        assert marks[os.getpid()] > 10
+        assert ended.pid not in marks
+    finally:
+        ended.wait()
 
 
 def test_calls_of_a_model_are_timed(tmp_path):
