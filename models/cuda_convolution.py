@@ -253,6 +253,12 @@ def _warps(product: Product) -> int:
     return sum(cuda_source.warps(term) for term in product.terms)
 
 
+@lru_cache(maxsize=512)
+def _sizes(key: str, real: str) -> tuple[int, int]:
+    """Warps of a block, and of an atom."""
+    return cuda_source.warps_of_block(_products[key], real), _warps(_products[key])
+
+
 def _parts(edges: int, weights: int) -> Iterator[slice]:
     step = max(PART // max(weights, 1), 1)
     for begin in range(0, edges, step):
@@ -264,7 +270,7 @@ def _launch(
 ) -> None:
     neighbour, start, _ = places
     real, atoms = REAL[x.dtype], len(start) - 1
-    warps, of_atom = cuda_source.warps_of_block(_products[key], real), _warps(_products[key])
+    warps, of_atom = _sizes(key, real)
     share = atoms * of_atom < ROOM
     grid = (atoms if share else -(-atoms // warps), of_atom)
     given = [x, weights, y, neighbour, start, atoms, part.start, part.stop, len(neighbour), int(share), *more]

@@ -168,7 +168,7 @@ def warps(term: Term) -> int:
 
 
 def warps_of_block(product: Product, real: str) -> int:
-    """How many warps, which share nothing, are one block: up to four, as there is shared memory for them."""
+    """How many warps are one block: up to four, as there is shared memory for them."""
     numbers = 2 * product.harmonics + LANES * (_most(product) + SUMMED)
     return max(1, min(4, SHARED // (BYTES[real] * numbers)))
 

@@ -1,6 +1,7 @@
 """Kernels of CUDA C++ run on a CPU: one thread of theirs after another, compiled by the C++ compiler of the machine.
 
-Right for kernels whose threads hand each other nothing but by `LAY` and `total` (`ddpkit.models.cuda_source`).
+Right for kernels whose threads hand each other nothing but by `LAY`, by `total` and by the sums of a block
+(`ddpkit.models.cuda_source`).
 """
 
 import ctypes

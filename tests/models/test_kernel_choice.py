@@ -112,5 +112,8 @@ def test_the_fastest_are_taken_that_can_be_made(has_compiler, l_max, chosen, mon
     assert model.kernels_of(torch.device("cpu")) == "ddpkit"
 
 
-def test_without_a_build_for_nvidia_there_is_no_compiler():
-    assert nvrtc.is_available() <= (torch.version.cuda is not None)
+def test_without_a_build_for_nvidia_there_is_no_compiler(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_compiler", object)
+    for version, available in ((None, False), ("13.0", True)):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert nvrtc.is_available() is available
