@@ -1,7 +1,9 @@
 """Batches made ahead of the step, in the background."""
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -214,9 +216,11 @@ class _Ahead:
 
         self._thread = threading.Thread(target=bring, name="ddpkit-loader", daemon=True)
         self._thread.start()
+        _under_way.add(self)
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends it; may be called again."""
+        _under_way.discard(self)
         self._closed.set()
         if self._makers is not None:
             self._makers.kill()
@@ -233,3 +237,13 @@ class _Ahead:
                 continue
             return True
         return False
+
+
+_under_way: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Where Python ends, it stops threads wherever they are: with a lock that its end waits for, or in C++ code, which aborts."""
+    for ahead in list(_under_way):
+        ahead.close()

@@ -142,7 +142,7 @@ _STARTER = """
     from ddpkit.data import Loader, PreparedSet, Sampler
     frames = PreparedSet(sys.argv[1])
     sampler = Sampler(np.arange(len(frames)), frames.atoms, frames.edges(3.0), 8)
-    epoch = Loader(frames, sampler, frames.species, 3.0, epochs=10**6, workers=2).epoch(0)
+    epoch = Loader(frames, sampler, frames.species, 3.0, epochs=10**6, workers=2, prefetch=10**6).epoch(0)
     next(epoch)
     print(*(p.pid for p in epoch.gi_frame.f_locals["ahead"]._makers._processes), flush=True)
     time.sleep(float(sys.argv[2]))
@@ -161,8 +161,37 @@ def test_they_end_with_the_process_that_started_them(frames, number):
         if number is not None:
             assert not any(map(gone, ours))
             starter.send_signal(number)
-        starter.wait(60)
+        try:
+            starter.wait(60)
+        finally:
+            starter.kill()
     until(lambda: all(map(gone, ours)))
+
+
+_SEEN = """
+    import atexit, os, threading, time
+    waitpid, main = os.waitpid, threading.get_ident()
+
+    def slowly(*arguments):
+        if threading.get_ident() != main:
+            time.sleep(1)
+        return waitpid(*arguments)
+
+    def tell():
+        time.sleep(0.2)
+        print(*(thread.name for thread in threading.enumerate()), flush=True)
+
+    os.waitpid = slowly
+    atexit.register(tell)  # which runs last
+"""
+
+
+def test_a_program_that_ends_waits_for_its_thread(frames):
+    """Python stops threads wherever they are: with a lock that the end of the program waits for, or in C++ code, which aborts."""
+    program = textwrap.dedent(_SEEN) + textwrap.dedent(_STARTER)
+    command = [sys.executable, "-c", program, str(frames.path), "0"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=100, check=True)
+    assert done.stdout.splitlines()[1] == "MainThread"
 
 
 def test_they_need_no_torch(frames):
