@@ -583,13 +583,15 @@ def _stopped_like_ctrl_c(within: int | None = None) -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    numbers = [signal.SIGTERM, signal.SIGUSR1] + [signal.SIGALRM] * (within is not None)
     before = {number: signal.signal(number, interrupt) for number in numbers}
-    signal.alarm(within or 0)
+    if within is not None:
+        signal.alarm(within)
     try:
         yield
     finally:
-        signal.alarm(0)
+        if within is not None:
+            signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

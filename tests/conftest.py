@@ -169,6 +169,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in place:
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(0))
     items.sort(key=lambda item: place.get(item.path, -1))
 
 

@@ -432,6 +432,7 @@ def test_a_node_has_one_new_seed_and_as_many_more_reruns_as_are_asked_for():
     assert STUDIES["numerics"]["node"].blocks(1, 0)[1:] == [rest[:1]]
 
 
+@pytest.mark.timeout(0)  # a process has one alarm
 def test_a_study_stops_in_time(study, monkeypatch):
     start, ran, _ = study
 
