@@ -105,11 +105,11 @@ def test_the_all_reduce_is_part_of_the_graph_on_two_ranks():
     run_ranks(with_an_optimizer_in_the_graph, 2, timeout=300)
 
 
-def test_steps_and_forces_are_compiled():
+@pytest.mark.parametrize("strategy", ["standard", pytest.param("custom", marks=pytest.mark.long)])
+def test_steps_are_compiled(strategy):
     with backend.using("public"):
-        for strategy in ("custom", "standard"):
-            step = train(strategy, Pairs(counts=True), SHAPES[:3], examples=[batch_of(*SHAPES[1])])
-            assert all(d.is_fine for d in step.differences)
+        step = train(strategy, Pairs(counts=True), SHAPES[:3], examples=[batch_of(*SHAPES[1])])
+        assert all(d.is_fine for d in step.differences)
 
 
 def test_the_parity_check_stands_before_it(monkeypatch):
