@@ -1,10 +1,8 @@
 """Checkpoints that are whole or absent, and that load without running code."""
 
-import atexit
 import os
 import random
 import threading
-import weakref
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -168,16 +166,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
 
 
-_unfinished: weakref.WeakKeyDictionary[threading.Thread, float] = weakref.WeakKeyDictionary()
-
-
-@atexit.register
-def _finish_all() -> None:
-    """Has checkpoints written before Python ends, also by an error: it would end a thread inside torch's C++ code by a crash."""
-    for thread, timeout in dict(_unfinished).items():
-        thread.join(timeout)
-
-
 class Writer:
     """Writes checkpoints in a background thread. The training loop waits only for the copy to the CPU.
 
@@ -198,7 +186,6 @@ class Writer:
         self._path = paths[0]
         self._thread = threading.Thread(target=self._write, args=(paths, copied), name="checkpoint", daemon=True)
         self._thread.start()
-        _unfinished[self._thread] = self._timeout
 
     def _write(self, paths: list[Path], state: dict[str, Any]) -> None:
         try:
@@ -215,7 +202,6 @@ class Writer:
         """
         if self._thread is not None:
             self._thread.join(self._timeout)
-            _unfinished.pop(self._thread, None)
             if self._thread.is_alive():
                 raise InputError(
                     f"The checkpoint {self._path} has not been written after {self._timeout:g} s: see whether its disk still "

@@ -1,7 +1,5 @@
 """Checkpoints that are missing, torn, or cannot be written."""
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -85,29 +83,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(run):
         assert "free some space" in said
     assert (run / "checkpoints" / "last.pt").read_bytes() == before
     assert not (run / "checkpoints" / "last.pt.part").is_symlink()
-
-
-PROGRAM = """
-import sys, time
-from pathlib import Path
-from ddpkit import checkpoint
-
-def save(path, state):
-    time.sleep(0.5)
-    path.write_text("whole")
-
-checkpoint.save = save
-checkpoint.Writer(float(sys.argv[2])).write([Path(sys.argv[1])], {})
-raise SystemExit(2)
-"""
-
-
-@pytest.mark.parametrize(("timeout", "is_there"), [(30.0, True), (0.1, False)])
-def test_a_program_that_ends_finishes_its_checkpoint_within_the_timeout(timeout, is_there, tmp_path):
-    path = tmp_path / "last.pt"
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path), str(timeout)], timeout=100, check=False)
-    assert done.returncode == 2
-    assert path.exists() == is_there
 
 
 def test_a_disk_that_hangs_is_named_within_the_timeout(run, monkeypatch):
