@@ -323,6 +323,21 @@ _DEMO_SPEED = (
     "device=cpu",
 )
 
+_NODE_SPEED = (
+    "model=nequip_xl",
+    "data=generated_crystals",
+    "data.frames=4000",
+    "data.split=[0.96,0.02,0.02]",  # 12 batches of 320 to train on
+    "precision=float32",
+    "tf32=true",
+    "train.max_epochs=4",
+    "train.batch_size=320",
+    "train.validate=false",
+    "train.checkpoint_every=never",
+    "loss.stress=1.0",
+    "device=cuda",
+)
+
 _MOLECULE = ("experiment=small_molecule", "data.path=${oc.env:DDPKIT_MOLECULE}")
 # The recipe, and one choice of it undone in each arm.
 CHOICES = (
@@ -469,26 +484,21 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
         ),
         "node": Speed(
             4,
-            (
-                "model=nequip_xl",
-                "data=generated_crystals",
-                "data.frames=4000",
-                "data.split=[0.96,0.02,0.02]",  # 12 batches of 320 to train on
-                "precision=float32",
-                "tf32=true",
-                "train.max_epochs=4",
-                "train.batch_size=320",
-                "train.validate=false",
-                "train.checkpoint_every=never",
-                "loss.stress=1.0",
-                "device=cuda",
-            ),
+            _NODE_SPEED,
             arms=(),
             launches=3,
             pair=tuple(Arm(arm.label, (*arm.overrides, "train.max_epochs=3")) for arm in PAIR),
             ranks_per_node=4,
             groups=tuple(group for width in WIDTHS for group in _node_groups(width)),
             ready=4,
+        ),
+        # the paper's number of GPUs and batch of each, on built-in crystals
+        "eight": Speed(
+            8,
+            (*_NODE_SPEED, "data.frames=8000", "train.batch_size=640", "train.max_epochs=3"),
+            arms=PAIR,
+            launches=8,
+            ready=len(PAIR),
         ),
         "paper": Speed(
             8,
