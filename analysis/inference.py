@@ -49,6 +49,7 @@ class Timing:
 
 
 _LOOP = re.compile(r"^Loop time of (\S+) on (\d+) procs for (\d+) steps with (\d+) atoms", re.MULTILINE)
+_THREADS = re.compile(r"CPU use with \d+ MPI tasks x (\d+) OpenMP threads")
 _SECTION = re.compile(r"^(Pair|Neigh|Comm|Output|Modify|Other)\s*\|(.*)$", re.MULTILINE)
 
 
@@ -70,10 +71,11 @@ def _timing(loop: re.Match[str], after: str) -> Timing:
         seconds_by[name.lower()] = float(average) if average else 0.0
     neighbours = re.search(r"^Ave neighs/atom\s*=\s*([\d.e+-]+)", after, re.MULTILINE)
     ghosts = re.search(r"^Nghost:\s*([\d.e+-]+) ave", after, re.MULTILINE)
+    threads = _THREADS.search(after)  # what LAMMPS calls processes are ranks times threads
     return Timing(
         int(loop[3]),
         float(loop[1]),
-        int(loop[2]),
+        int(loop[2]) // (int(threads[1]) if threads else 1),
         int(loop[4]),
         seconds_by,
         float(neighbours[1]) if neighbours else None,

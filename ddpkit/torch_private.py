@@ -340,11 +340,19 @@ _AHEAD: dict[str, Any] = {
     # loading it ends the process
     "aot_inductor.custom_op_libs": [":libstdc++.so.6"],
 }
+
 # As in `ddpkit.compile.inductor`, for the same reasons: NequIP's code for CPUs is a tenth faster, and Triton splits what it can.
 _AHEAD_ON: dict[str, dict[str, Any]] = {
     "cpu": {"realize_opcount_threshold": 1, "realize_reads_threshold": 1},
     "cuda": {"loop_ordering_after_fusion": False},
 }
+
+
+def link_to_loaded_cpp_library() -> None:
+    """Has files that other programs of this process compile ahead of time be linked as this package's own are."""
+    from torch._inductor import config
+
+    config.aot_inductor.custom_op_libs = _AHEAD["aot_inductor.custom_op_libs"]
 
 
 @contextlib.contextmanager

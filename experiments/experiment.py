@@ -2,7 +2,7 @@
 
 usage: ddpkit experiment numerics|speed [scale=demo|workstation|paper] [out=DIR] [ranks=N] [--slurm] [OVERRIDES...]
        numerics: [seeds=N] [spread=N] [arms=A,B,...] [together=N] [scale=causes|emulated|node|ranks] [parts=P,Q,...]
-       speed: [launches=N] [pairs=N] [arms=A,B,...] [scale=node]      both: [within=SECONDS]
+       speed: [launches=N] [pairs=N] [arms=A,B,...] [scale=node|eight]      both: [within=SECONDS]
        ddpkit experiment accuracy scale=choices|frames|strategies|demo [seeds=N] [together=N] ...
        ddpkit experiment inference ...                molecular dynamics in LAMMPS: see `ddpkit experiment inference --help`
 
@@ -26,7 +26,8 @@ built-in set, scale=strategies compares synchronisation eager, compiled and capt
 
 In the study of speed all arms are launched together and take turns, an epoch at a time, so that drift of the machine falls on all
 alike (where so many do not fit into memory at once, they follow one another). After three such launches, the pilot, pairs of
-launches of custom and standard follow: eight, or as many as resolve one per cent. within= begins no launch that would be cut off.
+launches of custom and standard follow: eight, or as many as resolve one per cent. scale=eight has eight launches of these alone,
+on the paper's number of GPUs. within= begins no launch that would be cut off.
 arms= launches some arms alone, such as custom-eager (at both sizes) or custom-eager-32, with standard eager beside them; no pairs
 follow and nothing is declared. Then nequip-ddp, nequip-simple and nequip-simple-compiled are arms too: nequip's own trainer
 (`ddpkit bench nequip`), which takes its turns with ours.

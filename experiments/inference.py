@@ -213,6 +213,10 @@ def main(arguments: Sequence[str]) -> None:
         mean = seconds / max(1, number - 1 - len(complete))
         left = f" (about {mean * (len(todo) - number + 1) / 60:.0f} min left)" if mean * len(todo) > 90 else ""
         print(f"[{number}/{len(todo)}] {label}: {task.cell.atoms:,} atoms{left}", flush=True)
+        if task.cell.engine == "nequip" and not models[task.cell.model]["nequip"].is_file():
+            failed.append(label)
+            print("    failed: nequip-compile made no file of this model", flush=True)
+            continue
         result = _measure(task, models[task.cell.model], options.out / label)
         seconds += result["seconds"]
         if result["code"] == _REFUSED:  # the others would be refused as well
@@ -223,7 +227,7 @@ def main(arguments: Sequence[str]) -> None:
     if failed:
         raise InputError(
             f"{len(failed)} of {len(todo)} cells failed ({', '.join(failed)}): see output.txt in their folders in {options.out}, "
-            "then give the same command, which runs these alone."
+            "or nequip-compile.txt beside the model's files, then give the same command, which runs these alone."
         )
     print(f"inference: {len(todo)} cells in {options.out} ({len(complete)} were complete before).")
 
@@ -414,10 +418,10 @@ def script(task: Task, model: Path, species: Sequence[str]) -> str:
 
 
 def _files(options: Options, name: str) -> dict[str, Path]:
-    """The model's files, made where they are missing: weights from a seed, the exported file, and the peer's.
+    """The model's files, made where they are missing: weights from a seed, the exported file, and the peer's if it can be made.
 
     Raises:
-        InputError: one of them cannot be made.
+        InputError: one of ours cannot be made.
     """
     folder = (options.out / "models" / name).resolve()  # programs run in folders of their own
     files = {
@@ -451,8 +455,18 @@ def _files(options: Options, name: str) -> dict[str, Path]:
         save_nequip(checkpoint.load_model(files["weights"]), weights)
         words = ["--mode", "aotinductor", "--device", options.device, "--target", "ase"]
         words += _fast_kernels(name, options.device)
-        compiler = [sys.executable, "-m", "nequip.scripts.compile", str(weights), str(files["nequip"]), *words]
-        _make(compiler, folder / "nequip-compile.txt", f"nequip-compile could not compile {name}")
+        compiler = [
+            sys.executable,
+            "-m",
+            "ddpkit.experiments.nequip_compile",
+            str(weights),
+            str(files["nequip"]),
+            *words,
+        ]
+        try:
+            _make(compiler, folder / "nequip-compile.txt", f"nequip-compile could not compile {name}")
+        except InputError as error:  # what is ours can be measured without it
+            print(f"    failed: {error}", flush=True)
     return files
 
 
@@ -571,6 +585,8 @@ def _memory(root: int, *, gpu: bool) -> Iterator[tuple[dict[int, float], list[fl
     on_gpus: list[float] = []
     over = threading.Event()
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # of which nvidia-smi knows nothing
+        query += ["--id", visible]
 
     def watch() -> None:
         while not over.wait(0.2):

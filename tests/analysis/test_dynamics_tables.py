@@ -58,6 +58,11 @@ def test_a_log_of_lammps(ranks, seconds):
         assert last.seconds_by["other"] == 0.01381
 
 
+def test_threads_are_no_ranks():
+    log = LOGS[2].replace("on 2 procs", "on 32 procs").replace("x 1 OpenMP", "x 16 OpenMP")
+    assert inference.timings(log) == inference.timings(LOGS[2])
+
+
 def test_times_are_those_of_the_last_stretch(tmp_path):
     cell(tmp_path, ranks=2)
     (row,) = inference.read(tmp_path).cells.to_dict("records")

@@ -303,6 +303,26 @@ def test_a_process_that_ends_has_no_mark():
         ended.wait()
 
 
+def test_a_peer_that_cannot_be_compiled_stops_nothing(tmp_path, monkeypatch, capsys):
+    def make(command, log, otherwise):  # noqa: ARG001
+        if "nequip-compile" in otherwise:
+            raise InputError(f"{otherwise}.")
+
+    measured = []
+    monkeypatch.setattr(inference, "_has_nequip", lambda: True)
+    monkeypatch.setattr(inference, "_make", make)
+    monkeypatch.setattr("ddpkit.models.save_nequip", lambda *_: None)
+    monkeypatch.setattr(
+        inference,
+        "_measure",
+        lambda task, *_: measured.append(task.cell.engine) or {"code": 0, "seconds": 0.0, "status": "finished"},
+    )
+    with pytest.raises(InputError, match=r"3 of 9 cells failed \(.*nequip-compile.txt beside the model's files"):
+        _dispatch(["experiment", "inference", "scale=demo", f"out={tmp_path}", "parts=calls"])
+    assert measured == ["package", "eager"] * 3
+    assert "nequip-compile could not compile allegro_tiny." in capsys.readouterr().out
+
+
 def test_calls_of_a_model_are_timed(tmp_path):
     """With the weights alone, which need no compiler."""
     options = inference.Options(inference.SCALES["demo"], tmp_path, ("calls",), "cpu", None, ())
