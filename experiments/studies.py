@@ -495,7 +495,7 @@ STUDIES: dict[str, dict[str, Numerics | Ranks | Speed]] = {
         # the paper's number of GPUs and batch of each, on built-in crystals
         "eight": Speed(
             8,
-            (*_NODE_SPEED, "data.frames=8000", "train.batch_size=640", "train.max_epochs=3"),
+            (*_NODE_SPEED, "data.frames=8000", "train.batch_size=640", "train.max_epochs=6"),
             arms=PAIR,
             launches=8,
             ready=len(PAIR),
