@@ -340,7 +340,6 @@ _AHEAD: dict[str, Any] = {
     # loading it ends the process
     "aot_inductor.custom_op_libs": [":libstdc++.so.6"],
 }
-
 # As in `ddpkit.compile.inductor`, for the same reasons: NequIP's code for CPUs is a tenth faster, and Triton splits what it can.
 _AHEAD_ON: dict[str, dict[str, Any]] = {
     "cpu": {"realize_opcount_threshold": 1, "realize_reads_threshold": 1},

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs a study.
 
     Raises:
-        InputError: an unknown study or scale, or runs that failed.
+        InputError: an unknown study or scale, pairs= of one that has none, or runs that failed.
     """
     if arguments and arguments[0] == "inference":
         with _stopped_like_ctrl_c():
@@ -115,6 +115,9 @@ def main(arguments: Sequence[str]) -> None:
             if isinstance(scale, Accuracy):
                 _evaluate(runs, options)
     else:
+        if options.pairs and not scale.pair:
+            what = "arms=" if options.arms else f"scale={options.scale}"
+            raise InputError(f"pairs={options.pairs} is not for {what}, which no pairs follow: give launches=N.")
         read([*scale.overrides, *options.overrides])
         for arm in scale.arms:
             if arm.nequip is not None:
@@ -149,7 +152,7 @@ def _some_launched(scale: Speed, options: Options) -> Speed:
     """A study of speed of some arms alone.
 
     Raises:
-        InputError: an arm that it does not have, or one of nequip's trainer where that is not installed; or pairs= is given too.
+        InputError: an arm that it does not have, or one of nequip's trainer where that is not installed.
     """
     names = list(dict.fromkeys(of_any_size(arm) for arm in scale.known))
     for name in options.arms:
@@ -158,8 +161,6 @@ def _some_launched(scale: Speed, options: Options) -> Speed:
                 f"arms={','.join(options.arms)} is not for speed: {name!r} is none of its arms, which are {', '.join(names)}, "
                 "each also with its size (as in custom-eager-32)."
             )
-    if options.pairs:
-        raise InputError(f"pairs={options.pairs} is not for arms=, which no pairs follow: give launches=N.")
     chosen = scale.only(options.arms)
     if peers := [arm for arm in chosen.arms if arm.nequip]:
         nequip_trainer.require_installed(f"The arm {of_any_size(peers[0])}")

@@ -89,7 +89,8 @@ class Speed:
 
     A block is one launch of each of its arms, which are there at the same time and take turns, an epoch at a time, after a first
     epoch that warms up; all of them must fit into memory, on GPUs but for what only a running epoch needs. `launches` blocks of
-    all arms are the pilot, whose spread tells how many blocks of `pair`, which the declared claims are about, come after it.
+    all arms are the pilot, whose spread tells how many blocks of `pair`, which the declared claims are about, come after it;
+    without `pair` the claims are about these blocks.
     Where arms do not fit at once, the blocks of a launch are `groups` in place of `arms`, each with a standard eager of its own.
     `ready` runs get ready at a time.
     """

@@ -303,6 +303,20 @@ def test_a_process_that_ends_has_no_mark():
         ended.wait()
 
 
+@pytest.mark.parametrize(("visible", "expected"), [("2,3", 7), ("", 99)])
+def test_memory_of_gpus_is_that_of_visible_ones(visible, expected, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ncase "$*" in *"--id 2,3") echo 7 ;; *) echo 99 ;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with inference._memory(os.getpid(), gpu=True) as (_, on_gpus):
+        until = time.monotonic() + 30
+        while not on_gpus and time.monotonic() < until:
+            time.sleep(0.05)
+    assert set(on_gpus) == {expected}
+
+
 def test_a_peer_that_cannot_be_compiled_stops_nothing(tmp_path, monkeypatch, capsys):
     def make(command, log, otherwise):  # noqa: ARG001
         if "nequip-compile" in otherwise:

@@ -414,6 +414,8 @@ def test_arms_of_speed_that_there_are_not_are_refused(study, monkeypatch):
         start("arms=nequip-fast", name="speed")
     with pytest.raises(InputError, match="pairs=8 is not for arms="):
         start("arms=custom-eager", "pairs=8", name="speed")
+    with pytest.raises(InputError, match="pairs=8 is not for scale=eight, which no pairs follow: give launches=N"):
+        start("pairs=8", name="speed", scale="eight")
     with pytest.raises(InputError, match=r"train.accumulate=2 is not for nequip's trainer"):
         start("arms=nequip-ddp", "train.accumulate=2", name="speed")
     with pytest.raises(InputError, match="cannot be divided among 3 ranks"):
