@@ -179,7 +179,7 @@ def _distance_said(study: Study, one: Weighed) -> str:
     if seen.exact:
         return f"reruns are exact, so there is no ratio: {arm} differs by {apart}"
     if not len(usable):
-        return f"no seed has both distances; {arm} differs by {apart}" if np.isfinite(sizes.relative) else ""
+        return "no seed has both distances" + (f"; {arm} differs by {apart}" if np.isfinite(sizes.relative) else "")
     others = "of the others, " if seen.failed else ""
     text = f"{others}distance {number(float(np.exp(usable.mean())))} times a rerun's"
     return text + _seeds_said(one, np.exp(usable), float(np.exp(margin(DISTANCE))), "times") + f"; it is {apart}"

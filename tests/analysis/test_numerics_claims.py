@@ -203,6 +203,16 @@ def test_exact_reruns_by_chance_alone_say_nothing():
     assert rates(studies)[1] <= LIMIT
 
 
+def test_runs_that_have_come_to_different_steps_have_reasons_too():
+    rng = np.random.default_rng(15)
+    rows = {"baseline": {}, "rerun": {}, "standard": {"strategy.name": "standard"}, "compiled": {"compile": True}}
+    runs = [
+        run_of(label, trajectory(rng, 1e-4)[: STEPS - late], status="running", **changes)
+        for late, (label, changes) in enumerate(rows.items())
+    ]
+    assert [claim.reason[:16] for claim in verdicts(runs)] == ["no seed has both"] * 3
+
+
 def test_two_ranks_say_nothing_of_bucketing():
     rng = np.random.default_rng(11)
     found = verdicts(simulated(rng, ranks=2, scatter=0.001))
