@@ -12,7 +12,7 @@ import numpy as np
 from ddpkit.analysis import arms, plan
 from ddpkit.analysis.arms import NEW_ORDER, NEW_SEED, RERUN, Settings
 from ddpkit.analysis.outcomes import Outcome, outcome
-from ddpkit.analysis.runs import NDArray, Run, common, require_equal, require_same_frames
+from ddpkit.analysis.runs import NDArray, Run, common, require_equal, require_same_frames, stem_of
 from ddpkit.errors import InputError
 
 VARIED = ("data.seed", "compiler", "nccl_algo", "tf32", "cuda_graphs")
@@ -100,6 +100,22 @@ class Study:
         """Ranks, seeds and length, for captions and claims."""
         seeds = len(self.blocks)
         return f"{self.baseline.ranks}, {seeds} seed{'s' * (seeds != 1)}, {self.steps} steps"
+
+    @cached_property
+    def missing(self) -> list[str]:
+        """Labels of planned runs that are not there, of arms that have others."""
+        begun = {run.stem for run in self.runs}
+        return sorted(label for label in self._absent if stem_of(label) in begun)
+
+    @cached_property
+    def not_begun(self) -> list[str]:
+        """Planned arms of which no run is there: without them nothing is known of these, and all that is claimed of others."""
+        begun = {run.stem for run in self.runs}
+        return sorted({stem_of(label) for label in self._absent} - begun)
+
+    @cached_property
+    def _absent(self) -> set[str]:
+        return set(self.plan.runs) - {run.label for run in self.runs}
 
     def members(self, arm: str) -> Iterator[tuple[Block, Run]]:
         """All runs of an arm with their blocks."""
@@ -225,8 +241,10 @@ def _notes(data: Study) -> list[str]:
                 f"{run.label} was to be compiled, but {run.eager_share:.1%} of its steps ran eagerly: it is not called "
                 "compiled."
             )
-    if missing := sorted(set(data.plan.runs) - {run.label for run in data.runs}):
-        said.append(f"The plan has {len(missing)} runs that are not there: {some(missing)}.")
+    if data.missing:
+        said.append(f"The plan has {len(data.missing)} runs that are not there: {some(data.missing)}.")
+    if data.not_begun:
+        said.append(f"Planned and not run, so nothing is known of them: {', '.join(data.not_begun)}.")
     lengths = {run.last for run in data.runs}
     if len(lengths) > 1:
         said.append(

@@ -106,8 +106,8 @@ def _untested(study: Study, claim: Declared, seen: Evidence) -> str:
         return "on two ranks a sum of gradients has one order, so bucketed and flat cannot differ and nothing is tested"
     if seeds < fewest:
         return f"there {'is 1 seed' if seeds == 1 else f'are {seeds} seeds'}, and a test needs {fewest}"
-    if absent := sorted(set(study.plan.runs) - {run.label for run in study.runs}):
-        return f"{len(absent)} of {len(study.plan.runs)} planned runs are not there"
+    if study.missing:
+        return f"{len(study.missing)} of {len(study.plan.runs)} planned runs are not there"
     if seen.missing:
         what = "validation errors" if claim.endpoint == FORCE_ERROR else "reruns and distances"
         return f"{seen.missing} of {seeds} seeds lack complete runs with {what}"

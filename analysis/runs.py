@@ -33,6 +33,12 @@ _REPEAT = re.compile(r"^(?P<arm>.*?)_(?P<number>\d+)$")
 _LIGHTNING_LOSSES = ("train_loss_step/weighted_sum", "train_loss_step", "train_loss", "loss")
 
 
+def stem_of(label: str) -> str:
+    """A label without its number: `standard` for `standard_2`."""
+    found = _REPEAT.match(label)
+    return found["arm"] if found else label
+
+
 @dataclass(frozen=True)
 class Run:
     """One run folder.
@@ -60,8 +66,7 @@ class Run:
     @property
     def stem(self) -> str:
         """The label without its number: `standard` for `standard_2`."""
-        found = _REPEAT.match(self.label)
-        return found["arm"] if found else self.label
+        return stem_of(self.label)
 
     @property
     def repeat(self) -> int:

@@ -327,6 +327,11 @@ def test_a_plan_decides_what_is_tested(tmp_path):
     assert "after Holm over the 1 primary claims" in claim.reason
     missing = verdicts([run for run in runs if run.label != "rerun_2"], read)[0]
     assert "1 of 24 planned runs are not there" in missing.verdict
+    of_none = Plan(declared.primary, runs=(*declared.runs, "overlap", "overlap_2"))
+    (cut,) = verdicts(runs, of_none)  # an arm that was never begun, and of which nothing is claimed
+    assert (cut.verdict, cut.reason) == (claim.verdict, claim.reason)
+    begun = Plan(declared.primary, runs=(*declared.runs, "rerun_7"))
+    assert "1 of 25 planned runs are not there" in verdicts(runs, begun)[0].verdict
     for text in ("{", '{"primary": [{"endpoint": "beauty", "arm": "standard"}]}', '{"primary": [1]}'):
         (tmp_path / "plan.json").write_text(text)
         with pytest.raises(InputError, match=r"plan\.json"):
