@@ -42,6 +42,12 @@ compute stress all stress/atom NULL pair
 thermo_style custom step c_pe c_virial[1]
 """
 
+OPERATORS = {"DDPKIT_LAMMPS_OPERATORS": "1"}  # those of a GPU
+# How often capacities were chosen, after ten steps each, into a file of that number.
+CAPTURES = "compute told all pair ddpkit\nthermo_style custom step c_pe c_virial[1] c_told[1]\n"
+TENTH = ('run 10\nREPORT\nprint "$(c_told[2])" file captures{}\n').format
+ONE_LIST = "neighbor 5.0 bin\nneigh_modify every 1000 delay 0 check no\n"
+
 
 def data(positions, types, box, tilt=None, velocities=None):
     """The text of a data file: atoms by number, so that they are the same on any number of ranks.
@@ -72,6 +78,15 @@ def data(positions, types, box, tilt=None, velocities=None):
             *(f"{n} {x!r} {y!r} {z!r}" for n, (x, y, z) in enumerate(velocities.tolist(), 1)),
         ]
     return "\n".join(lines) + "\n"
+
+
+def moving(rate, spacing=4.2):
+    """A cluster whose atoms go away from its middle at so many times their distance a picosecond: its boundary and its data."""
+    random = np.random.default_rng(4)
+    points = np.stack(np.meshgrid(*[np.arange(5) - 2.0] * 3, indexing="ij"), -1).reshape(-1, 3)
+    positions = spacing * points + random.uniform(-0.1, 0.1, points.shape)
+    atoms = data(positions, random.choice([1, 2], len(points)), [(-40, 40)] * 3, velocities=rate * positions)
+    return "boundary f f f", atoms
 
 
 @functools.cache
@@ -111,6 +126,7 @@ def states_of_all(scripts, folder, ranks=1, **keywords):
         numbers[name] = range(1, len(rest) + 1)
     done = lammps(text, folder, ranks, **keywords)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "launched kernel by kernel" not in done.stdout  # a GPU's steps are replayed
     told = iter([line.split()[1:] for line in done.stdout.splitlines() if line.startswith("STATE ")])
     found = {name: [_state(next(told), folder / name / f"state{n}") for n in ns] for name, ns in numbers.items()}
     assert list(told) == []

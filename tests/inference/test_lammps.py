@@ -13,7 +13,20 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from lammps_runs import COMPUTES, data, lammps, ready, same, states, states_of_all
+from lammps_runs import (
+    CAPTURES,
+    COMPUTES,
+    ONE_LIST,
+    OPERATORS,
+    TENTH,
+    data,
+    lammps,
+    moving,
+    ready,
+    same,
+    states,
+    states_of_all,
+)
 from lammps_toys import LJ_CUT, Densities, LennardJones, metadata
 
 from ddpkit.calculator import Calculator
@@ -123,9 +136,6 @@ def model(packages, name, options=""):
     return MODEL.format(options, packages, name)
 
 
-OPERATORS = {"DDPKIT_LAMMPS_OPERATORS": "1"}  # those of a GPU
-
-
 class Runs:
     """Runs of many cases: those on so many ranks by one LAMMPS, once the first is asked for."""
 
@@ -163,8 +173,11 @@ def runs(packages, tmp_path_factory):
         runs.add("theirs", case, LJ_CUT, **alone)
         runs.add("alone", case, pairs, **alone)
         runs.add("on ranks", case, pairs, ranks, **parts)
+        runs.add("alone in sizes that stay", case, pairs, operators=True, **alone)
+        runs.add("on ranks in sizes that stay", case, pairs, ranks, operators=True, **parts)
     for case, (box, places, ranks) in DIVIDED.items():
         runs.add("densities alone", case, densities, box=box)
+        runs.add("densities in sizes that stay", case, densities, operators=True, box=box)
         runs.add("densities on ranks", case, densities, ranks, box=box, grid=places)
     for case in ("triclinic", "molecule"):
         runs.add("densities by operators", case, densities, 2, operators=True, box=DIVIDED[case][0])
@@ -184,7 +197,7 @@ def runs(packages, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_pairs_equal_lj_cut(case, runs):
-    for kind in ("alone", "on ranks"):
+    for kind in ("alone", "on ranks", "alone in sizes that stay", "on ranks in sizes that stay"):
         same(runs(kind, case), runs("theirs", case))
 
 
@@ -204,9 +217,45 @@ def test_exchanged_rows_are_those_of_one_rank(case, runs):
     same(runs("densities on ranks", case), runs("densities alone", case))
 
 
+@pytest.mark.parametrize("case", DIVIDED)
+def test_steps_of_a_gpu_are_those_of_the_host(case, runs):
+    same(runs("densities in sizes that stay", case), runs("densities alone", case))
+
+
 @pytest.mark.parametrize("case", ["triclinic", "molecule"])
 def test_operators_of_a_gpu_make_the_same_tables(case, runs):
     same(runs("densities by operators", case), runs("densities alone", case))
+
+
+# in one list all the way
+MOVING = {"together": moving(-5), "apart": moving(5)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", MOVING)
+@pytest.mark.parametrize("name", ["pairs", "densities"])
+def test_edges_that_do_not_fit_have_the_step_made_again(name, case, ranks, packages, tmp_path):
+    """In steps between rebuilds, which alone tell how many edges there are."""
+    pair = f"{model(packages, name)}\n{ONE_LIST}"
+    runs = CAPTURES + TENTH(1) + TENTH(2) + TENTH(3)
+    expected = states(script(pair, tmp_path / "host", MOVING[case], runs), tmp_path / "host")
+    again = script(pair, tmp_path / "steps", MOVING[case], runs, grid="2 1 1" if ranks == 2 else "* * *")
+    same(states(again, tmp_path / "steps", ranks, variables=OPERATORS), expected)
+    captures = [int((tmp_path / "steps" / f"captures{n}").read_text()) for n in (1, 2, 3)]
+    if ranks == 2 and name == "densities":  # exchanges rows on the host
+        assert captures == [0, 0, 0]
+    else:
+        assert ranks < captures[0] <= captures[1] <= captures[2]
+
+
+def test_what_fits_is_kept_over_rebuilds_and_runs(packages, tmp_path):
+    run = f"neighbor 0.1 bin\n{CAPTURES}{TENTH(1)}{TENTH(2)}{TENTH(3)}"  # a rebuild every other step
+    for name in ("pairs", "densities"):
+        text = script(model(packages, name), tmp_path / name, run=run)
+        found = states(text, tmp_path / name, variables=OPERATORS)
+        assert int((tmp_path / name / "captures3").read_text()) <= 2
+        on_host = script(model(packages, name), tmp_path / f"{name} host", run=run)
+        same(found, states(on_host, tmp_path / f"{name} host"))
 
 
 CHUNKS = (1, 7, 24)
@@ -605,6 +654,43 @@ def test_no_compiler(monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"cannot compile the plugin for .*: use a compiler that knows C\+\+20"):
         build.built(found)
     assert not list(tmp_path.rglob("*.so"))
+
+
+def cuda_headers(folder):
+    for name in ("cuda_runtime.h", "crt/host_config.h"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_headers_of_cuda_are_those_of_a_toolkit_or_of_packages(monkeypatch, tmp_path, caplog):
+    torch = tmp_path / "site-packages" / "torch"
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    monkeypatch.setattr(build, "TOOLKIT", tmp_path / "none")
+    assert build._for_gpus(torch) == []  # torch computes on CPUs alone
+    (torch / "lib").mkdir(parents=True)
+    (torch / "lib" / "libtorch_cuda.so").touch()
+    assert not caplog.records
+    assert build._for_gpus(torch) == ["-ltorch_cuda"]
+    assert "not replayed: set CUDA_HOME to a CUDA toolkit" in caplog.text
+    packages = [torch.parent / name for name in build.CUDA_PACKAGES]
+    cuda_headers(packages[-1])
+    packages[0].mkdir(parents=True)
+    (packages[0] / "cuda_runtime.h").touch()  # which cannot be compiled without the other
+    assert build._cuda_headers(torch) == packages[-1]
+    toolkit = cuda_headers(tmp_path / "toolkit" / "include")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit.parent))
+    assert build._for_gpus(torch) == ["-DDDPKIT_CUDA", f"-I{toolkit}", "-ltorch_cuda", "-lc10_cuda"]
+
+
+def test_another_plugin_is_compiled_where_headers_of_cuda_come(monkeypatch):
+    found, _ = ready()
+    monkeypatch.setattr(build, "_cuda_headers", lambda _: None)
+    without = build._digest(found)
+    monkeypatch.setattr(build, "_cuda_headers", lambda _: build.TOOLKIT / "include")
+    assert build._digest(found) != without
 
 
 def test_a_lammps_without_plugins(monkeypatch, tmp_path):

@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent / "plugin"
 NAME = "ddpkitplugin.so"  # LAMMPS loads what ends in plugin.so by itself where LAMMPS_PLUGIN_PATH points to
 OPTIONS = ("-O2", "-std=c++20", "-fPIC", "-shared")
+TOOLKIT = Path("/usr/local/cuda")  # where NVIDIA's installer puts it
+# Folders of PyPI's packages, beside torch's, with headers of CUDA.
+CUDA_PACKAGES = ("nvidia/cu13/include", "nvidia/cuda_runtime/include", "triton/backends/nvidia/include")
 
 
 def torch_folder() -> Path:
@@ -64,7 +67,8 @@ def _digest(installation: Installation) -> str:
     ):
         about = path.stat()
         facts.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
-    words = (str(torch), importlib.metadata.version("torch"), str(installation.mpi.headers), sys.executable, *OPTIONS)
+    headers = (str(installation.mpi.headers), str(_cuda_headers(torch)))
+    words = (str(torch), importlib.metadata.version("torch"), *headers, sys.executable, *OPTIONS)
     facts.update("\n".join(words).encode())
     return facts.hexdigest()[:16]
 
@@ -92,8 +96,7 @@ def _compile(installation: Installation, plugin: Path) -> None:
         command += ["pair_ddpkit.cpp", "-o", f"{made}/{NAME}", f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}"]
         # The C++ library that torch loads, where a toolchain would link its own into the plugin.
         command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-l:libstdc++.so.6"]
-        if (torch / "lib" / "libtorch_cuda.so").is_file():
-            command += ["-ltorch_cuda"]
+        command += _for_gpus(torch)
         with cores.all_of_job():
             done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -103,6 +106,38 @@ def _compile(installation: Installation, plugin: Path) -> None:
                 "such as g++ 11, and a LAMMPS of 2024 or later."
             )
         (Path(made) / NAME).replace(plugin)
+
+
+def _has_cuda(torch: Path) -> bool:
+    return (torch / "lib" / "libtorch_cuda.so").is_file()
+
+
+def _for_gpus(torch: Path) -> list[str]:
+    """What the compiler is told besides where torch computes on NVIDIA GPUs."""
+    if not _has_cuda(torch):
+        return []
+    headers = _cuda_headers(torch)
+    if headers is None:
+        _log.warning(
+            "there are no headers of CUDA, so that steps on a GPU are launched kernel by kernel, not replayed: set CUDA_HOME "
+            "to a CUDA toolkit, or install triton, and run `ddpkit lammps build` again"
+        )
+        return ["-ltorch_cuda"]
+    return ["-DDDPKIT_CUDA", f"-I{headers}", "-ltorch_cuda", "-lc10_cuda"]
+
+
+def _cuda_headers(torch: Path) -> Path | None:
+    """The headers of CUDA's runtime where torch computes on GPUs: of a toolkit, or else those of PyPI's packages."""
+    if not _has_cuda(torch):
+        return None
+    toolkits = [Path(told) for name in ("CUDA_HOME", "CUDA_PATH") if (told := os.environ.get(name))]
+    if nvcc := shutil.which("nvcc"):
+        toolkits.append(Path(nvcc).resolve().parent.parent)
+    places = [toolkit / "include" for toolkit in (*toolkits, TOOLKIT)]
+    places += [torch.parent / package for package in CUDA_PACKAGES]
+    # some packages have the first without the second, which it includes
+    needed = ("cuda_runtime.h", "crt/host_config.h")
+    return next((place for place in places if all((place / name).is_file() for name in needed)), None)
 
 
 def _compilers() -> tuple[str, ...]:

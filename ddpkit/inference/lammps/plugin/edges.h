@@ -1,7 +1,9 @@
 // What the model is called with, from the neighbour list of LAMMPS.
 //
 // The list holds pairs up to the cutoff and a skin. It is taken over when LAMMPS has rebuilt it; each step those within the
-// cutoff are picked: on the host by a loop, on a GPU by operators of torch, where the list then lies.
+// cutoff are picked: on the host by a loop, on a GPU by operators of torch, where the list then lies. Here are tensors of the
+// sizes that a step has. Those of step.h stay from step to step, and take the place of these on a GPU wherever a step is one
+// call of the model that needs no other rank.
 //
 // The model holds for sizes from two on, and a rank may have no atoms. So two atoms of the first species follow the owned ones
 // (before the ghosts), with an edge from each to the other that is longer than the cutoff: they add nothing.
@@ -49,7 +51,8 @@ struct Edges {
 
 inline at::TensorOptions integers(c10::Device device) { return at::TensorOptions().dtype(at::kLong).device(device); }
 
-class Candidates {
+// The pairs of LAMMPS' list.
+class Pairs {
  public:
   // Takes pairs over: of each owned atom, in their order, the neighbours.
   template <typename Neighbours>
@@ -66,15 +69,18 @@ class Candidates {
 
   int64_t owned() const { return (int64_t) first.size() - 1; }
 
-  // The edges of centres [from, to). Tensors of the last call are overwritten.
-  // `chunked`: ghosts are then the neighbours of the edges, one for each, so that sizes are those of the chunk.
-  virtual Edges pick(const Atoms &atoms, int64_t from, int64_t to, bool chunked, bool incoming) = 0;
-  virtual ~Candidates() = default;
-
  protected:
   std::vector<int64_t> first{0};  // [owned + 1]: where the candidates of an atom begin
   std::vector<int> other;         // [candidates]
   bool taken = false;             // since the last call
+};
+
+class Candidates : public Pairs {
+ public:
+  // The edges of centres [from, to). Tensors of the last call are overwritten.
+  // `chunked`: ghosts are then the neighbours of the edges, one for each, so that sizes are those of the chunk.
+  virtual Edges pick(const Atoms &atoms, int64_t from, int64_t to, bool chunked, bool incoming) = 0;
+  virtual ~Candidates() = default;
 };
 
 class HostCandidates : public Candidates {

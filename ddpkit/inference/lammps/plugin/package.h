@@ -77,7 +77,8 @@ class Package {
       keep_freed_memory();
     }
     try {
-      loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, 1, device.index());
+      // for one thread: otherwise it records and queries events around a run, which cannot be captured as a CUDA graph
+      loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", device.is_cuda(), 1, device.index());
     } catch (const std::exception &error) {
       throw std::runtime_error(path + " cannot be loaded here (" + first_line(error.what()) + "): export the model again on this machine");
     }

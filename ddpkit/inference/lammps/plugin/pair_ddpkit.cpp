@@ -7,6 +7,7 @@
 #include "edges.h"
 #include "exchange.h"
 #include "package.h"
+#include "step.h"
 
 #include "atom.h"
 #include "comm.h"
@@ -50,8 +51,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     single_enable = restartinfo = 0;
     no_virial_fdotr_compute = 1;
     centroidstressflag = CENTROID_NOTAVAIL;
-    nextra = 1;  // processor seconds inside the model, for `compute pair`
-    pvector = &seconds;
+    nextra = 2;  // for `compute pair`
+    pvector = told;
   }
 
   ~PairDdpkit() override
@@ -83,11 +84,12 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     path = arg[2];
     is_set_up = false;
     together([&] {
+      step.reset();
       package.reset();
       register_operators();
       package = std::make_unique<ddpkit::Package>(path, local_rank());
-      // The second serves tests: what a GPU's operators make is what the loop makes.
-      const bool by_operators = package->device.is_cuda() || std::getenv("DDPKIT_LAMMPS_OPERATORS");
+      // The second serves tests: what a GPU's operators make is what the loop makes. DDPKIT_LAMMPS_REPLAY stands in replay.h.
+      by_operators = package->device.is_cuda() || std::getenv("DDPKIT_LAMMPS_OPERATORS");
       if (by_operators) candidates = std::make_unique<ddpkit::DeviceCandidates>(package->device);
       else candidates = std::make_unique<ddpkit::HostCandidates>();
     });
@@ -116,6 +118,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     for (int i = 1; i <= types; i++)
       for (int j = i; j <= types; j++) setflag[i][j] = 1;
     comm_forward = comm_reverse = (package->exchange_width * package->exchange_bytes + 7) / 8;
+    if (package->passes_messages) comm_forward = std::max(comm_forward, 1);  // owners()
   }
 
   void init_style() override
@@ -139,6 +142,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     force->pair->comm_forward = std::max(force->pair->comm_forward, comm_forward);
     force->pair->comm_reverse = std::max(force->pair->comm_reverse, comm_reverse);
     neighbor->add_request(this, NeighConst::REQ_FULL);
+    if (!stays_in_size()) step.reset();
+    else if (!step) step = std::make_unique<ddpkit::Step>(*package, comm->nprocs > 1);
     is_set_up = true;
     warn_of_slow_products();
   }
@@ -152,10 +157,10 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     ev_init(eflag, vflag);
     try {
       const c10::InferenceMode guard;
-      current() = package->passes_messages ? this : nullptr;
+      current() = !package->passes_messages ? nullptr : step ? (ddpkit::Exchange *) step.get() : this;
       if (neighbor->ago == 0) refuse_new_bonds();
-      if (neighbor->ago == 0 || candidates->owned() != atom->nlocal) take_neighbours();
-      compute_chunks();
+      if (neighbor->ago == 0 || pairs().owned() != atom->nlocal) take_neighbours();
+      compute_atoms();
     } catch (const LAMMPSException &) {
       throw;
     } catch (const std::exception &raised) {
@@ -213,12 +218,15 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
  private:
   std::unique_ptr<ddpkit::Package> package;
   std::unique_ptr<ddpkit::Candidates> candidates;
+  std::unique_ptr<ddpkit::Step> step;  // in place of these, where there is one
+  bool by_operators = false;           // of torch, as on a GPU
   std::vector<int64_t> species_of_type, species;
   std::vector<double> squared;  // cutoffs
   std::string path;             // of the package
   bool is_set_up = false;       // since pair_style or pair_coeff: neighbours and buffers are as the model needs them
   bigint chunk = 0;             // atoms at a time, as the script says; 0 where it does not
-  double seconds = 0;
+  double told[2] = {0, 0};      // processor seconds inside the model, and how often capacities were chosen
+  bool has_warned = false;      // that a GPU's steps are not replayed
 
   // what is exchanged: rows of owned atoms, two that pad, then ghosts
   char *rows_exchanged = nullptr;
@@ -304,30 +312,85 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     if (anywhere) refuse_bonds();
   }
 
+  // Whether a step is one call in tensors whose sizes stay: on several ranks, the host exchanges rows within it.
+  bool stays_in_size() const { return by_operators && !chunk && !(package->passes_messages && comm->nprocs > 1); }
+
+  ddpkit::Pairs &pairs() { return step ? (ddpkit::Pairs &) *step : *candidates; }
+
   void take_neighbours()
   {
     // a list that leaves atoms out has fewer, and is not in their order
     bool whole = list->inum == atom->nlocal;
     for (int k = 0; whole && k < list->inum; k++) whole = list->ilist[k] == k;
     if (!whole) throw std::runtime_error("LAMMPS' neighbour list leaves atoms out: remove `neigh_modify include`");
-    candidates->take(list->inum, [&](int64_t i, std::vector<int> &other) {
+    pairs().take(list->inum, [&](int64_t i, std::vector<int> &other) {
       const int *const neighbours = list->firstneigh[i];
       for (int k = 0; k < list->numneigh[i]; k++) other.push_back(neighbours[k] & NEIGHMASK);
     });
+    if (step && package->passes_messages) step->take_owners(owners());
   }
 
-  void compute_chunks()
+  // Of ghosts, on one rank: their rows say it once those of their owners have travelled.
+  std::vector<int64_t> owners()
+  {
+    const int64_t owned = atom->nlocal, all = owned + atom->nghost;
+    const at::Tensor rows = at::arange(owned + PADDING, at::kDouble).view({-1, 1});
+    const at::Tensor found = from_owners(rows, all + PADDING).narrow(0, owned + PADDING, all - owned).to(at::kLong);
+    return {found.data_ptr<int64_t>(), found.data_ptr<int64_t>() + found.numel()};
+  }
+
+  void compute_atoms()
   {
     const int64_t owned = atom->nlocal, all = owned + atom->nghost;
     species.resize(all);
     for (int64_t i = 0; i < all; i++) species[i] = species_of_type[atom->type[i]];
     const ddpkit::Atoms atoms{owned, all, all ? atom->x[0] : nullptr, species, squared, (int64_t) package->species.size(), package->r_max};
     // message passing needs this rank even where it has no atoms
-    if (!owned && !package->passes_messages) return;
+    if (!owned && (!package->passes_messages || step)) return;
+    if (step) return compute_at_once(atoms);
     const bool divides = chunk || (package->device.is_cpu() && !package->passes_messages);
-    const int64_t step = chunk ? chunk : divides ? AT_ONCE : std::max<int64_t>(owned, 1);
-    for (int64_t from = 0; from == 0 || from < owned; from += step)
-      compute_chunk(candidates->pick(atoms, from, std::min(from + step, owned), step < owned, package->passes_messages));
+    const int64_t many = chunk ? chunk : divides ? AT_ONCE : std::max<int64_t>(owned, 1);
+    for (int64_t from = 0; from == 0 || from < owned; from += many)
+      compute_chunk(candidates->pick(atoms, from, std::min(from + many, owned), many < owned, package->passes_messages));
+  }
+
+  void compute_at_once(const ddpkit::Atoms &atoms)
+  {
+    const auto start = std::chrono::steady_clock::now();
+    step->compute(atoms);
+    count_time_since(start);
+    told[1] = (double) step->captures;
+    if (!step->why_not_replayed().empty()) warn_of_launches();
+    add_energies(step->energies(), atoms.owned, 0);
+    for (int64_t i = 0; i < atoms.all; i++)
+      for (int c = 0; c < 3; c++) atom->f[i][c] += step->forces(step->row(i))[c];
+    if (vflag_global)
+      for (int c = 0; c < 6; c++) virial[c] += step->virial()[c];
+    if (!vflag_atom) return;
+    const at::Tensor virials = step->virials();
+    for (int64_t i = 0; i < atoms.all; i++)
+      for (int c = 0; c < 6; c++) vatom[i][c] += virials.data_ptr<double>()[6 * step->row(i) + c];
+  }
+
+  void warn_of_launches()
+  {
+    if (comm->me == 0 && !has_warned)
+      error->warning(FLERR, "steps on the GPU are launched kernel by kernel, which takes longer for small systems: {}",
+                     step->why_not_replayed());
+    has_warned = true;
+  }
+
+  void count_time_since(std::chrono::steady_clock::time_point start)
+  {
+    told[0] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+  void add_energies(const double *energies, int64_t number, int64_t first)
+  {
+    for (int64_t i = 0; i < number; i++) {
+      if (eflag_global) eng_vdwl += energies[i];
+      if (eflag_atom) eatom[first + i] += energies[i];
+    }
   }
 
   void compute_chunk(const ddpkit::Edges &edges)
@@ -336,12 +399,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     const std::vector<at::Tensor> outputs = package->run(edges.inputs);
     const int64_t number = edges.number, centres = edges.inputs[4].size(0) - PADDING;
     const at::Tensor energies = outputs[0].to(c10::kCPU).contiguous();  // waits for a GPU
-    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    const double *const e = energies.data_ptr<double>();
-    for (int64_t i = 0; i < centres; i++) {
-      if (eflag_global) eng_vdwl += e[i];
-      if (eflag_atom) eatom[edges.first_centre + i] += e[i];
-    }
+    count_time_since(start);
+    add_energies(energies.data_ptr<double>(), centres, edges.first_centre);
     const at::Tensor vectors = edges.inputs[0].narrow(0, 0, number), slopes = outputs[1].narrow(0, 0, number);
     const at::Tensor centre = edges.inputs[2].narrow(0, 0, number);
     add_forces(vectors.to(c10::kCPU), slopes.to(c10::kCPU).contiguous(), centre.to(c10::kCPU), edges.ends.to(c10::kCPU), edges.first_centre);
