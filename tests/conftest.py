@@ -25,6 +25,7 @@ SLOW = (
     "inference/test_lammps.py",
     "inference/test_exported.py",
     "inference/test_lammps_models.py",
+    "inference/test_lammps_gpu.py",
     "models/test_exported_models.py",
     "models/test_divided.py",
     "models/test_as_nequip.py",
