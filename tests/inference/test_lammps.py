@@ -663,18 +663,16 @@ def cuda_headers(folder):
     return folder
 
 
-def test_headers_of_cuda_are_those_of_a_toolkit_or_of_packages(monkeypatch, tmp_path, caplog):
+def test_headers_of_cuda_are_those_of_a_toolkit_or_of_packages(monkeypatch, tmp_path):
     torch = tmp_path / "site-packages" / "torch"
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
     monkeypatch.setattr(build, "TOOLKIT", tmp_path / "none")
-    assert build._for_gpus(torch) == []  # torch computes on CPUs alone
+    assert build._for_gpus(torch) == [[]]  # torch computes on CPUs alone
     (torch / "lib").mkdir(parents=True)
     (torch / "lib" / "libtorch_cuda.so").touch()
-    assert not caplog.records
-    assert build._for_gpus(torch) == ["-ltorch_cuda"]
-    assert "not replayed: set CUDA_HOME to a CUDA toolkit" in caplog.text
+    assert build._for_gpus(torch) == [["-ltorch_cuda"]]
     packages = [torch.parent / name for name in build.CUDA_PACKAGES]
     cuda_headers(packages[-1])
     packages[0].mkdir(parents=True)
@@ -682,7 +680,15 @@ def test_headers_of_cuda_are_those_of_a_toolkit_or_of_packages(monkeypatch, tmp_
     assert build._cuda_headers(torch) == packages[-1]
     toolkit = cuda_headers(tmp_path / "toolkit" / "include")
     monkeypatch.setenv("CUDA_HOME", str(toolkit.parent))
-    assert build._for_gpus(torch) == ["-DDDPKIT_CUDA", f"-I{toolkit}", "-ltorch_cuda", "-lc10_cuda"]
+    replayed = ["-DDDPKIT_CUDA", f"-I{toolkit}", "-ltorch_cuda", "-lc10_cuda"]
+    assert build._for_gpus(torch) == [replayed, ["-ltorch_cuda"]]
+
+
+def test_headers_of_cuda_that_do_not_compile_are_done_without(monkeypatch, tmp_path):
+    found, _ = ready()
+    monkeypatch.setattr(build, "_for_gpus", lambda _: [["-DDDPKIT_CUDA", f"-I{tmp_path / 'none'}"], []])
+    build._compile(found, tmp_path / build.NAME)
+    assert (tmp_path / build.NAME).is_file()
 
 
 def test_another_plugin_is_compiled_where_headers_of_cuda_come(monkeypatch):

@@ -11,7 +11,8 @@ from ddpkit.inference.export import export
 
 pytestmark = [pytest.mark.gpu, pytest.mark.long]
 
-LAUNCHED = {"DDPKIT_LAMMPS_REPLAY": "0"}
+REPLAYED, LAUNCHED = ({"DDPKIT_LAMMPS_REPLAY": said} for said in "10")
+OTHER_WAYS = {"launched": LAUNCHED, "in sizes that vary": None}
 
 
 @pytest.fixture(scope="module", params=[allegro, nequip], ids=lambda make: make.__name__)
@@ -24,19 +25,11 @@ def exported(request, tmp_path_factory):
     return model, path
 
 
-def ways(name):
-    """How steps are made, as options of the pair style and variables of the environment."""
-    known = {"replayed": ("", None), "launched": ("", LAUNCHED)}
-    if name == "allegro":
-        known["in sizes that vary"] = ("chunk 100000", None)
-    return known
-
-
-def found(path, box, run, folder, ranks=1, options="", variables=None):
+def found(path, box, run, folder, ranks=1, variables=REPLAYED):
     boundary, atoms = box
     folder.mkdir()
     (folder / "atoms").write_text(atoms)
-    text = f"{HEAD}{boundary}\nread_data atoms\npair_style ddpkit {options}\npair_coeff * * {path} H O\n{COMPUTES}{run}"
+    text = f"{HEAD}{boundary}\nread_data atoms\npair_style ddpkit\npair_coeff * * {path} H O\n{COMPUTES}{run}"
     return states(text, folder, ranks, variables=variables)
 
 
@@ -57,9 +50,8 @@ def test_replayed_steps_are_those_that_are_launched(ranks, exported, tmp_path):
         f"change_box all x scale 0.95 y scale 0.95 z scale 0.95 remap\n{TENTH(3)}{TENTH(4)}"
     )
     replayed = found(path, PERIODIC, run, tmp_path / "replayed", ranks)
-    for way, (options, variables) in ways(type(model).__name__.lower()).items():
-        if way != "replayed":
-            same(replayed, found(path, PERIODIC, run, tmp_path / way, ranks, options, variables), 1e-9)
+    for way, variables in OTHER_WAYS.items():
+        same(replayed, found(path, PERIODIC, run, tmp_path / way, ranks, variables), 1e-9)
     counts = [captures(tmp_path / "replayed", n) for n in (1, 2, 3, 4)]
     if ranks == 2 and type(model).__name__ == "NequIP":
         assert counts == [0] * 4
@@ -81,13 +73,12 @@ def test_forces_are_those_of_ase(ranks, exported, tmp_path):
 
 @pytest.mark.parametrize(("rate", "spacing"), [(-5, 4.2), (5, 2.6)])
 def test_edges_that_do_not_fit_have_the_step_made_again(rate, spacing, exported, tmp_path):
-    model, path = exported
+    _, path = exported
     run = f"fix nve all nve\ntimestep 0.001\n{ONE_LIST}{CAPTURES}{TENTH(1)}{TENTH(2)}{TENTH(3)}"
     box = moving(rate, spacing)
     replayed = found(path, box, run, tmp_path / "replayed")
-    for way, (options, variables) in ways(type(model).__name__.lower()).items():
-        if way != "replayed":
-            same(replayed, found(path, box, run, tmp_path / way, 1, options, variables), 1e-9)
+    for way, variables in OTHER_WAYS.items():
+        same(replayed, found(path, box, run, tmp_path / way, 1, variables), 1e-9)
     assert captures(tmp_path / "replayed", 3) > 2
 
 

@@ -96,10 +96,12 @@ def _compile(installation: Installation, plugin: Path) -> None:
         command += ["pair_ddpkit.cpp", "-o", f"{made}/{NAME}", f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}"]
         # The C++ library that torch loads, where a toolchain would link its own into the plugin.
         command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-l:libstdc++.so.6"]
-        command += _for_gpus(torch)
-        with cores.all_of_job():
-            done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=False)
-        if done.returncode:
+        for options in _for_gpus(torch):
+            with cores.all_of_job():
+                done = subprocess.run([*command, *options], cwd=SOURCE, capture_output=True, text=True, check=False)
+            if not done.returncode:
+                break
+        else:
             why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:]).strip()
             raise InputError(
                 f"{compiler} cannot compile the plugin for {installation.program} ({why}): use a compiler that knows C++20, "
@@ -112,18 +114,16 @@ def _has_cuda(torch: Path) -> bool:
     return (torch / "lib" / "libtorch_cuda.so").is_file()
 
 
-def _for_gpus(torch: Path) -> list[str]:
-    """What the compiler is told besides where torch computes on NVIDIA GPUs."""
+def _for_gpus(torch: Path) -> list[list[str]]:
+    """What the compiler is told besides where torch computes on NVIDIA GPUs; the later where it fails with the earlier.
+
+    Without headers of CUDA that it can use, steps on a GPU cannot be replayed, which the plugin says where that is asked for.
+    """
     if not _has_cuda(torch):
-        return []
+        return [[]]
+    launched = ["-ltorch_cuda"]
     headers = _cuda_headers(torch)
-    if headers is None:
-        _log.warning(
-            "there are no headers of CUDA, so that steps on a GPU are launched kernel by kernel, not replayed: set CUDA_HOME "
-            "to a CUDA toolkit, or install triton, and run `ddpkit lammps build` again"
-        )
-        return ["-ltorch_cuda"]
-    return ["-DDDPKIT_CUDA", f"-I{headers}", "-ltorch_cuda", "-lc10_cuda"]
+    return [["-DDDPKIT_CUDA", f"-I{headers}", *launched, "-lc10_cuda"], launched] if headers else [launched]
 
 
 def _cuda_headers(torch: Path) -> Path | None:

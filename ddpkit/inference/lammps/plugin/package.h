@@ -9,6 +9,7 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/headeronly/version.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <malloc.h>
 #include <memory>
@@ -28,6 +29,10 @@ inline int gpus()
 {
   return c10::impl::hasDeviceGuardImpl(c10::kCUDA) ? c10::impl::getDeviceGuardImpl(c10::kCUDA)->deviceCount() : 0;
 }
+
+// Where this variable is set, steps on a GPU are made in tensors whose sizes stay, and replayed unless it is 0. That has not been
+// measured on a GPU yet, so it is asked for.
+constexpr const char *REPLAY = "DDPKIT_LAMMPS_REPLAY";
 
 // As ddpkit/inference/memory.py: code on CPUs allocates the same arrays at every step, and the kernel would clear each anew.
 inline void keep_freed_memory()
@@ -77,8 +82,9 @@ class Package {
       keep_freed_memory();
     }
     try {
-      // for one thread: otherwise it records and queries events around a run, which cannot be captured as a CUDA graph
-      loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", device.is_cuda(), 1, device.index());
+      // otherwise it records and queries events around a run, which cannot be captured as a CUDA graph
+      const bool one_thread = device.is_cuda() && std::getenv(REPLAY);
+      loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", one_thread, 1, device.index());
     } catch (const std::exception &error) {
       throw std::runtime_error(path + " cannot be loaded here (" + first_line(error.what()) + "): export the model again on this machine");
     }

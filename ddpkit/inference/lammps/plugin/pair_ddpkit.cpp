@@ -88,7 +88,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       package.reset();
       register_operators();
       package = std::make_unique<ddpkit::Package>(path, local_rank());
-      // The second serves tests: what a GPU's operators make is what the loop makes. DDPKIT_LAMMPS_REPLAY stands in replay.h.
+      // The second serves tests: what a GPU's operators make is what the loop makes.
       by_operators = package->device.is_cuda() || std::getenv("DDPKIT_LAMMPS_OPERATORS");
       if (by_operators) candidates = std::make_unique<ddpkit::DeviceCandidates>(package->device);
       else candidates = std::make_unique<ddpkit::HostCandidates>();
@@ -313,7 +313,11 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
   }
 
   // Whether a step is one call in tensors whose sizes stay: on several ranks, the host exchanges rows within it.
-  bool stays_in_size() const { return by_operators && !chunk && !(package->passes_messages && comm->nprocs > 1); }
+  bool stays_in_size() const
+  {
+    const bool is_asked_for = package->device.is_cpu() || std::getenv(ddpkit::REPLAY);
+    return by_operators && is_asked_for && !chunk && !(package->passes_messages && comm->nprocs > 1);
+  }
 
   ddpkit::Pairs &pairs() { return step ? (ddpkit::Pairs &) *step : *candidates; }
 

@@ -1,11 +1,12 @@
 // Work of a GPU whose sizes and addresses stay: captured once as a CUDA graph and replayed, so that its host launches it as one.
 //
 // Without CUDA's headers (ddpkit/inference/lammps/build.py), on a CPU, and with DDPKIT_LAMMPS_REPLAY=0, which serves tests and
-// timings, it is called every time instead. It then computes the same.
+// timings, it is called every time instead. It then computes the same: the first replay is compared with a call.
 #pragma once
 
 #include "package.h"
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
 #ifdef DDPKIT_CUDA
@@ -23,6 +24,8 @@
 
 namespace ddpkit {
 
+constexpr double SAME = 1e-5;  // of a number, or of one where that is less: how far a replay may lie from a call
+
 class Replay {
  public:
   // Why a GPU's work is called every time although it should be replayed; empty otherwise.
@@ -30,12 +33,13 @@ class Replay {
 
   explicit Replay(c10::Device device) : on_gpu(device.is_cuda()) {}
 
-  // Takes work on, on the stream that is current and is not the default one. What it reads is there already.
-  void prepare(std::function<void()> work)
+  // Takes work on, on the stream that is current and is not the default one. What it reads is there already; `outcome` gives what
+  // it has left.
+  void prepare(std::function<void()> work, const std::function<at::Tensor()> &outcome)
   {
     forget();
     this->work = std::move(work);
-    if (is_wanted()) capture();
+    if (is_wanted()) capture(outcome);
   }
 
   void operator()()
@@ -64,15 +68,16 @@ class Replay {
 
   bool is_wanted() const
   {
-    const char *const said = std::getenv("DDPKIT_LAMMPS_REPLAY");
-    return on_gpu && why_not.empty() && !(said && !std::strcmp(said, "0"));
+    const char *const said = std::getenv(REPLAY);
+    return on_gpu && why_not.empty() && said && std::strcmp(said, "0");
   }
 
-  void capture()
+  void capture(const std::function<at::Tensor()> &outcome)
   {
 #ifdef DDPKIT_CUDA
     // The first call loads kernels, folds constants and makes the libraries' workspaces, none of which can be captured.
     work();
+    const at::Tensor called = outcome().clone();
     // A graph has a pool of its own: what the call has left in the common one would double the memory.
     c10::cuda::CUDACachingAllocator::emptyCache();
     graph = std::make_unique<at::cuda::CUDAGraph>();
@@ -88,9 +93,14 @@ class Replay {
     } catch (const std::exception &error) {
       if (why_not.empty()) why_not = first_line(error.what());
     }
-    if (!why_not.empty()) abandon(pool);
+    if (!why_not.empty()) return abandon(pool);
+    graph->replay();
+    const at::Tensor apart = outcome().sub(called).abs();
+    if (apart.le(called.abs().add(1).mul(SAME)).all().item().toBool()) return;
+    why_not = "a replay computed something else than a call";
+    graph.reset();
 #else
-    why_not = "the plugin was built without CUDA's headers";
+    why_not = "the plugin was built without CUDA's headers: set CUDA_HOME to a toolkit and run `ddpkit lammps build` again";
 #endif
   }
 

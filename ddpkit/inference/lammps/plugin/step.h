@@ -256,7 +256,7 @@ class Step : public Pairs, public Exchange {
     if (species_are_new) upload_species(atoms);
     upload_positions(atoms);
     taken = false;
-    if (!fits) replay.prepare([this] { run(); });
+    if (!fits) replay.prepare([this] { run(); }, [this] { return result; });
     replay();
     result_here.copy_(result);  // waits
     return result_here.data_ptr<double>()[result_here.size(0) - 1];
