@@ -25,7 +25,7 @@ PART = 1 << 26
 """Numbers in the weights of a part of the edges."""
 
 ROOM = 2048
-"""Warps below which those of a block share an atom: about as many as a large GPU computes at a time."""
+"""Warps that a large GPU computes at a time, about."""
 
 LAUNCH: dict[str, Callable[..., None]] = {"cuda": nvrtc.launch}
 """By the type of a device, what launches a kernel there."""
@@ -39,7 +39,7 @@ class Places(NamedTuple):
 
     neighbour: Tensor  # [edges]
     start: Tensor  # [atoms + 1] the first edge of each centre
-    incoming: Tensor  # [atoms, most] edges by neighbour, padded with the number of edges
+    incoming: Tensor  # [atoms, most] edges by neighbour, then the number of edges
 
 
 class CudaSurroundings(NamedTuple):
@@ -254,9 +254,12 @@ def _warps(product: Product) -> int:
 
 
 @lru_cache(maxsize=512)
-def _sizes(key: str, real: str) -> tuple[int, int]:
-    """Warps of a block, and of an atom."""
-    return cuda_source.warps_of_block(_products[key], real), _warps(_products[key])
+def _sizes(key: str, real: str) -> tuple[int, int, float]:
+    """Warps of a block, and of an atom, and how many of those that take longest would be as much work as all of an atom's."""
+    terms = _products[key].terms
+    work = [cuda_source.warps(term) * term.width * term.components for term in terms]
+    longest = max((term.width * term.components for term in terms), default=1)
+    return cuda_source.warps_of_block(_products[key], real), _warps(_products[key]), sum(work) / longest
 
 
 def _parts(edges: int, weights: int) -> Iterator[slice]:
@@ -268,10 +271,11 @@ def _parts(edges: int, weights: int) -> Iterator[slice]:
 def _launch(
     name: str, key: str, x: Tensor, weights: Tensor, y: Tensor, places: list[Tensor], part: slice, *more: Tensor
 ) -> None:
-    neighbour, start, _ = places
+    neighbour, start, incoming = places
     real, atoms = REAL[x.dtype], len(start) - 1
-    warps, of_atom = _sizes(key, real)
-    share = atoms * of_atom < ROOM
+    warps, of_atom, work = _sizes(key, real)
+    # Where one warp had all edges of the atom that has most, would it go on when all others are done?
+    share = ROOM * incoming.shape[1] > work * (part.stop - part.start)
     grid = (atoms if share else -(-atoms // warps), of_atom)
     given = [x, weights, y, neighbour, start, atoms, part.start, part.stop, len(neighbour), int(share), *more]
     arguments = [a.contiguous() if isinstance(a, Tensor) else a for a in given]  # what is written to is so already

@@ -1,10 +1,11 @@
 """CUDA C++ for the convolution of NequIP, written out for one set of irreps.
 
 One warp computes what one atom gets through up to 32 channels of one irrep of the features: a lane has a channel, and goes over
-the atom's edges in their order. Where there are few atoms, all warps of a block share one atom's edges (`share`), every so many
-one, and their sums are added in the order of the warps. Every product with a Clebsch-Gordan coefficient that is not zero is a
-line of its own with the coefficient in it, so that there are no tables to read and no zeros to multiply with. Blocks add
-nothing up between them: a sum over neighbours is a later kernel's (`collect`), so results have the same bits every time.
+the atom's edges in their order. Where the atom with most edges would outlast the others, all warps of a block share one atom's
+edges (`share`), every so many one, and their sums are added in the order of the warps. Every product with a Clebsch-Gordan
+coefficient that is not zero is a line of its own with the coefficient in it, so that there are no tables to read and no zeros to
+multiply with. Blocks add nothing up between them: a sum over neighbours is a later kernel's (`collect`), so results have the same
+bits every time.
 
 With C the coefficients, and for every path from an irrep a with harmonics Y of degree l to an irrep c,
 
@@ -75,7 +76,8 @@ extern "C" __global__ void __launch_bounds__(256) collect(
   real sum = 0;
   for (int n = 0; n < most; ++n) {
     const long long edge = mine[n];
-    if (edge < edges) sum += of_edges[edge * width + column];
+    if (edge >= edges) break;  // so are all behind it
+    sum += of_edges[edge * width + column];
   }
   out[(long long)blockIdx.x * width + column] = sum;
 }

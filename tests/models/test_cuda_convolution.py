@@ -13,11 +13,12 @@ from test_padded import labelled, larger, on_padding, run
 from torch.autograd import gradcheck, gradgradcheck
 
 from ddpkit import InputError, make_step
+from ddpkit.batch import neighbour_table
 from ddpkit.compile.backend import using
 from ddpkit.kernels import check_kernels, require_kernels
 from ddpkit.models import cuda_convolution, cuda_source
 from ddpkit.models.cuda_convolution import CudaConvolution
-from ddpkit.models.graph import graph_of
+from ddpkit.models.graph import graph_from, graph_of
 from ddpkit.models.irreps import product_irreps
 from ddpkit.models.potential import Edges
 from ddpkit.models.reference import ReferenceConvolution
@@ -102,6 +103,20 @@ def test_output_and_derivatives_are_those_of_the_reference(name, part, room, mon
     pair, numbers, convolve = factors(*IRREPS[name], neighbourhoods(), leaf=True)
     ours, theirs = (first_and_second(convolve, kernel, numbers) for kernel in pair)
     assert [relative(a, b) < 1e-11 for a, b in zip(ours, theirs, strict=True)] == [True] * len(theirs)
+
+
+def test_warps_share_an_atom_that_would_outlast_the_others(monkeypatch):
+    """A star: one warp goes on for 16 edges, and two that share all 32 as well."""
+    shared = []
+    monkeypatch.setitem(cuda_convolution.LAUNCH, "cpu", lambda *given: shared.append(given[4][9]))
+    hub, tips = torch.zeros(16, dtype=torch.int64), torch.arange(1, 17)
+    ends = torch.cat((hub, tips)), torch.cat((tips, hub))
+    graph = graph_from(*ends, *(neighbour_table(end, 17) for end in ends))
+    pair, numbers, convolve = factors({(0, 1): 32}, 1, None, graph, leaf=True)
+    for room in (2, 3):
+        monkeypatch.setattr(cuda_convolution, "ROOM", room)
+        convolve(pair[0], *numbers)
+    assert shared == [0, 1]
 
 
 def test_harmonics_have_second_derivatives_where_edges_are_no_leaf():
