@@ -45,7 +45,7 @@ def test_every_number_of_the_projects_own_tables_is_among_them():
         for claim in yaml.safe_load(file.read_text())["claims"]
         if path in {(file.parent / name).resolve() for name in texts_of(claim)}
     ]
-    text = path.read_text().partition("## What the demo shows")[2].partition("\n## ")[0]
+    text = path.read_text().partition("## The two studies")[2].partition("\n## ")[0]
     rows = [line for line in text.splitlines() if line.startswith("|") and re.search(r"\d", line)]
     assert len(rows) == 4 + 1 + 4
     assert not [says for says in told if "|" in says and re.search(r"\d", re.sub(r"\{[^}]*\}", "", says))]
