@@ -102,20 +102,15 @@ class Study:
         return f"{self.baseline.ranks}, {seeds} seed{'s' * (seeds != 1)}, {self.steps} steps"
 
     @cached_property
-    def missing(self) -> list[str]:
-        """Labels of planned runs that are not there, of arms that have others."""
-        begun = {run.stem for run in self.runs}
-        return sorted(label for label in self._absent if stem_of(label) in begun)
-
-    @cached_property
     def not_begun(self) -> list[str]:
-        """Planned arms of which no run is there: without them nothing is known of these, and all that is claimed of others."""
-        begun = {run.stem for run in self.runs}
-        return sorted({stem_of(label) for label in self._absent} - begun)
+        """Planned arms of which no run is there, but for further reruns, which belong to an arm that is."""
+        return sorted({stem_of(label) for label in self.plan.runs} - {run.stem for run in self.runs} - {plan.SPREAD})
 
     @cached_property
-    def _absent(self) -> set[str]:
-        return set(self.plan.runs) - {run.label for run in self.runs}
+    def missing(self) -> list[str]:
+        """Planned runs that are not there, of arms that have been begun."""
+        absent = set(self.plan.runs) - {run.label for run in self.runs}
+        return sorted(label for label in absent if stem_of(label) not in self.not_begun)
 
     def members(self, arm: str) -> Iterator[tuple[Block, Run]]:
         """All runs of an arm with their blocks."""

@@ -54,6 +54,9 @@ class Plan:
     declared: bool = field(default=True, compare=False)
 
 
+SPREAD = "spread"
+"""What labels of further reruns of the first seed begin with."""
+
 NUMERICS = (Declared(FORCE_ERROR, "compiled"), Declared(FORCE_ERROR, "standard"), Declared(DISTANCE, "standard"))
 SPEED = (Declared(TIME, "custom"),)
 

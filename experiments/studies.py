@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from ddpkit.analysis.plan import DISTANCE, FORCE_ERROR, NUMERICS, SPEED, Declared
+from ddpkit.analysis.plan import DISTANCE, FORCE_ERROR, NUMERICS, SPEED, SPREAD, Declared
 
 Overrides = tuple[str, ...]
 
@@ -58,7 +58,7 @@ class Numerics:
         rerun = next((arm.overrides for arm in self.arms if arm.label == "rerun"), ())
         again = [_seeded(arm, 1).numbered(1, *first) for arm in self.once]
         count = self.spread if spread is None else spread
-        again += [Arm("spread", rerun).numbered(n, *first) for n in range(1, count + 1)]
+        again += [Arm(SPREAD, rerun).numbered(n, *first) for n in range(1, count + 1)]
         return [*blocks, again] if again else blocks
 
     def only(self, labels: Sequence[str]) -> "Numerics":

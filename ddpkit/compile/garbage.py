@@ -1,4 +1,4 @@
-"""Python's garbage collector, which is kept waiting while a graph is made."""
+"""Python's garbage collector, paused while a graph is made."""
 
 import contextlib
 import gc
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def left_lying() -> Iterator[None]:
-    """Inside, nothing is searched for garbage, unless the collector is off anyway; afterwards it is as it was.
+def garbage_collection_paused() -> Iterator[None]:
+    """Inside, the garbage collector is off; afterwards it is as it was before.
 
     A trace and its lowering make millions of small objects, and nearly all of them live until the code is there: the collector
     would walk through them again and again, for a tenth of the time that both take, and find little. Tensors are freed all the

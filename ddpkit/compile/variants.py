@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from ddpkit.batch import Batch
 from ddpkit.compile import parity
 from ddpkit.compile.conditions import Conditions
-from ddpkit.compile.garbage import left_lying
+from ddpkit.compile.garbage import garbage_collection_paused
 from ddpkit.compile.layout import Flat, Layout, describe, sizes_of
 from ddpkit.compile.stored import Entry, Stored
 from ddpkit.errors import InputError, ParityError
@@ -177,7 +177,7 @@ class Variants(Generic[C]):
             entry = None
             return self._lower(self._trace(examples, sizes))
 
-        with left_lying():
+        with garbage_collection_paused():
             code = in_turn(trace, lower) if together else lower(trace())
         if before_check is not None:
             before_check(code)
@@ -228,7 +228,7 @@ class Variants(Generic[C]):
         began = time.perf_counter()
         examples = [*self._kin(layout)[-3:], batch.batch]
         self._tally.examples[:] = examples
-        with left_lying():
+        with garbage_collection_paused():
             code = self._lower(self._trace(examples, _tuned_for(examples)))
         self._settle(code, self._check(code, examples))
         self.codes.insert(0, code)

@@ -330,6 +330,8 @@ def test_a_plan_decides_what_is_tested(tmp_path):
     of_none = Plan(declared.primary, runs=(*declared.runs, "overlap", "overlap_2"))
     (cut,) = verdicts(runs, of_none)  # an arm that was never begun, and of which nothing is claimed
     assert (cut.verdict, cut.reason) == (claim.verdict, claim.reason)
+    reruns = Plan(declared.primary, runs=(*declared.runs, "spread", "spread_2"))  # by another name
+    assert "2 of 26 planned runs are not there" in verdicts(runs, reruns)[0].verdict
     begun = Plan(declared.primary, runs=(*declared.runs, "rerun_7"))
     assert "1 of 25 planned runs are not there" in verdicts(runs, begun)[0].verdict
     for text in ("{", '{"primary": [{"endpoint": "beauty", "arm": "standard"}]}', '{"primary": [1]}'):

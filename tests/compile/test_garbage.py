@@ -7,7 +7,7 @@ from toy import Toy, random_batch
 
 import ddpkit
 from ddpkit.compile.backend import using
-from ddpkit.compile.garbage import left_lying
+from ddpkit.compile.garbage import garbage_collection_paused
 
 
 @pytest.fixture(autouse=True)
@@ -17,23 +17,23 @@ def _as_before():
 
 
 def test_the_collector_waits_and_goes_on():
-    with left_lying():
+    with garbage_collection_paused():
         assert not gc.isenabled()
-        with left_lying():
+        with garbage_collection_paused():
             assert not gc.isenabled()
         assert not gc.isenabled()
     assert gc.isenabled()
 
 
 def test_it_goes_on_after_an_error():
-    with pytest.raises(ValueError, match="inside"), left_lying():
+    with pytest.raises(ValueError, match="inside"), garbage_collection_paused():
         raise ValueError("inside")
     assert gc.isenabled()
 
 
 def test_where_the_user_has_turned_it_off_it_stays_off():
     gc.disable()
-    with left_lying():
+    with garbage_collection_paused():
         assert not gc.isenabled()
     assert not gc.isenabled()
 
