@@ -67,21 +67,8 @@ __device__ __forceinline__ void total(real (&v)[32], int lane, real* to, int n) 
 #endif
 """
 
-COLLECT = """
-extern "C" __global__ void __launch_bounds__(256) collect(
-    const real* of_edges, const long long* rows, int most, int edges, int width, real* out) {
-  const int column = blockIdx.y * 256 + threadIdx.x;
-  if (column >= width) return;
-  const long long* mine = rows + (long long)blockIdx.x * most;
-  real sum = 0;
-  for (int n = 0; n < most; ++n) {
-    const long long edge = mine[n];
-    if (edge >= edges) break;  // so are all behind it
-    sum += of_edges[edge * width + column];
-  }
-  out[(long long)blockIdx.x * width + column] = sum;
-}
-"""
+COLUMNS = 256
+"""Columns that a block of `collect` sums."""
 
 
 class Path(NamedTuple):
@@ -90,8 +77,9 @@ class Path(NamedTuple):
     l: int  # of the harmonics
     width: int  # components of what it leads to
     weight: int  # its first column of the weights
-    out: int  # its first column of the output, of component 0
-    stride: int  # columns of the output from one component to the next
+    part: int  # number of what it leads to among the irreps of the output
+    out: int  # its first column there, of component 0
+    stride: int  # columns there from one component to the next
     coefficients: dict[int, dict[int, dict[int, float]]]  # by i, j and k, those that are not zero
 
 
@@ -100,8 +88,13 @@ class Term(NamedTuple):
 
     width: int  # components
     channels: int
-    column: int  # its first column of the features; component i stands i * channels behind it
+    column: int  # its first column in the rows of edges, where all features stand side by side
     paths: tuple[Path, ...]
+
+    @property
+    def columns(self) -> int:
+        """Columns of its features; component i begins at column i * channels."""
+        return self.width * self.channels
 
     @property
     def components(self) -> int:
@@ -112,15 +105,15 @@ class Term(NamedTuple):
 class Product(NamedTuple):
     """Everything that the kernels' text depends on. Features, weights and output are rows of numbers.
 
-    Features: by irrep, then component, then channel. Weights: by irrep, then path, then channel. Output: by irrep, then
-    component, then path, then channel.
+    Features are an array for each irrep, as the layers around have them, so that none has to be copied: by component, then
+    channel. So is the output: by component, then path, then channel. Weights: by irrep, then path, then channel.
     """
 
     terms: tuple[Term, ...]
     harmonics: int
-    features: int  # columns
+    features: int  # columns of all irreps
     weights: int
-    outputs: int
+    outputs: tuple[tuple[int, int], ...]  # components and channels of each irrep
 
 
 def product_of(
@@ -134,20 +127,19 @@ def product_of(
         irreps_out: channels of the output: of all paths to an irrep.
         l_max: of the harmonics.
     """
-    first: dict[Irrep, int] = {}
-    outputs = 0
-    for irrep, channels in irreps_out.items():
-        first[irrep] = outputs
-        outputs += (2 * irrep[0] + 1) * channels
+    parts = list(irreps_out)
+    first = dict.fromkeys(parts, 0)
+    outputs = tuple((2 * irrep[0] + 1, channels) for irrep, channels in irreps_out.items())
     terms, features, weights = [], 0, 0
     for a, of_irrep in paths.items():
         lines = []
         for l, c in of_irrep:
-            lines.append(Path(l, 2 * c[0] + 1, weights, first[c], irreps_out[c], _coefficients(a[0], l, c[0])))
+            coefficients = _coefficients(a[0], l, c[0])
+            lines.append(Path(l, 2 * c[0] + 1, weights, parts.index(c), first[c], irreps_out[c], coefficients))
             first[c] += irreps_in[a]
             weights += irreps_in[a]
         terms.append(Term(2 * a[0] + 1, irreps_in[a], features, tuple(lines)))
-        features += (2 * a[0] + 1) * irreps_in[a]
+        features += terms[-1].columns
     return Product(tuple(terms), (l_max + 1) ** 2, features, weights, outputs)
 
 
@@ -185,26 +177,76 @@ def source(product: Product, name: str, real: str) -> str:
 
     Args:
         product: what it computes with.
-        name: `convolve`, `gradient` or `second`, the latter two with `_y` behind where df/dY is wanted too; or `collect`, which
-            is the same for all products.
+        name: `convolve`, `gradient` or `second`, the latter two with `_y` behind where df/dY is wanted too; or `collect`.
         real: "float" or "double".
     """
     if name == "collect":
-        return f"typedef {real} real;\n{COLLECT}"
+        return f"typedef {real} real;\n{_collect(product)}"
     sizes = f"#define WARPS {warps_of_block(product, real)}\n#define SUMMED {SUMMED}\n"
     return f"typedef {real} real;\n{sizes}{HEAD}\n{_kernel(product, name)}"
 
 
-ARGUMENTS = {
-    "convolve": "real* out",
-    "gradient": "const real* g, real* dx, real* dw",
-    "second": "const real* g, const real* xt, const real* wt, const real* yt, real* dg, real* dx, real* dw, real* dwt",
-}
+def blocks_of_columns(product: Product) -> int:
+    """Blocks of `collect` for an atom: none has columns of two irreps."""
+    return sum(-(-term.columns // COLUMNS) for term in product.terms)
+
+
+def _collect(product: Product) -> str:
+    """Sums of the edges' rows of features over the edges of each neighbour."""
+    cases, before = [], 0
+    for n, term in enumerate(product.terms):
+        first, before = before, before + -(-term.columns // COLUMNS)
+        cases.append(
+            f"  if (blockIdx.y < {before}) {{\n"
+            f"    column = {COLUMNS} * (blockIdx.y - {first}) + threadIdx.x;\n"
+            f"    if (column >= {term.columns}) return;\n"
+            f"    out = dx_{n} + (long long)blockIdx.x * {term.columns} + column;\n"
+            f"    column += {term.column};\n"
+            "  } else"
+        )
+    return f"""
+extern "C" __global__ void __launch_bounds__({COLUMNS}) collect(
+    const real* of_edges, const long long* rows, int most, int edges, {_arrays("real* dx", len(product.terms))}) {{
+  int column;
+  real* out;
+{chr(10).join(cases)} return;
+  const long long* mine = rows + (long long)blockIdx.x * most;
+  real sum = 0;
+  for (int n = 0; n < most; ++n) {{
+    const long long edge = mine[n];
+    if (edge >= edges) break;  // so are all behind it
+    sum += of_edges[edge * {product.features} + column];
+  }}
+  *out = sum;
+}}
+"""
+
+
+def _arrays(name: str, number: int) -> str:
+    """Parameters: an array for each irrep."""
+    return ", ".join(f"{name}_{n}" for n in range(number))
+
+
+def _arguments(product: Product, kind: str, *, by_y: bool) -> str:
+    """What a kernel is given beside the factors and the edges."""
+    features, outputs = len(product.terms), len(product.outputs)
+    arguments = {
+        "convolve": [_arrays("real* out", outputs)],
+        "gradient": [_arrays("const real* g", outputs), "real* dx, real* dw"],
+        "second": [
+            _arrays("const real* g", outputs),
+            _arrays("const real* xt", features),
+            "const real* wt, const real* yt",
+            _arrays("real* dg", outputs),
+            "real* dx, real* dw, real* dwt",
+        ],
+    }[kind]
+    return ", ".join([*arguments, *(["real* dy"] if by_y else [])])
 
 
 def _kernel(product: Product, name: str) -> str:
     kind, _, by_y = name.partition("_")
-    arguments = ARGUMENTS[kind] + (", real* dy" if by_y else "")
+    arguments = _arguments(product, kind, by_y=bool(by_y))
     cases, before = [], 0
     longest_first = sorted(product.terms, key=lambda term: -term.width * term.components)
     for term in longest_first:
@@ -217,7 +259,8 @@ def _kernel(product: Product, name: str) -> str:
     is_first = "" if kind == "gradient" else "  const bool is_first = from == begins;\n"
     return f"""
 extern "C" __global__ void __launch_bounds__(32 * WARPS) {name}(
-    const real* x, const real* w, const real* y, const long long* neighbour, const long long* start,
+    {_arrays("const real* x", len(product.terms))}, const real* w, const real* y,
+    const long long* neighbour, const long long* start,
     int atoms, int begin, int end, int edges, int share, {arguments}) {{
   __shared__ real ys[WARPS][{2 * product.harmonics}];
 {shared}  const int lane = LANE, warp = WARP;
@@ -239,31 +282,42 @@ def _term(product: Product, term: Term, kind: str, by_y: bool) -> Iterator[str]:
     zero = "" if is_full else " : (real)0"
     guard = "" if is_full else f"if (channel < {term.channels}) "
     h = product.harmonics
-    places = [  # of each component of the output, its column for this lane's channel
-        f"{path.out + k * path.stride} + channel" for path in term.paths for k in range(path.width)
+    places = [  # of each component of the output, its place in the atom's rows for this lane's channel
+        f"{path.part}[{path.out + k * path.stride} + channel]" for path in term.paths for k in range(path.width)
     ]
+    parts = sorted({path.part for path in term.paths})
 
     if kind != "convolve":
-        yield f"    {{ const real* row = g + (long long)atom * {product.outputs};"
-        yield from (f"    gs[warp][{o}][lane] = {live}row[{place}]{zero};" for o, place in enumerate(places))
+        yield "    {"
+        yield from (
+            f"    const real* const g{n} = g_{n} + (long long)atom * {math.prod(product.outputs[n])};" for n in parts
+        )
+        yield from (f"    gs[warp][{o}][lane] = {live}g{place}{zero};" for o, place in enumerate(places))
         yield "    }"
     if kind != "gradient":
         # what earlier parts of the edges have given
-        row = "out" if kind == "convolve" else "dg"
-        yield f"    real* const row = {row} + (long long)atom * {product.outputs};"
+        name = "out" if kind == "convolve" else "dg"
+        rows_of_atom = [
+            f"real* const row{n} = {name}_{n} + (long long)atom * {math.prod(product.outputs[n])};" for n in parts
+        ]
         yield f"    const bool goes_on = is_first && begins > own{'' if is_full else f' && channel < {term.channels}'};"
-        yield from (f"    real o{o} = goes_on ? row[{place}] : (real)0;" for o, place in enumerate(places))
+        yield from (f"    real o{o} = 0;" for o in range(len(places)))
+        yield "    if (goes_on) {"
+        yield from (f"      {line}" for line in rows_of_atom)
+        yield from (f"      o{o} = row{place};" for o, place in enumerate(places))
+        yield "    }"
     # of the edge after this one: what is read is on its way while this one is computed
     own = [f"x{i}" for i in range(term.width)], [f"w{p}" for p in range(len(term.paths))]
     rows = [("x", "w", *own)]
     if kind == "second":
         rows.append(("xt", "wt", [f"a{i}" for i in range(term.width)], [f"b{p}" for p in range(len(term.paths))]))
     is_early = term.width <= EARLY
-    columns = [term.column + i * term.channels for i in range(term.width)]
+    columns = [i * term.channels for i in range(term.width)]
+    number = product.terms.index(term)
 
     def read(assign: str, edge: str, neighbour: str) -> Iterator[str]:
         for x, w, of_x, of_w in rows:
-            yield f"const real* const {x}_row = {x} + {neighbour} * {product.features};"
+            yield f"const real* const {x}_row = {x}_{number} + {neighbour} * {term.columns};"
             yield f"const real* const {w}_row = {w} + (long long)({edge} - begin) * {product.weights};"
             for name, column in zip(of_x, columns, strict=True):
                 yield assign.format(name, f"{live}{x}_row[{column} + channel]{zero}")
@@ -337,7 +391,8 @@ def _term(product: Product, term: Term, kind: str, by_y: bool) -> Iterator[str]:
         yield "    }"
         condition = "!share || ADDS" if is_full else f"(!share || ADDS) && channel < {term.channels}"
         yield f"    if ({condition}) {{"
-        yield from (f"    row[{place}] = o{o};" for o, place in enumerate(places))
+        yield from (f"      {line}" for line in rows_of_atom)
+        yield from (f"      row{place} = o{o};" for o, place in enumerate(places))
         yield "    }"
 
 
