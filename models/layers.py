@@ -100,18 +100,11 @@ class SelfConnection(torch.nn.Module):
     embedding's width; atoms are then multiplied in blocks of one species.
     """
 
-    scale: Tensor
-
     def __init__(self, irreps_in: Irreps, embed_dim: int, irreps_out: Irreps, dtype: torch.dtype) -> None:
         super().__init__()
         self.irreps = [ir for ir in irreps_in if ir in irreps_out]
         self.shapes = [(irreps_in[ir], irreps_out[ir]) for ir in self.irreps]
         self.weight = torch.nn.Parameter(torch.randn(embed_dim, sum(a * b for a, b in self.shapes), dtype=dtype))
-        scale = [
-            torch.full(((2 * ir[0] + 1) * a,), 1 / math.sqrt(a * embed_dim), dtype=dtype, device="cpu")
-            for ir, (a, _) in zip(self.irreps, self.shapes, strict=True)
-        ]
-        self.register_buffer("scale", torch.cat(scale), persistent=False)
 
     def forward(self, x: Features, embedding: Tensor, groups: Groups) -> Features:
         """Features -> features.
@@ -123,22 +116,15 @@ class SelfConnection(torch.nn.Module):
         """
         if is_literal():
             return reference.self_connection(self, x, groups.one_hot @ embedding)
-        widths = [2 * ir[0] + 1 for ir in self.irreps]
-        sizes_in = [width * a for width, (a, _) in zip(widths, self.shapes, strict=True)]
-        sizes_out = [width * b for width, (_, b) in zip(widths, self.shapes, strict=True)]
         per_species = embedding.index_select(0, groups.present) @ self.weight
         matrices = per_species.index_select(0, groups.species).split([a * b for a, b in self.shapes], 1)
-        flat = torch.cat([x[ir].flatten(1) for ir in self.irreps], 1) * self.scale
-        rows = pad_rows(flat, groups.slot, groups.atoms).split(sizes_in, 2)
-        products = [
-            torch.bmm(part.reshape(-1, GROUP * width, a), matrix.reshape(-1, a, b)).reshape(-1, GROUP, width * b)
-            for part, matrix, width, (a, b) in zip(rows, matrices, widths, self.shapes, strict=True)
-        ]
-        out = unpad_rows(torch.cat(products, 2), groups.slot, groups.atoms).split(sizes_out, 1)
-        return {
-            ir: part.reshape(-1, width, b)
-            for ir, part, width, (_, b) in zip(self.irreps, out, widths, self.shapes, strict=True)
-        }
+        out = {}
+        # each irrep by itself: side by side, they would be copied once more before they are multiplied
+        for ir, (a, b), matrix in zip(self.irreps, self.shapes, matrices, strict=True):
+            rows = pad_rows(x[ir] * (1 / math.sqrt(a * self.weight.shape[0])), groups.slot, groups.atoms)
+            products = torch.bmm(rows.reshape(-1, GROUP * (2 * ir[0] + 1), a), matrix.reshape(-1, a, b))
+            out[ir] = unpad_rows(products.reshape(-1, GROUP, 2 * ir[0] + 1, b), groups.slot, groups.atoms)
+        return out
 
 
 class Gate(torch.nn.Module):
