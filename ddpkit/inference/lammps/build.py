@@ -117,7 +117,7 @@ def _has_cuda(torch: Path) -> bool:
 def _for_gpus(torch: Path) -> list[list[str]]:
     """What the compiler is told besides where torch computes on NVIDIA GPUs; the later where it fails with the earlier.
 
-    Without headers of CUDA that it can use, steps on a GPU cannot be replayed, which the plugin says where that is asked for.
+    Without headers of CUDA that it can use, steps on a GPU cannot be replayed, which the plugin says then.
     """
     if not _has_cuda(torch):
         return [[]]

@@ -30,8 +30,7 @@ inline int gpus()
   return c10::impl::hasDeviceGuardImpl(c10::kCUDA) ? c10::impl::getDeviceGuardImpl(c10::kCUDA)->deviceCount() : 0;
 }
 
-// Where this variable is set, steps on a GPU are made in tensors whose sizes stay, and replayed unless it is 0. That has not been
-// measured on a GPU yet, so it is asked for.
+// Set to 0, this variable has what a GPU could replay launched kernel by kernel.
 constexpr const char *REPLAY = "DDPKIT_LAMMPS_REPLAY";
 
 // As ddpkit/inference/memory.py: code on CPUs allocates the same arrays at every step, and the kernel would clear each anew.
@@ -83,7 +82,7 @@ class Package {
     }
     try {
       // otherwise it records and queries events around a run, which cannot be captured as a CUDA graph
-      const bool one_thread = device.is_cuda() && std::getenv(REPLAY);
+      const bool one_thread = device.is_cuda();
       loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", one_thread, 1, device.index());
     } catch (const std::exception &error) {
       throw std::runtime_error(path + " cannot be loaded here (" + first_line(error.what()) + "): export the model again on this machine");

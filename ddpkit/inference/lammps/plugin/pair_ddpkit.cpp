@@ -315,8 +315,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
   // Whether a step is one call in tensors whose sizes stay: on several ranks, the host exchanges rows within it.
   bool stays_in_size() const
   {
-    const bool is_asked_for = package->device.is_cpu() || std::getenv(ddpkit::REPLAY);
-    return by_operators && is_asked_for && !chunk && !(package->passes_messages && comm->nprocs > 1);
+    return by_operators && !chunk && !(package->passes_messages && comm->nprocs > 1);
   }
 
   ddpkit::Pairs &pairs() { return step ? (ddpkit::Pairs &) *step : *candidates; }

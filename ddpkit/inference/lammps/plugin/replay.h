@@ -69,7 +69,7 @@ class Replay {
   bool is_wanted() const
   {
     const char *const said = std::getenv(REPLAY);
-    return on_gpu && why_not.empty() && said && std::strcmp(said, "0");
+    return on_gpu && why_not.empty() && !(said && !std::strcmp(said, "0"));
   }
 
   void capture(const std::function<at::Tensor()> &outcome)
