@@ -260,7 +260,7 @@ def _build_trainer(
         with phase.during("compile"):
             batches = train_loader.example()
             if folder is not None and config.check_kernels and hasattr(model, "with_reference_kernels"):
-                print("kernels: being compared with a reference, which takes a minute for large models on a CPU", flush=True)
+                print("comparing kernels with a reference: a minute for large models on a CPU", flush=True)
             compared = compare_kernels(model, batches[0]) if config.check_kernels else []
             if folder is not None:
                 kernels_of: Any = getattr(model, "kernels_of", None)
@@ -274,7 +274,7 @@ def _build_trainer(
                 folder.summarize(capacities=asdict(filled))
             if config.compile:
                 if folder is not None:
-                    print("compiling the step: a minute or more, or seconds where an earlier run has stored it", flush=True)
+                    print("compiling the step: a minute or more, or seconds if it has been stored", flush=True)
                 step.prepare(batches)
     between_epochs = None
     if config.train.turns is not None:
