@@ -177,7 +177,7 @@ def gradient(
     *x, hidden, matrix, y = factors
     product, edges = _products[key], len(y)
     of_edges = y.new_empty((edges, product.features))
-    dhidden, dmatrix = torch.empty_like(hidden), matrix.new_zeros(matrix.shape if by_matrix else 0)
+    dhidden, dmatrix = hidden.new_empty(hidden.shape), matrix.new_zeros(matrix.shape if by_matrix else 0)
     of_warps = y.new_empty((_warps(product) if by_y else 0, *y.shape))
     for part in _parts(edges, product.weights):
         weights = hidden[part] @ matrix
@@ -201,7 +201,7 @@ def second(
     product, edges = _products[key], len(y)
     dg = [torch.zeros_like(part) for part in g]
     of_edges = y.new_empty((edges, product.features))
-    dhidden, dmatrix = torch.empty_like(hidden), torch.zeros_like(matrix)
+    dhidden, dmatrix = hidden.new_empty(hidden.shape), matrix.new_zeros(matrix.shape)
     of_warps = y.new_empty((_warps(product) if by_y else 0, *y.shape))
     for part in _parts(edges, 2 * product.weights):
         weights, weights_t = hidden[part] @ matrix, hidden_t[part] @ matrix

@@ -192,11 +192,13 @@ def test_steps_take_no_memory_anew(exported):
     inputs = random_inputs(2000, 0, 60, species=2, r_max=R_MAX, message_passing=True, seed=0, device="cpu").arguments()
     for _ in range(3):
         exported._run(*inputs)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        exported._run(*inputs)
-    pages = sum(x.nbytes for x in inputs[:1]) // resource.getpagesize()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages  # of one array in ten steps
+    cleared = []
+    for _ in range(3):  # what else the process does may clear pages too, but hardly each time
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            exported._run(*inputs)
+        cleared.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(cleared) < inputs[0].nbytes // resource.getpagesize()  # of one array in ten steps
 
 
 @pytest.mark.parametrize("owned", [2, 5, 30])

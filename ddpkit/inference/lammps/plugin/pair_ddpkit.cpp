@@ -146,6 +146,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     else if (!step) step = std::make_unique<ddpkit::Step>(*package, comm->nprocs > 1);
     is_set_up = true;
     warn_of_slow_products();
+    if (is_one_call() && !stays_in_size())
+      warn_of_launches("the plugin was built without CUDA's headers; set CUDA_HOME to a toolkit and run `ddpkit lammps build` again");
   }
 
   double init_one(int, int) override { return package->r_max; }
@@ -312,11 +314,11 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     if (anywhere) refuse_bonds();
   }
 
-  // Whether a step is one call in tensors whose sizes stay: on several ranks, the host exchanges rows within it.
-  bool stays_in_size() const
-  {
-    return by_operators && !chunk && !(package->passes_messages && comm->nprocs > 1);
-  }
+  // Whether the model is called once a step: on several ranks, the host exchanges rows within it.
+  bool is_one_call() const { return by_operators && !chunk && !(package->passes_messages && comm->nprocs > 1); }
+
+  // Whether that is in tensors whose sizes stay.
+  bool stays_in_size() const { return is_one_call() && (package->device.is_cpu() || ddpkit::CAN_REPLAY); }
 
   ddpkit::Pairs &pairs() { return step ? (ddpkit::Pairs &) *step : *candidates; }
 
@@ -363,7 +365,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     step->compute(atoms);
     count_time_since(start);
     told[1] = (double) step->captures;
-    if (!step->why_not_replayed().empty()) warn_of_launches();
+    if (!step->why_not_replayed().empty()) warn_of_launches(step->why_not_replayed());
     add_energies(step->energies(), atoms.owned, 0);
     for (int64_t i = 0; i < atoms.all; i++)
       for (int c = 0; c < 3; c++) atom->f[i][c] += step->forces(step->row(i))[c];
@@ -375,11 +377,10 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       for (int c = 0; c < 6; c++) vatom[i][c] += virials.data_ptr<double>()[6 * step->row(i) + c];
   }
 
-  void warn_of_launches()
+  void warn_of_launches(const std::string &why)
   {
     if (comm->me == 0 && !has_warned)
-      error->warning(FLERR, "steps on the GPU are launched kernel by kernel, which takes longer for small systems: {}",
-                     step->why_not_replayed());
+      error->warning(FLERR, "steps on the GPU are launched kernel by kernel, which takes longer for small systems: {}", why);
     has_warned = true;
   }
 

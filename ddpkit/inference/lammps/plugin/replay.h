@@ -1,7 +1,7 @@
 // Work of a GPU whose sizes and addresses stay: captured once as a CUDA graph and replayed, so that its host launches it as one.
 //
-// Without CUDA's headers (ddpkit/inference/lammps/build.py), on a CPU, and with DDPKIT_LAMMPS_REPLAY=0, which serves tests and
-// timings, it is called every time instead. It then computes the same: the first replay is compared with a call.
+// On a CPU, and with DDPKIT_LAMMPS_REPLAY=0, which serves tests and timings, it is called every time instead. It then computes the same:
+// the first replay is compared with a call.
 #pragma once
 
 #include "package.h"
@@ -23,6 +23,12 @@
 #include <string>
 
 namespace ddpkit {
+
+#ifdef DDPKIT_CUDA
+constexpr bool CAN_REPLAY = true;
+#else
+constexpr bool CAN_REPLAY = false;  // built without CUDA's headers, see ddpkit/inference/lammps/build.py
+#endif
 
 constexpr double SAME = 1e-5;  // of a number, or of one where that is less: how far a replay may lie from a call
 
@@ -69,7 +75,7 @@ class Replay {
   bool is_wanted() const
   {
     const char *const said = std::getenv(REPLAY);
-    return on_gpu && why_not.empty() && !(said && !std::strcmp(said, "0"));
+    return CAN_REPLAY && on_gpu && why_not.empty() && !(said && !std::strcmp(said, "0"));
   }
 
   void capture(const std::function<at::Tensor()> &outcome)
@@ -99,8 +105,6 @@ class Replay {
     if (apart.le(called.abs().add(1).mul(SAME)).all().item().toBool()) return;
     why_not = "a replay computed something else than a call";
     graph.reset();
-#else
-    why_not = "the plugin was built without CUDA's headers: set CUDA_HOME to a toolkit and run `ddpkit lammps build` again";
 #endif
   }
 
