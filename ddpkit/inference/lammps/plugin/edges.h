@@ -2,8 +2,8 @@
 //
 // The list holds pairs up to the cutoff and a skin. It is taken over when LAMMPS has rebuilt it; each step those within the
 // cutoff are picked: on the host by a loop, on a GPU by operators of torch, where the list then lies. Here are tensors of the
-// sizes that a step has. Those of step.h stay from step to step, and take the place of these on a GPU where that is asked
-// for (package.h) and a step is one call of the model that needs no other rank.
+// sizes that a step has. Those of step.h stay from step to step, and take the place of these on a GPU that can replay wherever a
+// step is one call of the model that needs no other rank.
 //
 // The model holds for sizes from two on, and a rank may have no atoms. So two atoms of the first species follow the owned ones
 // (before the ghosts), with an edge from each to the other that is longer than the cutoff: they add nothing.
