@@ -7,6 +7,7 @@ usage: ddpkit experiment inference [scale=demo|workstation|paper] [out=DIR] [OPT
     parts=A,B       of molecules, water, scaling, calls
     ranks=1,2,4     numbers of ranks for scaling
     repeats=N       runs of each molecule with other velocities
+    seconds=N       longest time of each stretch of scaling (minimisation, warming up, timed steps); default 180
     device=cpu|cuda default: the GPU where there is one
 
 The parts follow section III of C. W. Tan et al. (arXiv 2504.16068): small molecules without boundaries, water of 24 to 5,184
@@ -241,7 +242,7 @@ def parse(arguments: Sequence[str]) -> Options:
     named, settings = {"scale": "workstation"}, []
     for word in arguments:
         key, equals, value = word.partition("=")
-        if key in ("scale", "out", "pdb", "models", "parts", "ranks", "repeats", "device") and equals:
+        if key in ("scale", "out", "pdb", "models", "parts", "ranks", "repeats", "seconds", "device") and equals:
             named[key] = value
         elif (key.startswith("model.") or key == "precision") and equals:
             settings.append(word)
@@ -259,6 +260,8 @@ def parse(arguments: Sequence[str]) -> Options:
         scale = replace(scale, ranks=tuple(_whole("ranks", word) for word in named["ranks"].split(",")))
     if "repeats" in named:
         scale = replace(scale, repeats=_whole("repeats", named["repeats"]))
+    if "seconds" in named:
+        scale = replace(scale, seconds=_whole("seconds", named["seconds"]))
     device = named.get("device") or ("cuda" if torch.cuda.is_available() and named["scale"] != "demo" else "cpu")
     if device not in ("cpu", "cuda"):
         raise InputError(f"device={device} is unknown: use cpu or cuda.")
@@ -405,6 +408,7 @@ def script(task: Task, model: Path, species: Sequence[str]) -> str:
     else:
         run = [
             "min_style cg",
+            *limit,
             f"minimize 1e-7 1e-7 {task.minimiser[0]} {task.minimiser[1]}",
             "reset_timestep 0",
             velocities,

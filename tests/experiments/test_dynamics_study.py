@@ -179,7 +179,12 @@ def test_a_protein_and_its_replicas(study, tmp_path):
     ]  # fmt: skip
     text = inference.script(tasks[-1], Path("m.pt2"), ["N", "H", "C", "Na", "O"])
     assert "replicate 3 3 2" in text
-    assert text.count("timer timeout 0:03:00 every 10") == 2
+    commands = [line.split()[0] for line in text.splitlines()]
+    for stretch in ("minimize", "run"):  # each has so long, counted from the command before it
+        assert all(commands[n - 1] == "timer" for n, word in enumerate(commands) if word == stretch)
+    assert text.count("timer timeout 0:03:00 every 10") == 3
+    shorter = inference.tasks(inference.parse(["parts=scaling", "seconds=75"]))[0]
+    assert inference.script(shorter, Path("m.pt2"), ["O", "H"]).count("timer timeout 0:01:15 every 10") == 3
 
 
 def test_scripts_follow_the_protocol():
@@ -223,6 +228,7 @@ def test_the_configurations():
         ("models=allegro_gigantic", "'allegro_gigantic' is unknown"),
         ("ranks=1,zero", "'zero' is no whole number"),
         ("repeats=0", "'0' is no whole number"),
+        ("seconds=1.5", "'1.5' is no whole number"),
         ("device=abacus", "device=abacus is unknown"),
         ("device=cuda", "there is no NVIDIA GPU"),
         ("model.l_maximum=3", "l_maximum"),
