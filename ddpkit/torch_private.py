@@ -376,16 +376,30 @@ def compile_ahead(exported: Any, path: Path, metadata: dict[str, str], device: s
     inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
 
 
+_PackageLoader: Any = _private(torch, "_C._aoti.AOTIModelPackageLoader", None, "exported models take longer to load")
+
+
 def load_ahead(path: Path, index: int) -> Callable[..., list[Tensor]]:
-    """The code of such a file.
+    """The code of such a file, called with tensors.
+
+    torch's public way imports its compiler, and compiles programs that tell which instructions the processor has, for a warning
+    alone: seconds, and most of a minute on some machines. It also reads how arguments are nested anew at each call.
 
     Args:
         path: of the file.
         index: of the GPU; -1 for the CPU.
     """
-    inductor = importlib.import_module("torch._inductor")
-    loaded: Callable[..., list[Tensor]] = inductor.aoti_load_package(str(path), device_index=index)
-    return loaded
+    if _PackageLoader is None:
+        inductor = importlib.import_module("torch._inductor")
+        loaded: Callable[..., list[Tensor]] = inductor.aoti_load_package(str(path), device_index=index)
+        return loaded
+    loader = _PackageLoader(str(path), "model", False, 1, index)  # under its own name, with locks, one at a time
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = loader.run(list(inputs))
+        return outputs
+
+    return run
 
 
 # --- TorchScript --------------------------------------------------------------------------------------------------------------
