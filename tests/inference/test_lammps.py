@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,41 @@ CHUNKS = (1, 7, 24)
 @pytest.mark.parametrize("operators", [False, True])
 def test_chunks_and_operators_of_a_gpu_compute_the_same(chunk, operators, runs):
     same(runs(f"operators={operators}", chunk), runs("whole"))
+
+
+LITTLE = OPERATORS | {
+    "DDPKIT_LAMMPS_MEMORY": "0.0128"
+}  # GiB: room for 13 atoms, by what an atom is said to take on a CPU
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["pairs", "densities"])
+def test_atoms_that_a_gpus_memory_cannot_hold_at_once_are_computed_in_parts(name, ranks, packages, tmp_path):
+    """Over rebuilds and runs; a model that passes messages is computed as a whole."""
+    run = f"neighbor 0.1 bin\n{CAPTURES}{TENTH(1)}{TENTH(2)}"
+    text = script(model(packages, name), tmp_path / "host", run=run)
+    expected = states(text, tmp_path / "host")
+    text = script(model(packages, name), tmp_path / "parts", run=run, grid="1 1 2" if ranks == 2 else "* * *")
+    same(states(text, tmp_path / "parts", ranks, variables=LITTLE), expected)
+    said = lammps(text.replace("run 10", "run 0").replace("REPORT", ""), tmp_path / "parts", ranks, LITTLE).stdout
+    found = re.search(r"rank 0 computes (\d+) of its (\d+) atoms at a time, since all would take 0\.\d GiB", said)
+    if name == "densities":
+        assert found is None
+    else:
+        at_once, owned = map(int, found.groups())
+        assert owned == len(expected[0].atoms) if ranks == 1 else owned < len(expected[0].atoms)
+        assert at_once == -(-owned // -(-owned // 13))  # in equal parts
+        assert (tmp_path / "parts" / "captures2").read_text().strip() == "0"
+
+
+@pytest.mark.parametrize(("gib", "parts"), [("1", False), ("0", None), ("2x", None)])
+def test_memory_that_suffices_divides_nothing_and_nonsense_is_told(gib, parts, packages, tmp_path):
+    text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\n")
+    done = lammps(text, tmp_path / "run", variables=OPERATORS | {"DDPKIT_LAMMPS_MEMORY": gib})
+    assert ("at a time" in done.stdout) is bool(parts)
+    told = f"failed on rank 0: DDPKIT_LAMMPS_MEMORY={gib} is no number of GiB above 0"
+    assert (told in done.stdout + done.stderr) is (parts is None)
+    assert (done.returncode == 0) is (parts is not None)
 
 
 def test_several_types_are_one_element(packages, tmp_path):

@@ -71,6 +71,17 @@ def test_forces_are_those_of_ase(style, ranks, exported, tmp_path):
     assert got.energy == pytest.approx(atoms.get_potential_energy(), rel=1e-11)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_that_does_not_suffice_divides_the_atoms(ranks, exported, tmp_path):
+    model, path = exported
+    run = f"fix nve all nve\ntimestep 2.5e-4\n{CAPTURES}{TENTH(1)}"
+    little = {"DDPKIT_LAMMPS_MEMORY": "0.002"}
+    divided = found(path, PERIODIC, run, tmp_path / "divided", ranks, little)
+    same(divided, found(path, PERIODIC, run, tmp_path / "launched", ranks, LAUNCHED), 1e-9)
+    if type(model).__name__ == "Allegro":
+        assert captures(tmp_path / "divided", 1) == 0
+
+
 @pytest.mark.parametrize(("rate", "spacing"), [(-5, 4.2), (5, 2.6)])
 def test_edges_that_do_not_fit_have_the_step_made_again(rate, spacing, exported, tmp_path):
     _, path = exported

@@ -1,11 +1,12 @@
 // Models of ddpkit in LAMMPS: energies and forces from a package that `ddpkit export` wrote. Neither Python nor the source of
 // LAMMPS is needed; `ddpkit lammps build` compiles this file as a plugin.
 //
-//   pair_style ddpkit [chunk N]           N: compute so many atoms at a time, which bounds memory (CPU: 500, GPU: all)
+//   pair_style ddpkit [chunk N]           N: compute so many atoms at a time, which bounds memory (CPU: 500, GPU: what fits)
 //   pair_coeff * * model.pt2 H C N O      an element of the model for each atom type
 
 #include "edges.h"
 #include "exchange.h"
+#include "fitting.h"
 #include "package.h"
 #include "step.h"
 
@@ -87,7 +88,9 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       step.reset();
       package.reset();
       register_operators();
-      package = std::make_unique<ddpkit::Package>(path, local_rank());
+      int ranks = 1;
+      package = std::make_unique<ddpkit::Package>(path, local_rank(&ranks));
+      ranks_on_device = (ranks - 1) / std::max(1, ddpkit::gpus()) + 1;
       // The second serves tests: what a GPU's operators make is what the loop makes.
       by_operators = package->device.is_cuda() || std::getenv("DDPKIT_LAMMPS_OPERATORS");
       if (by_operators) candidates = std::make_unique<ddpkit::DeviceCandidates>(package->device);
@@ -144,6 +147,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     neighbor->add_request(this, NeighConst::REQ_FULL);
     if (!stays_in_size()) step.reset();
     else if (!step) step = std::make_unique<ddpkit::Step>(*package, comm->nprocs > 1);
+    fits = 0;
     is_set_up = true;
     warn_of_slow_products();
     if (is_one_call() && !stays_in_size())
@@ -161,7 +165,10 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       const c10::InferenceMode guard;
       current() = !package->passes_messages ? nullptr : step ? (ddpkit::Exchange *) step.get() : this;
       if (neighbor->ago == 0) refuse_new_bonds();
-      if (neighbor->ago == 0 || pairs().owned() != atom->nlocal) take_neighbours();
+      if (neighbor->ago == 0 || pairs().owned() != atom->nlocal) {
+        fit_memory();
+        take_neighbours(pairs());
+      }
       compute_atoms();
     } catch (const LAMMPSException &) {
       throw;
@@ -222,11 +229,13 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
   std::unique_ptr<ddpkit::Candidates> candidates;
   std::unique_ptr<ddpkit::Step> step;  // in place of these, where there is one
   bool by_operators = false;           // of torch, as on a GPU
+  int ranks_on_device = 1;
   std::vector<int64_t> species_of_type, species;
   std::vector<double> squared;  // cutoffs
   std::string path;             // of the package
   bool is_set_up = false;       // since pair_style or pair_coeff: neighbours and buffers are as the model needs them
   bigint chunk = 0;             // atoms at a time, as the script says; 0 where it does not
+  int64_t fits = 0;             // atoms that a GPU's memory has room for at a time; 0 where that is not known
   double told[2] = {0, 0};      // processor seconds inside the model, and how often capacities were chosen
   bool has_warned = false;      // that a GPU's steps are not replayed
 
@@ -252,12 +261,14 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       throw std::runtime_error("the model exchanges rows that are wider than its package says: export it again");
   }
 
-  int local_rank() const
+  // The rank among those of its host, and how many these are.
+  int local_rank(int *number = nullptr) const
   {
     MPI_Comm host;
     int rank;
     MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
     MPI_Comm_rank(host, &rank);
+    if (number) MPI_Comm_size(host, number);
     MPI_Comm_free(&host);
     return rank + universe->root_proc[universe->iworld];  // a partition's ranks follow those of the one before
   }
@@ -322,17 +333,51 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
 
   ddpkit::Pairs &pairs() { return step ? (ddpkit::Pairs &) *step : *candidates; }
 
-  void take_neighbours()
+  void take_neighbours(ddpkit::Pairs &pairs)
   {
     // a list that leaves atoms out has fewer, and is not in their order
     bool whole = list->inum == atom->nlocal;
     for (int k = 0; whole && k < list->inum; k++) whole = list->ilist[k] == k;
     if (!whole) throw std::runtime_error("LAMMPS' neighbour list leaves atoms out: remove `neigh_modify include`");
-    pairs().take(list->inum, [&](int64_t i, std::vector<int> &other) {
+    pairs.take(list->inum, [&](int64_t i, std::vector<int> &other) {
       const int *const neighbours = list->firstneigh[i];
       for (int k = 0; k < list->numneigh[i]; k++) other.push_back(neighbours[k] & NEIGHMASK);
     });
     if (step && package->passes_messages) step->take_owners(owners());
+  }
+
+  // Has atoms be computed in parts where the GPU's memory would not suffice for all. Where the script says how many, or a model passes
+  // messages, there is nothing to choose.
+  void fit_memory()
+  {
+    if (chunk || package->passes_messages || !(package->device.is_cuda() || (by_operators && ddpkit::allowed_bytes()))) return;
+    if (!fits && (atom->nlocal > ddpkit::SAMPLE || ddpkit::allowed_bytes())) {
+      try {
+        measure_memory();
+      } catch (const c10::Error &raised) {
+        fits = atom->natoms;
+        error->warning(FLERR, "what memory atoms take could not be measured, so that all are computed at once: {}",
+                       ddpkit::first_line(raised.what()));
+      }
+    }
+    if (fits && atom->nlocal > fits) step.reset();
+  }
+
+  void measure_memory()
+  {
+    const int64_t owned = atom->nlocal, number = std::min(owned, ddpkit::SAMPLE);
+    if (!owned) return;
+    take_neighbours(*candidates);
+    const ddpkit::Atoms atoms = read_atoms();
+    const double bytes = ddpkit::bytes_of(package->device, number, [&] {
+      const std::vector<at::Tensor> outputs = package->run(candidates->pick(atoms, 0, number, true, false).inputs);
+      outputs[0].to(c10::kCPU);
+    });
+    const double usable = ddpkit::usable_bytes(package->device, ranks_on_device);
+    fits = ddpkit::fitting(usable, bytes, number);
+    if (owned > fits)
+      utils::logmesg(lmp, "pair_style ddpkit: rank {} computes {} of its {} atoms at a time, since all would take {:.1f} GiB and it may use {:.1f}\n",
+                     comm->me, ddpkit::divided(owned, fits), owned, bytes / (double) number * (double) owned / ddpkit::GIB, usable / ddpkit::GIB);
   }
 
   // Of ghosts, on one rank: their rows say it once those of their owners have travelled.
@@ -344,17 +389,29 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     return {found.data_ptr<int64_t>(), found.data_ptr<int64_t>() + found.numel()};
   }
 
-  void compute_atoms()
+  ddpkit::Atoms read_atoms()
   {
     const int64_t owned = atom->nlocal, all = owned + atom->nghost;
     species.resize(all);
     for (int64_t i = 0; i < all; i++) species[i] = species_of_type[atom->type[i]];
-    const ddpkit::Atoms atoms{owned, all, all ? atom->x[0] : nullptr, species, squared, (int64_t) package->species.size(), package->r_max};
+    return {owned, all, all ? atom->x[0] : nullptr, species, squared, (int64_t) package->species.size(), package->r_max};
+  }
+
+  int64_t at_a_time(int64_t owned) const
+  {
+    if (chunk) return chunk;
+    if (fits) return ddpkit::divided(owned, fits);
+    return package->device.is_cpu() && !package->passes_messages ? AT_ONCE : std::max<int64_t>(owned, 1);
+  }
+
+  void compute_atoms()
+  {
+    const ddpkit::Atoms atoms = read_atoms();
+    const int64_t owned = atoms.owned;
     // message passing needs this rank even where it has no atoms
     if (!owned && (!package->passes_messages || step)) return;
     if (step) return compute_at_once(atoms);
-    const bool divides = chunk || (package->device.is_cpu() && !package->passes_messages);
-    const int64_t many = chunk ? chunk : divides ? AT_ONCE : std::max<int64_t>(owned, 1);
+    const int64_t many = at_a_time(owned);
     for (int64_t from = 0; from == 0 || from < owned; from += many)
       compute_chunk(candidates->pick(atoms, from, std::min(from + many, owned), many < owned, package->passes_messages));
   }
