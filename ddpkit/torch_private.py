@@ -393,7 +393,8 @@ def load_ahead(path: Path, index: int) -> Callable[..., list[Tensor]]:
         inductor = importlib.import_module("torch._inductor")
         loaded: Callable[..., list[Tensor]] = inductor.aoti_load_package(str(path), device_index=index)
         return loaded
-    loader = _PackageLoader(str(path), "model", False, 1, index)  # under its own name, with locks, one at a time
+    single_threaded, copies = False, 1
+    loader = _PackageLoader(str(path), "model", single_threaded, copies, index)
 
     def run(*inputs: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = loader.run(list(inputs))

@@ -363,21 +363,30 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     if (fits && atom->nlocal > fits) step.reset();
   }
 
+  // Entries of the neighbour list for the first atoms.
+  double neighbours_of(int64_t atoms) const
+  {
+    double sum = 0;
+    for (int64_t i = 0; i < atoms; i++) sum += list->numneigh[i];
+    return sum;
+  }
+
   void measure_memory()
   {
     const int64_t owned = atom->nlocal, number = std::min(owned, ddpkit::SAMPLE);
     if (!owned) return;
     take_neighbours(*candidates);
     const ddpkit::Atoms atoms = read_atoms();
-    const double bytes = ddpkit::bytes_of(package->device, number, [&] {
+    const double measured = ddpkit::bytes_of(package->device, number, [&] {
       const std::vector<at::Tensor> outputs = package->run(candidates->pick(atoms, 0, number, true, false).inputs);
       outputs[0].to(c10::kCPU);
     });
+    const double bytes = measured * std::max(1.0, neighbours_of(owned)) / std::max(1.0, neighbours_of(number));  // edges are what takes it
     const double usable = ddpkit::usable_bytes(package->device, ranks_on_device);
-    fits = ddpkit::fitting(usable, bytes, number);
+    fits = ddpkit::fitting(usable, bytes, owned);
     if (owned > fits)
       utils::logmesg(lmp, "pair_style ddpkit: rank {} computes {} of its {} atoms at a time, since all would take {:.1f} GiB and it may use {:.1f}\n",
-                     comm->me, ddpkit::divided(owned, fits), owned, bytes / (double) number * (double) owned / ddpkit::GIB, usable / ddpkit::GIB);
+                     comm->me, ddpkit::divided(owned, fits), owned, bytes / ddpkit::GIB, usable / ddpkit::GIB);
   }
 
   // Of ghosts, on one rank: their rows say it once those of their owners have travelled.
