@@ -383,7 +383,7 @@ def load_ahead(path: Path, index: int) -> Callable[..., list[Tensor]]:
     """The code of such a file, called with tensors.
 
     torch's public way imports its compiler, and compiles programs that tell which instructions the processor has, for a warning
-    alone: seconds, and most of a minute on some machines. It also reads how arguments are nested anew at each call.
+    alone: seconds, and most of a minute on one GPU's host. It also reads how arguments are nested anew at each call.
 
     Args:
         path: of the file.
