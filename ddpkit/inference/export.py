@@ -75,7 +75,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         made = Path(folder) / path.name
         with _patient(say):
-            compile_package(module, metadata, made, say)
+            metadata = compile_package(module, metadata, made, say)
             say("comparing the compiled code with the model")
             _require_same(model, module, made, metadata)
         made.replace(path)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ddpkit.batch import Batch
 from ddpkit.checkpoint import load_model
+from ddpkit.errors import InputError
 from ddpkit.frames import stress_of, sum_over_frames
 from ddpkit.inference.inputs import SMALLEST, Inputs, inputs_of
 from ddpkit.inference.memory import keep_freed_memory
@@ -77,10 +78,15 @@ class Exported(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Energies, forces and stress."""
+        """Energies, forces and stress.
+
+        Raises:
+            InputError: there are more atoms or edges than code for GPUs can address.
+        """
         home = batch.positions.device
         batch = batch.to(self.device)
         inputs = self._inputs(batch)
+        self._require_reach(inputs)
         energies, slopes = self._run(*inputs.arguments())
         atoms, edges = batch.positions.shape[0], batch.edge_index.shape[1]
         centre, neighbour = inputs.centre[:edges], inputs.neighbour[:edges]
@@ -92,6 +98,15 @@ class Exported(nn.Module):
             virial = forces.new_zeros(batch.num_frames, 3, 3).index_add(0, batch.frame[centre], of_edges)
             result["stress"] = stress_of(virial, batch.cell)
         return {name: value.to(home) for name, value in result.items()}
+
+    def _require_reach(self, inputs: Inputs) -> None:
+        sizes = inputs.sizes()
+        if (fullness := self.metadata.fullness(sizes)) > 1:
+            raise InputError(
+                f"{sizes['owned']} atoms with {sizes['edges']} edges are {fullness:.1f} times what {self.path} can compute "
+                "at once (code for GPUs addresses 2^31 elements of a tensor): give it fewer frames or atoms, or run LAMMPS, "
+                f"{'on more ranks' if self.metadata.message_passing else 'which divides atoms by itself'}."
+            )
 
     def _inputs(self, batch: Batch) -> Inputs:
         positions = batch.positions.double()

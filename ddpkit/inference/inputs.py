@@ -30,6 +30,16 @@ class Inputs(NamedTuple):
         """Those that the model takes."""
         return tuple(x.contiguous() for x in self if x is not None)
 
+    def sizes(self) -> dict[str, int]:
+        """Numbers of edges, owned atoms and all atoms, and of entries of the two tables."""
+        return {
+            "edges": self.vectors.shape[0],
+            "owned": self.outgoing.shape[0],
+            "all": self.species.shape[0],
+            "outgoing": self.outgoing.numel(),
+            "incoming": 0 if self.incoming is None else self.incoming.numel(),
+        }
+
 
 def inputs_of(
     vectors: Tensor,

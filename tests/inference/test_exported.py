@@ -22,6 +22,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import EmbeddedAtom
 
 import ddpkit
@@ -30,7 +31,9 @@ from ddpkit.data import Frame, collate
 from ddpkit.errors import ParityError
 from ddpkit.experiments import evaluate
 from ddpkit.experiments import export as command
+from ddpkit.experiments.models_table import build, model_spec
 from ddpkit.inference import export as exporting
+from ddpkit.inference import package as package_of
 from ddpkit.inference.exchange import Mirrored, exchanging, from_owners, passing_errors_on
 from ddpkit.inference.inputs import inputs_of, random_inputs
 from ddpkit.inference.package import read_metadata
@@ -60,10 +63,20 @@ def exported(package):
     return ddpkit.load_exported(package)
 
 
+def copying(package):
+    """In place of `compile_package`."""
+
+    def copied(_, metadata, path, __):
+        shutil.copy(package, path)
+        return metadata
+
+    return copied
+
+
 @pytest.fixture
 def uncompiled(package, monkeypatch):
     """What is exported is the package that there is, whatever the model."""
-    monkeypatch.setattr(exporting, "compile_package", lambda _, __, path, ___: shutil.copy(package, path))
+    monkeypatch.setattr(exporting, "compile_package", copying(package))
 
 
 def frame_of(atoms):
@@ -278,11 +291,63 @@ def rewritten(package, path, **changes):
     return path
 
 
+def test_more_atoms_than_code_can_address_are_refused(package, model, tmp_path):
+    """As if each edge, or entry of a table, had a thousandth of what 32 bits can tell apart."""
+    few, many = (collate([frame_of(water(n))], model.species, R_MAX, labels=False) for n in (4, 27))
+    for name in ("edges", "outgoing"):
+        exported = ddpkit.load_exported(rewritten(package, tmp_path / f"{name}.pt2", elements={name: 2**31 // 1000}))
+        torch.testing.assert_close(exported(few)["forces"], model(few)["forces"], rtol=1e-10, atol=1e-12)
+        with pytest.raises(InputError, match=rf"81 atoms with {many.edge_index.shape[1]} edges are \d+\.\d times what"):
+            exported(many)
+
+
+class _MostElements(TorchDispatchMode):
+    """Of a tensor that any operator makes."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.found = max(self.found, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("name", ["toy", "allegro_tiny", "nequip_tiny"])
+def test_no_tensor_has_more_elements_than_a_package_for_gpus_says(name, model):
+    if name != "toy":
+        model = build(model_spec(name, []), ("H", "O")).eval()
+    module = model.for_inference().eval()
+    facts = exporting._describe(model, module, "cpu", source="", averaged=False)
+    traced = package_of._traced(module, facts)
+    elements = json.loads(json.dumps(package_of.elements_of(traced)))  # as it is written
+    made = [node.meta.get("val") for node in traced.graph.nodes]
+    widest = max(t.numel() for t in made if isinstance(t, torch.Tensor) and isinstance(t.numel(), int))  # at any sizes
+    for owned, ghosts, most in ((60, 40, 8), (5, 400, 3), (40, 10, 60)):
+        inputs = random_inputs(
+            owned,
+            ghosts,
+            most,
+            species=2,
+            r_max=model.r_max,
+            message_passing=module.message_passing,
+            seed=most,
+            device="cpu",
+        )
+        with _MostElements() as counted, torch.no_grad(), exchanging(Mirrored(torch.arange(ghosts) % owned)):
+            traced.module()(*inputs.arguments())
+        bound = max(elements[key] * size for key, size in inputs.sizes().items() if key in elements)
+        assert counted.found <= max(bound, widest)
+        if counted.found > widest:
+            assert bound <= 3 * counted.found
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 2}, r"is a package of format 2, and this ddpkit reads 1"),
-        ({"species": None}, r"is a package of format 1"),
+        ({"format": 1}, r"is a package of format 1, and this ddpkit reads 2"),
+        ({"species": None}, r"is a package of format 2"),
         ({"torch": "2.1.0"}, r"was compiled by torch 2\.1\.0 and cannot run under torch"),
         pytest.param(
             {"device": "cuda"},
@@ -346,7 +411,7 @@ def test_a_model_that_says_another_thing_for_inference_is_not_written(package, m
         def forward(self, batch):
             return {name: 2 * value for name, value in super().forward(batch).items()}
 
-    monkeypatch.setattr(exporting, "compile_package", lambda _, __, path, ___: shutil.copy(package, path))
+    monkeypatch.setattr(exporting, "compile_package", copying(package))
     with pytest.raises(ParityError, match=r"than the model: (energy|forces|stress) by 0\.5 relative .* for frames of"):
         ddpkit.export(Wrong(), tmp_path / "model.pt2")
 
@@ -435,7 +500,7 @@ def test_command_takes_averaged_weights_of_a_run(model, tmp_path, monkeypatch, c
 
     def compile_package(module, metadata, path, say):
         described.append(metadata)
-        copied(module, metadata, path, say)
+        return copied(module, metadata, path, say)
 
     monkeypatch.setattr(exporting, "compile_package", compile_package)
     write_checkpoint(run / "checkpoints" / "last.pt", other.state_dict(), averaged=model.state_dict())

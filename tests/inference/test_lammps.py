@@ -292,6 +292,34 @@ def test_atoms_that_a_gpus_memory_cannot_hold_at_once_are_computed_in_parts(name
         assert (tmp_path / "parts" / "captures2").read_text().strip() == "0"
 
 
+# as if 600 edges were all that 32 bits can tell apart
+FEW_ELEMENTS = {"elements": {"edges": 2**31 // 600, "owned": 1}}
+
+
+@pytest.mark.parametrize("words", ["", "chunk 70"])
+@pytest.mark.parametrize(("operators", "ranks"), [(False, 1), (True, 1), (True, 2)])
+def test_atoms_whose_tensors_code_cannot_address_are_computed_in_parts(operators, ranks, words, packages, tmp_path):
+    run = f"neighbor 0.1 bin\n{CAPTURES}{TENTH(1)}{TENTH(2)}"
+    text = script(model(packages, "pairs"), tmp_path / "host", run=run)
+    expected = states(text, tmp_path / "host")
+    changed(packages, tmp_path / "changed", **FEW_ELEMENTS)
+    pair = MODEL.format(words, tmp_path / "changed", "pairs")
+    text = script(pair, tmp_path / "parts", run=run, grid="1 1 2" if ranks == 2 else "* * *")
+    variables = OPERATORS if operators else {}
+    same(states(text, tmp_path / "parts", ranks, variables=variables), expected)
+    said = lammps(text.replace("run 10", "run 0").replace("REPORT", ""), tmp_path / "parts", ranks, variables).stdout
+    found = re.findall(r"rank 0 computes (\d+) of its (\d+) atoms at a time, since compiled code cannot address", said)
+    assert all(1 < int(at_once) < int(owned) for at_once, owned in found)
+    assert len(found) in range(1, 5)
+
+
+def test_a_model_that_passes_messages_is_refused_where_code_cannot_address_its_tensors(packages, tmp_path):
+    changed(packages, tmp_path / "changed", "densities", **FEW_ELEMENTS)
+    text = script(model(tmp_path / "changed", "densities"), tmp_path / "run", run="run 1\n")
+    for variables in ({}, OPERATORS):
+        refused(text, "times what compiled code can address at once", tmp_path / "run", 1, variables=variables)
+
+
 @pytest.mark.parametrize(("gib", "can_be"), [("1", True), ("0", False), ("2x", False)])
 def test_memory_that_suffices_divides_nothing_and_nonsense_is_told(gib, can_be, packages, tmp_path):
     text = script(model(packages, "pairs"), tmp_path / "run", run="run 0\n")
@@ -368,10 +396,10 @@ def test_energy_is_conserved(packages, tmp_path):
     assert np.abs(total - total[0]).max() < 1e-3 * np.abs(kinetic - kinetic[0]).max()
 
 
-def changed(packages, folder, **facts):
+def changed(packages, folder, name="pairs", **facts):
     """A copy of a package that tells other facts of itself."""
     folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(packages / "pairs.pt2") as old, zipfile.ZipFile(folder / "pairs.pt2", "w") as new:
+    with zipfile.ZipFile(packages / f"{name}.pt2") as old, zipfile.ZipFile(folder / f"{name}.pt2", "w") as new:
         for entry in old.infolist():
             content = old.read(entry)
             if entry.filename.endswith("_metadata.json"):

@@ -75,7 +75,7 @@ def test_forces_are_those_of_ase(style, ranks, exported, tmp_path):
 def test_memory_that_does_not_suffice_divides_the_atoms(ranks, exported, tmp_path):
     model, path = exported
     run = f"fix nve all nve\ntimestep 2.5e-4\n{CAPTURES}{TENTH(1)}"
-    little = {"DDPKIT_LAMMPS_MEMORY": "0.002"}
+    little = {"DDPKIT_LAMMPS_MEMORY": "0.0005"}
     divided = found(path, PERIODIC, run, tmp_path / "divided", ranks, little)
     same(divided, found(path, PERIODIC, run, tmp_path / "launched", ranks, LAUNCHED), 1e-9)
     if type(model).__name__ == "Allegro":

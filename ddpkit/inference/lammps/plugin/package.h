@@ -9,12 +9,16 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <malloc.h>
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace ddpkit {
@@ -42,6 +46,11 @@ inline void keep_freed_memory()
 #endif
 }
 
+// Numbers of edges and atoms that a model is called with, and of entries of its tables.
+struct Extent {
+  int64_t edges, owned, all, outgoing, incoming;
+};
+
 class Package {
  public:
   std::vector<std::string> species;
@@ -57,7 +66,7 @@ class Package {
   {
     const Json told = read(path);
     const std::string written_by = told["torch"].text, release = minor(written_by);
-    if (told["format"].number != 1)
+    if (told["format"].number != 2)
       throw std::runtime_error(path + " is a package of another format: export the model again with the ddpkit that built this plugin");
     if (release != minor(TORCH_VERSION))
       throw std::runtime_error(path + " was compiled by torch " + written_by + " and cannot run under torch " TORCH_VERSION
@@ -72,6 +81,7 @@ class Package {
     passes_messages = told["message_passing"].number;
     exchange_width = (int) told["exchange_width"].number;
     exchange_bytes = told["dtype"].text == "float32" ? 4 : 8;
+    elements = told["elements"].object;
     if (told["device"].text == "cuda") {
       const int number = gpus();
       if (!number)
@@ -89,9 +99,28 @@ class Package {
     }
   }
 
+  // How many times as many elements as compiled code can address the largest tensor has at such sizes; see elements_of() in
+  // ddpkit/inference/package.py.
+  double fullness(const Extent &n) const
+  {
+    const std::pair<const char *, int64_t> sizes[] = {
+        {"edges", n.edges}, {"owned", n.owned}, {"all", n.all}, {"outgoing", n.outgoing}, {"incoming", n.incoming}};
+    double most = 0;
+    for (const auto &[name, number] : sizes)
+      if (const auto found = elements.find(name); found != elements.end()) most = std::max(most, found->second.number * (double) number);
+    return most / ADDRESSABLE;
+  }
+
+  double fullness(const std::vector<at::Tensor> &inputs) const
+  {
+    return fullness({inputs[0].size(0), inputs[4].size(0), inputs[1].size(0), inputs[4].numel(), passes_messages ? inputs[5].numel() : 0});
+  }
+
   std::vector<at::Tensor> run(std::vector<at::Tensor> inputs) { return loader->boxed_run(std::move(inputs)); }
 
  private:
+  static constexpr double ADDRESSABLE = 2147483647;  // elements of a tensor, by 32-bit indices
+  std::map<std::string, Json> elements;              // for each edge, atom, or entry of a table; none where indices have 64 bits
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
 
   static Json read(const std::string &path)

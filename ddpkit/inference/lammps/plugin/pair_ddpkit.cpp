@@ -235,7 +235,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
   std::string path;             // of the package
   bool is_set_up = false;       // since pair_style or pair_coeff: neighbours and buffers are as the model needs them
   bigint chunk = 0;             // atoms at a time, as the script says; 0 where it does not
-  int64_t fits = 0;             // atoms that a GPU's memory has room for at a time; 0 where that is not known
+  int64_t fits = 0;             // atoms at a time that memory has room for and compiled code can address; 0 where that is not known
   double told[2] = {0, 0};      // processor seconds inside the model, and how often capacities were chosen
   bool has_warned = false;      // that a GPU's steps are not replayed
 
@@ -408,7 +408,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
 
   int64_t at_a_time(int64_t owned) const
   {
-    if (chunk) return chunk;
+    if (chunk) return fits ? std::min<int64_t>(chunk, fits) : chunk;
     if (fits) return ddpkit::divided(owned, fits);
     return package->device.is_cpu() && !package->passes_messages ? AT_ONCE : std::max<int64_t>(owned, 1);
   }
@@ -419,10 +419,36 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     const int64_t owned = atoms.owned;
     // message passing needs this rank even where it has no atoms
     if (!owned && (!package->passes_messages || step)) return;
-    if (step) return compute_at_once(atoms);
-    const int64_t many = at_a_time(owned);
-    for (int64_t from = 0; from == 0 || from < owned; from += many)
-      compute_chunk(candidates->pick(atoms, from, std::min(from + many, owned), many < owned, package->passes_messages));
+    if (step) {
+      try {
+        return compute_at_once(atoms);
+      } catch (const ddpkit::TooMany &found) {
+        divide(owned, found.fullness, found.extent.edges);
+      }
+      step.reset();
+      take_neighbours(*candidates);
+    }
+    for (int64_t from = 0; from == 0 || from < owned;) {
+      const int64_t many = at_a_time(owned), to = std::min(from + many, owned);
+      const ddpkit::Edges edges = candidates->pick(atoms, from, to, many < owned, package->passes_messages);
+      if (const double fullness = package->fullness(edges.inputs); fullness > 1) {
+        divide(to - from, fullness, edges.number);
+        continue;
+      }
+      compute_chunk(edges);
+      from = to;
+    }
+  }
+
+  // Has fewer atoms be computed at a time where so many are more than compiled code can address.
+  void divide(int64_t number, double fullness, int64_t edges)
+  {
+    if (package->passes_messages || number < 2)
+      throw std::runtime_error(fmt::format("{} atoms with {} edges are {:.1f} times what compiled code can address at once (2^31 elements of a "
+                                           "tensor): use more ranks", number, edges, fullness));
+    fits = std::clamp<int64_t>((int64_t) (0.95 * (double) number / fullness), 1, number - 1);
+    utils::logmesg(lmp, "pair_style ddpkit: rank {} computes {} of its {} atoms at a time, since compiled code cannot address the tensors of "
+                        "more\n", comm->me, at_a_time(atom->nlocal), atom->nlocal);
   }
 
   void compute_at_once(const ddpkit::Atoms &atoms)

@@ -38,6 +38,12 @@ struct Sizes {
   int64_t copies = 0;                  // ghosts of the atom that has most, where rows are exchanged
 };
 
+// There are more edges or atoms than compiled code can address.
+struct TooMany {
+  Extent extent;
+  double fullness;
+};
+
 class Step : public Pairs, public Exchange {
  public:
   int64_t captures = 0;  // how often capacities were chosen
@@ -197,11 +203,18 @@ class Step : public Pairs, public Exchange {
     spare = PADDING + 2 * margin(needed.edges) / room.outgoing;
   }
 
+  void require_reach() const
+  {
+    const Extent extent{room.edges, rows(), everyone(), rows() * room.outgoing, everyone() * room.incoming};
+    if (const double fullness = package.fullness(extent); fullness > 1) throw TooMany{extent, fullness};
+  }
+
   void make_room(const Atoms &atoms)
   {
     replay.forget();
     result = outgoing = incoming = virials_of_edges = at::Tensor();
     choose_room(atoms);
+    require_reach();
     captures++;
     positions = at::zeros({everyone(), 3}, reals());
     species = at::zeros({everyone()}, numbers());
