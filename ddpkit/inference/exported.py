@@ -10,6 +10,7 @@ from ddpkit.batch import Batch
 from ddpkit.checkpoint import load_model
 from ddpkit.errors import InputError
 from ddpkit.frames import stress_of, sum_over_frames
+from ddpkit.inference.addressing import fullness
 from ddpkit.inference.inputs import SMALLEST, Inputs, inputs_of
 from ddpkit.inference.memory import keep_freed_memory
 from ddpkit.inference.package import SUFFIX, load_package, read_metadata
@@ -101,9 +102,9 @@ class Exported(nn.Module):
 
     def _require_reach(self, inputs: Inputs) -> None:
         sizes = inputs.sizes()
-        if (fullness := self.metadata.fullness(sizes)) > 1:
+        if (times := fullness(self.metadata.elements, sizes)) > 1:
             raise InputError(
-                f"{sizes['owned']} atoms with {sizes['edges']} edges are {fullness:.1f} times what {self.path} can compute "
+                f"{sizes['owned']} atoms with {sizes['edges']} edges are {times:.1f} times what {self.path} can compute "
                 "at once (code for GPUs addresses 2^31 elements of a tensor): give it fewer frames or atoms, or run LAMMPS, "
                 f"{'on more ranks' if self.metadata.message_passing else 'which divides atoms by itself'}."
             )

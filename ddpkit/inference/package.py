@@ -10,7 +10,6 @@ A model that passes messages asks for the features of ghosts by `ddpkit.inferenc
 """
 
 import json
-import math
 import os
 import shutil
 import warnings
@@ -25,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddpkit.errors import InputError
+from ddpkit.inference.addressing import elements_of
 from ddpkit.inference.exchange import passing_errors_on  # which registers the operators that compiled code may call
 from ddpkit.inference.inputs import SMALLEST, random_inputs
 from ddpkit.torch_private import compile_ahead, load_ahead, release, sizes_are_many
@@ -32,7 +32,6 @@ from ddpkit.torch_private import compile_ahead, load_ahead, release, sizes_are_m
 FORMAT = 2
 SUFFIX = ".pt2"
 KEY = "ddpkit"  # of the metadata, in Python and in C++
-ADDRESSABLE = 2**31 - 1  # elements of one tensor, by the 32-bit indices of code for GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +53,8 @@ class Metadata:
     torch: str
     ddpkit: str
     source: str  # the run or checkpoint
-    elements: dict[str, int] = field(default_factory=dict)  # see `elements_of`; empty where indices have 64 bits
+    elements: list[dict[str, int]] = field(default_factory=list)  # by `elements_of`; empty where indices have 64 bits
     format: int = FORMAT
-
-    def fullness(self, sizes: Mapping[str, int]) -> float:
-        """How many times as many elements as compiled code can address its largest tensor has, at sizes of its inputs.
-
-        Args:
-            sizes: `Inputs.sizes()`.
-        """
-        return max((count * sizes[name] for name, count in self.elements.items()), default=0) / ADDRESSABLE
 
 
 def compile_package(module: nn.Module, metadata: Metadata, path: Path, say: Callable[[str], None] = print) -> Metadata:
@@ -96,50 +87,6 @@ def compile_package(module: nn.Module, metadata: Metadata, path: Path, say: Call
         say("compiling, which may take minutes")
         compile_ahead(exported, path, {KEY: json.dumps(asdict(metadata))}, metadata.device)
     return metadata
-
-
-def elements_of(exported: torch.export.ExportedProgram) -> dict[str, int]:
-    """The most elements that one tensor has for each edge, owned atom, atom, and entry of either table.
-
-    Code for GPUs is compiled with 32-bit indices where the example's sizes allow them. Larger inputs, for which code that is
-    compiled as it runs would be made anew, would silently read and write the wrong places.
-
-    Args:
-        exported: a model for inference, traced with the tensors of `Inputs`.
-
-    Returns:
-        Numbers of elements by the names of `Inputs.sizes()`, as far as there are tensors that grow with them.
-    """
-    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
-    vectors, species, _, _, outgoing, *incoming = (values[name] for name in exported.graph_signature.user_inputs)
-    symbols = [
-        vectors.shape[0],
-        outgoing.shape[0],
-        species.shape[0],
-        outgoing.shape[1],
-        *(t.shape[1] for t in incoming),
-    ]
-    edges, owned, every, *most = (size.node.expr for size in symbols)
-    # Sizes as of a part of many atoms, where each edge has a ghost of its own; all larger than any width.
-    many = {edges: 10**8, owned: 10**6, every: 10**8 + 10**6} | dict.fromkeys(most, 100)
-    grows_with = {  # the first of these symbols that a number of elements has tells what it grows with
-        most[-1]: ("incoming" if incoming else "outgoing", many[every if incoming else owned] * 100),
-        most[0]: ("outgoing", many[owned] * 100),
-        edges: ("edges", many[edges]),
-        every: ("all", many[every]),
-        owned: ("owned", many[owned]),
-    }
-    found: dict[str, int] = {}
-    for node in exported.graph.nodes:
-        value = node.meta.get("val")
-        for tensor in value if isinstance(value, tuple | list) else (value,):
-            count = tensor.numel() if isinstance(tensor, Tensor) else 0
-            if isinstance(count, int):
-                continue
-            expression = count.node.expr
-            name, size = next(grows_with[symbol] for symbol in grows_with if symbol in expression.free_symbols)
-            found[name] = max(found.get(name, 0), math.ceil(int(expression.subs(many)) / size))
-    return found
 
 
 def _traced(module: nn.Module, metadata: Metadata) -> torch.export.ExportedProgram:

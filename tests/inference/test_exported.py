@@ -22,7 +22,6 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from torch.utils._python_dispatch import TorchDispatchMode
 from toys import EmbeddedAtom
 
 import ddpkit
@@ -34,6 +33,7 @@ from ddpkit.experiments import export as command
 from ddpkit.experiments.models_table import build, model_spec
 from ddpkit.inference import export as exporting
 from ddpkit.inference import package as package_of
+from ddpkit.inference.addressing import elements_of
 from ddpkit.inference.exchange import Mirrored, exchanging, from_owners, passing_errors_on
 from ddpkit.inference.inputs import inputs_of, random_inputs
 from ddpkit.inference.package import read_metadata
@@ -295,19 +295,21 @@ def test_more_atoms_than_code_can_address_are_refused(package, model, tmp_path):
     """As if each edge, or entry of a table, had a thousandth of what 32 bits can tell apart."""
     few, many = (collate([frame_of(water(n))], model.species, R_MAX, labels=False) for n in (4, 27))
     for name in ("edges", "outgoing"):
-        exported = ddpkit.load_exported(rewritten(package, tmp_path / f"{name}.pt2", elements={name: 2**31 // 1000}))
+        exported = ddpkit.load_exported(
+            rewritten(package, tmp_path / f"{name}.pt2", elements=[{name: 2**31 // 1000}, {"owned": 1}])
+        )
         torch.testing.assert_close(exported(few)["forces"], model(few)["forces"], rtol=1e-10, atol=1e-12)
         with pytest.raises(InputError, match=rf"81 atoms with {many.edge_index.shape[1]} edges are \d+\.\d times what"):
             exported(many)
 
 
-class _MostElements(TorchDispatchMode):
-    """Of a tensor that any operator makes."""
+class _MostElements(torch.fx.Interpreter):
+    """Of a tensor that any node of a graph makes."""
 
     found = 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        made = function(*arguments, **(keywords or {}))
+    def run_node(self, node):
+        made = super().run_node(node)
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
             if isinstance(tensor, torch.Tensor):
                 self.found = max(self.found, tensor.numel())
@@ -321,7 +323,7 @@ def test_no_tensor_has_more_elements_than_a_package_for_gpus_says(name, model):
     module = model.for_inference().eval()
     facts = exporting._describe(model, module, "cpu", source="", averaged=False)
     traced = package_of._traced(module, facts)
-    elements = json.loads(json.dumps(package_of.elements_of(traced)))  # as it is written
+    elements = json.loads(json.dumps(elements_of(traced)))  # as it is written
     made = [node.meta.get("val") for node in traced.graph.nodes]
     widest = max(t.numel() for t in made if isinstance(t, torch.Tensor) and isinstance(t.numel(), int))  # at any sizes
     for owned, ghosts, most in ((60, 40, 8), (5, 400, 3), (40, 10, 60)):
@@ -335,9 +337,11 @@ def test_no_tensor_has_more_elements_than_a_package_for_gpus_says(name, model):
             seed=most,
             device="cpu",
         )
-        with _MostElements() as counted, torch.no_grad(), exchanging(Mirrored(torch.arange(ghosts) % owned)):
-            traced.module()(*inputs.arguments())
-        bound = max(elements[key] * size for key, size in inputs.sizes().items() if key in elements)
+        counted = _MostElements(traced.module())
+        with torch.no_grad(), exchanging(Mirrored(torch.arange(ghosts) % owned)):
+            counted.run(*inputs.arguments())
+        sizes = inputs.sizes()
+        bound = max(sum(count * sizes[key] for key, count in of_tensor.items()) for of_tensor in elements)
         assert counted.found <= max(bound, widest)
         if counted.found > widest:
             assert bound <= 3 * counted.found

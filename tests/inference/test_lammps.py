@@ -293,7 +293,7 @@ def test_atoms_that_a_gpus_memory_cannot_hold_at_once_are_computed_in_parts(name
 
 
 # as if 600 edges were all that 32 bits can tell apart
-FEW_ELEMENTS = {"elements": {"edges": 2**31 // 600, "owned": 1}}
+FEW_ELEMENTS = {"elements": [{"owned": 1}, {"edges": 2**31 // 600, "all": 1}]}
 
 
 @pytest.mark.parametrize("words", ["", "chunk 70"])

@@ -18,7 +18,6 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 namespace ddpkit {
@@ -81,7 +80,7 @@ class Package {
     passes_messages = told["message_passing"].number;
     exchange_width = (int) told["exchange_width"].number;
     exchange_bytes = told["dtype"].text == "float32" ? 4 : 8;
-    elements = told["elements"].object;
+    elements = told["elements"].list;
     if (told["device"].text == "cuda") {
       const int number = gpus();
       if (!number)
@@ -99,15 +98,18 @@ class Package {
     }
   }
 
-  // How many times as many elements as compiled code can address the largest tensor has at such sizes; see elements_of() in
-  // ddpkit/inference/package.py.
+  // How many times as many elements as compiled code can address the largest tensor has at such sizes; see
+  // ddpkit/inference/addressing.py.
   double fullness(const Extent &n) const
   {
-    const std::pair<const char *, int64_t> sizes[] = {
+    const std::map<std::string, int64_t> sizes{
         {"edges", n.edges}, {"owned", n.owned}, {"all", n.all}, {"outgoing", n.outgoing}, {"incoming", n.incoming}};
     double most = 0;
-    for (const auto &[name, number] : sizes)
-      if (const auto found = elements.find(name); found != elements.end()) most = std::max(most, found->second.number * (double) number);
+    for (const Json &of_tensor : elements) {
+      double sum = 0;
+      for (const auto &[name, count] : of_tensor.object) sum += count.number * (double) sizes.at(name);
+      most = std::max(most, sum);
+    }
     return most / ADDRESSABLE;
   }
 
@@ -120,7 +122,7 @@ class Package {
 
  private:
   static constexpr double ADDRESSABLE = 2147483647;  // elements of a tensor, by 32-bit indices
-  std::map<std::string, Json> elements;              // for each edge, atom, or entry of a table; none where indices have 64 bits
+  std::vector<Json> elements;                        // of tensors: for each edge, atom, ...; none where indices have 64 bits
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
 
   static Json read(const std::string &path)
