@@ -428,7 +428,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       step.reset();
       take_neighbours(*candidates);
     }
-    for (int64_t from = 0; from == 0 || from < owned;) {
+    int64_t from = 0;
+    do {  // at least once
       const int64_t many = at_a_time(owned), to = std::min(from + many, owned);
       const ddpkit::Edges edges = candidates->pick(atoms, from, to, many < owned, package->passes_messages);
       if (const double fullness = package->fullness(edges.inputs); fullness > 1) {
@@ -437,7 +438,7 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       }
       compute_chunk(edges);
       from = to;
-    }
+    } while (from < owned);
   }
 
   // Has fewer atoms be computed at a time where so many are more than compiled code can address.
