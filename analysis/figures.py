@@ -22,6 +22,7 @@ BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "
 GREY = "#595959"
 CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000")
 _LINES = ("-", "--", "-.", ":")
+_TITLE = 34  # characters above a panel
 _STRATEGY_COLOUR = {"standard": GREY, "custom": BLUE, "overlap": ORANGE, "ingraph": GREEN, "none": SKY}
 _COLUMNS_A_ROW = 4
 _DOTS = 200
@@ -190,7 +191,7 @@ def _losses(axis: Any, study: Study, name: str, *, first: bool) -> None:
         axis.plot(run.steps["step"], run.steps["loss"], color=ORANGE, lw=1.6, **several)
     for run in baselines.values():
         axis.plot(run.steps["step"], run.steps["loss"], color=BLUE, lw=0.8, ls=(0, (4, 2)))
-    axis.plot([], [], color=ORANGE, lw=1.6, label=name)
+    axis.plot([], [], color=ORANGE, lw=1.6, label=textwrap.fill(name, 26))
     axis.plot([], [], color=BLUE, lw=0.8, ls=(0, (4, 2)), label=study.baseline.stem)
     losses = np.concatenate(
         [run.steps["loss"].to_numpy(float) for run in (*baselines.values(), *(r for _, r in members))]
@@ -203,7 +204,7 @@ def _losses(axis: Any, study: Study, name: str, *, first: bool) -> None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     counted = f" ({len(members)} runs, {len(baselines)} seed{'s' * (len(baselines) > 1)})" if len(members) > 1 else ""
-    axis.set_title(f"{name}{counted}")
+    axis.set_title(textwrap.fill(f"{name}{counted}", _TITLE))
     axis.legend(loc="upper right", handlelength=2.2)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))

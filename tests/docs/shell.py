@@ -17,7 +17,7 @@ from fences import ROOT
 from ddpkit.experiments import experiment, inference
 from ddpkit.experiments.cli import VERBS, _Parser, _verb
 from ddpkit.experiments.config import read
-from ddpkit.experiments.studies import STUDIES
+from ddpkit.experiments.studies import STUDIES, Ranks
 
 # Programs of others: their names are all that is known of them here.
 OTHERS = {"[", "cd", "fi", "grep", "head", "if", "kill", "ls", "nequip-train", "ps", "sbatch", "sleep", "then", "wait"}
@@ -120,7 +120,9 @@ def ddpkit(words):
         inference.parse(rest[1:])
     elif verb == "experiment":
         options = experiment._parse(rest)
-        read([*STUDIES[options.study][options.scale].overrides, *options.overrides])
+        scale = STUDIES[options.study][options.scale]
+        for one in scale.parts.values() if isinstance(scale, Ranks) else [scale]:
+            read([*one.overrides, *options.overrides])
     elif verb == "lammps":
         assert rest == ["build"] or "-in" in rest, words
     else:
