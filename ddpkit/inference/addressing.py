@@ -7,6 +7,7 @@ runs is made anew; code that was compiled ahead would silently read and write th
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def elements_of(exported: torch.export.ExportedProgram) -> list[dict[str, int]]:
         InputError: a tensor grows faster than any of them.
     """
     growths, largest = _growths(exported), dict[tuple[str, ...], dict[str, int]]()
-    for name, expression in _numbers_of_elements(exported):
+    for expression, name in {expression: name for name, expression in _numbers_of_elements(exported)}.items():
         found = _told(expression, growths)
         if found is None:
             raise InputError(
@@ -68,7 +69,7 @@ class _Growth:
 
 
 def _growths(exported: torch.export.ExportedProgram) -> list[_Growth]:
-    """Tables first: what grows with a table is told by it alone."""
+    """Tables first: what grows with a table is told by its entries and rows."""
     values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
     vectors, species, _, _, outgoing, *incoming = (values[name] for name in exported.graph_signature.user_inputs)
 
@@ -97,12 +98,22 @@ def _numbers_of_elements(exported: torch.export.ExportedProgram) -> Iterator[tup
 
 def _told(expression: Any, growths: Sequence[_Growth]) -> dict[str, int] | None:
     """Factors of sizes whose sum is no less than an expression; None if it grows faster."""
-    everything = {symbol for growth in growths for symbol in growth.factors}
-    left, found, bound = set(expression.free_symbols), {}, 0
+    symbols = {symbol for growth in growths for symbol in growth.factors}
+    left, found = set(expression.free_symbols), {}
     for growth in growths:
         if growth.factors[-1] in left:
-            sizes = dict.fromkeys(everything, 2) | dict.fromkeys((*growth.factors, *growth.least), _MANY)
+            sizes = dict.fromkeys(symbols, 2) | dict.fromkeys((*growth.factors, *growth.least), _MANY)
             found[growth.name] = math.ceil(int(expression.subs(sizes)) / growth.many)
-            bound += found[growth.name] * growth.many
-            left -= set(growth.factors)
-    return found if int(expression.subs(dict.fromkeys(everything, _MANY))) <= bound else None
+            left.discard(growth.factors[-1])
+    for values in product((2, 10 * _MANY), repeat=len(symbols)):
+        sizes = dict(zip(symbols, values, strict=True))
+        if any(sizes[symbol] < sizes[growth.factors[0]] for growth in growths for symbol in growth.least):
+            continue  # there are no fewer atoms than owned ones
+        told = (
+            found[growth.name] * math.prod(sizes[s] for s in growth.factors)
+            for growth in growths
+            if growth.name in found
+        )
+        if int(expression.subs(sizes)) > sum(told) + _MANY:  # what does not grow is no matter
+            return None
+    return found

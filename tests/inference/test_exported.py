@@ -17,11 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sympy
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._sympy.functions import FloorDiv
 from toys import EmbeddedAtom
 
 import ddpkit
@@ -31,6 +35,7 @@ from ddpkit.errors import ParityError
 from ddpkit.experiments import evaluate
 from ddpkit.experiments import export as command
 from ddpkit.experiments.models_table import build, model_spec
+from ddpkit.inference import addressing
 from ddpkit.inference import export as exporting
 from ddpkit.inference import package as package_of
 from ddpkit.inference.addressing import elements_of
@@ -141,8 +146,8 @@ def test_calculator(package, exported, model):
     atoms = water(8, box=TRICLINIC)
     atoms.calc = Calculator(model, device="cpu")
     wanted = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
-    for given in path_or_model.values():
-        atoms.calc = Calculator(given)
+    for one in path_or_model.values():
+        atoms.calc = Calculator(one)
         computed = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
         for a, b in zip(computed, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
@@ -326,6 +331,7 @@ def test_no_tensor_has_more_elements_than_a_package_for_gpus_says(name, model):
     elements = json.loads(json.dumps(elements_of(traced)))  # as it is written
     made = [node.meta.get("val") for node in traced.graph.nodes]
     widest = max(t.numel() for t in made if isinstance(t, torch.Tensor) and isinstance(t.numel(), int))  # at any sizes
+    has_grown = False
     for owned, ghosts, most in ((60, 40, 8), (5, 400, 3), (40, 10, 60)):
         inputs = random_inputs(
             owned,
@@ -345,6 +351,45 @@ def test_no_tensor_has_more_elements_than_a_package_for_gpus_says(name, model):
         assert counted.found <= max(bound, widest)
         if counted.found > widest:
             assert bound <= 3 * counted.found
+            has_grown = True
+    assert has_grown
+
+
+EDGES, OWNED, ALL, MOST, MOST_IN = sympy.symbols("edges owned all most most_in", positive=True, integer=True)
+GROWTHS = [
+    addressing._Growth("incoming", (ALL, MOST_IN)),
+    addressing._Growth("outgoing", (OWNED, MOST), least=(ALL,)),
+    addressing._Growth("edges", (EDGES,)),
+    addressing._Growth("all", (ALL,)),
+    addressing._Growth("owned", (OWNED,), least=(ALL,)),
+]
+GROWING = {
+    "edges": 576 * EDGES + 576,
+    "blocks of a table": 48 * OWNED * FloorDiv(MOST + 7, 8),
+    "a table and its rows": 3 * OWNED * MOST + 500 * OWNED,
+    "blocks of edges and atoms": 320 * FloorDiv(EDGES + 7 * ALL, 8),
+    "those that are owned": 17 * sympy.Min(OWNED, ALL),
+    "incoming": 5 * ALL * MOST_IN + ALL,
+}
+
+
+@pytest.mark.parametrize("expression", GROWING.values(), ids=GROWING)
+@settings(max_examples=20, deadline=None)
+@given(owned=st.integers(2, 10**6), ghosts=st.integers(0, 10**7), edges=st.integers(2, 10**8), most=st.integers(2, 500))
+def test_what_is_told_of_a_number_of_elements_is_never_less(expression, owned, ghosts, edges, most):
+    every = owned + ghosts
+    sizes = {"edges": edges, "owned": owned, "all": every, "outgoing": owned * most, "incoming": 2 * every * most}
+    told = addressing._told(expression, GROWTHS)
+    symbols = {EDGES: edges, OWNED: owned, ALL: every, MOST: most, MOST_IN: 2 * most}
+    assert int(expression.subs(symbols)) <= sum(count * sizes[name] for name, count in told.items()) + 1000
+
+
+TOO_FAST = EDGES * MOST, ALL * MOST, EDGES * MOST_IN, EDGES**2, OWNED * ALL, OWNED * MOST**2, EDGES * OWNED
+
+
+@pytest.mark.parametrize("expression", TOO_FAST, ids=map(str, TOO_FAST))
+def test_what_grows_faster_than_atoms_edges_and_tables_is_refused(expression):
+    assert addressing._told(expression, GROWTHS) is None
 
 
 @pytest.mark.parametrize(

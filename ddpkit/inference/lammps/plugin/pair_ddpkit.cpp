@@ -423,10 +423,10 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
       try {
         return compute_at_once(atoms);
       } catch (const ddpkit::TooMany &found) {
+        step.reset();  // which made room for none
         divide(owned, found.fullness, found.extent.edges);
+        take_neighbours(*candidates);
       }
-      step.reset();
-      take_neighbours(*candidates);
     }
     int64_t from = 0;
     do {  // at least once
