@@ -22,7 +22,6 @@ BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "
 GREY = "#595959"
 CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000")
 _LINES = ("-", "--", "-.", ":")
-_TITLE = 34  # characters above a panel
 _STRATEGY_COLOUR = {"standard": GREY, "custom": BLUE, "overlap": ORANGE, "ingraph": GREEN, "none": SKY}
 _COLUMNS_A_ROW = 4
 _DOTS = 200
@@ -204,7 +203,7 @@ def _losses(axis: Any, study: Study, name: str, *, first: bool) -> None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     counted = f" ({len(members)} runs, {len(baselines)} seed{'s' * (len(baselines) > 1)})" if len(members) > 1 else ""
-    axis.set_title(textwrap.fill(f"{name}{counted}", _TITLE))
+    axis.set_title(textwrap.fill(f"{name}{counted}", 34))
     axis.legend(loc="upper right", handlelength=2.2)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))

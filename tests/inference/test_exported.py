@@ -38,7 +38,6 @@ from ddpkit.experiments.models_table import build, model_spec
 from ddpkit.inference import addressing
 from ddpkit.inference import export as exporting
 from ddpkit.inference import package as package_of
-from ddpkit.inference.addressing import elements_of
 from ddpkit.inference.exchange import Mirrored, exchanging, from_owners, passing_errors_on
 from ddpkit.inference.inputs import inputs_of, random_inputs
 from ddpkit.inference.package import read_metadata
@@ -328,7 +327,7 @@ def test_no_tensor_has_more_elements_than_a_package_for_gpus_says(name, model):
     module = model.for_inference().eval()
     facts = exporting._describe(model, module, "cpu", source="", averaged=False)
     traced = package_of._traced(module, facts)
-    elements = json.loads(json.dumps(elements_of(traced)))  # as it is written
+    elements = json.loads(json.dumps(addressing.elements_of(traced)))  # as it is written
     made = [node.meta.get("val") for node in traced.graph.nodes]
     widest = max(t.numel() for t in made if isinstance(t, torch.Tensor) and isinstance(t.numel(), int))  # at any sizes
     has_grown = False

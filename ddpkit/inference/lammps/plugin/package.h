@@ -14,7 +14,6 @@
 #include <cstdlib>
 #include <filesystem>
 #include <malloc.h>
-#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -80,7 +79,10 @@ class Package {
     passes_messages = told["message_passing"].number;
     exchange_width = (int) told["exchange_width"].number;
     exchange_bytes = told["dtype"].text == "float32" ? 4 : 8;
-    elements = told["elements"].list;
+    for (const Json &tensor : told["elements"].list) {
+      const auto count = [&](const char *name) { return tensor.object.count(name) ? (int64_t) tensor[name].number : 0; };
+      elements.push_back({count("edges"), count("owned"), count("all"), count("outgoing"), count("incoming")});
+    }
     if (told["device"].text == "cuda") {
       const int number = gpus();
       if (!number)
@@ -102,14 +104,10 @@ class Package {
   // ddpkit/inference/addressing.py.
   double fullness(const Extent &n) const
   {
-    const std::map<std::string, int64_t> sizes{
-        {"edges", n.edges}, {"owned", n.owned}, {"all", n.all}, {"outgoing", n.outgoing}, {"incoming", n.incoming}};
     double most = 0;
-    for (const Json &of_tensor : elements) {
-      double sum = 0;
-      for (const auto &[name, count] : of_tensor.object) sum += count.number * (double) sizes.at(name);
-      most = std::max(most, sum);
-    }
+    for (const Extent &each : elements)
+      most = std::max(most, (double) each.edges * n.edges + (double) each.owned * n.owned + (double) each.all * n.all +
+                                (double) each.outgoing * n.outgoing + (double) each.incoming * n.incoming);
     return most / ADDRESSABLE;
   }
 
@@ -122,7 +120,7 @@ class Package {
 
  private:
   static constexpr double ADDRESSABLE = 2147483647;  // elements of a tensor, by 32-bit indices
-  std::vector<Json> elements;                        // of tensors: for each edge, atom, ...; none where indices have 64 bits
+  std::vector<Extent> elements;                      // of tensors: for each edge, atom, ...; none where indices have 64 bits
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
 
   static Json read(const std::string &path)

@@ -447,7 +447,8 @@ class PairDdpkit : public Pair, public ddpkit::Exchange {
     if (package->passes_messages || number < 2)
       throw std::runtime_error(fmt::format("{} atoms with {} edges are {:.1f} times what compiled code can address at once (2^31 elements of a "
                                            "tensor): use more ranks", number, edges, fullness));
-    fits = std::clamp<int64_t>((int64_t) (0.95 * (double) number / fullness), 1, number - 1);
+    const double spread = 0.95;  // other atoms have more neighbours
+    fits = std::clamp<int64_t>((int64_t) (spread * (double) number / fullness), 1, number - 1);
     utils::logmesg(lmp, "pair_style ddpkit: rank {} computes {} of its {} atoms at a time, since compiled code cannot address the tensors of "
                         "more\n", comm->me, at_a_time(atom->nlocal), atom->nlocal);
   }
